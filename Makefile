@@ -1,0 +1,36 @@
+# make demo   calibrate a real model, serve it with vLLM, compare it with BF16     (the first run installs, a few minutes)
+# make test   every test                make lint   ruff and mypy
+# make venv   the environment alone     make clean  remove what these made
+#
+# All of it lives in .venv and .cache of this folder. PYTHON=python3.12 picks another interpreter for the environment.
+
+PYTHON = python3
+VENV = .venv
+STAMP = $(VENV)/.installed
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 5
+
+venv: $(STAMP)
+
+# Installed once, and again when what is to be installed changes.
+$(STAMP): packaging/install.sh pyproject.toml packaging/cpu/vllm/pyproject.toml packaging/cpu/torchvision/pyproject.toml \
+          packaging/cpu/torchaudio/pyproject.toml packaging/cpu/torchcodec/pyproject.toml
+	@PYTHON="$(PYTHON)" sh packaging/install.sh $(VENV)
+	@touch $@
+
+demo: $(STAMP)
+	@$(VENV)/bin/python -m demo.run
+
+test: $(STAMP)
+	@$(VENV)/bin/python -m pytest
+
+lint: $(STAMP)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info packaging/cpu/*/*.egg-info
+
+.PHONY: help venv demo test lint clean

@@ -1,0 +1,151 @@
+"""The command line: arguments in, one call, a summary or one line of error out."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vllm_smoothquant.checkpoint import MANIFEST, SmoothQuantError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 a fault in the input or the model (one line on stderr), 2 wrong usage, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    command: Command = args.command
+    try:
+        return command(args)
+    except SmoothQuantError as error:
+        if args.json:
+            fields = {"where": error.where, "expected": error.expected, "got": error.got, "do": error.do}
+            print(json.dumps({"error": fields}, ensure_ascii=False))
+        print(f"smoothquant: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("smoothquant: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="smoothquant", description="SmoothQuant W8A8 INT8 checkpoints for vLLM.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+        sub.set_defaults(command=command)
+        sub.add_argument("--json", action="store_true", help="print one JSON object for machines")
+        return sub
+
+    sub = add("calibrate", _calibrate, "Calibrate MODEL and write a smoothed INT8 checkpoint.")
+    _source_arguments(sub)
+    sub.add_argument(
+        "--level", choices=("O1", "O2", "O3"),
+        help="the paper's levels: weights per tensor with O1 per-token, O2 dynamic per-tensor, O3 static activations",
+    )  # fmt: skip
+    sub.add_argument("--weights", choices=("channel", "tensor"), help="what shares a weight scale (without: channel)")
+    sub.add_argument(
+        "--activations", choices=("token", "tensor", "static"), help="what shares an activation scale (without: token)"
+    )
+    sub.add_argument("--no-smoothing", action="store_true", help="round the model as it is, to compare with")
+    sub.add_argument("--ignore", action="append", default=[], metavar="NAME", help="a linear layer to leave alone")
+
+    sub = add("smooth", _smooth, "Smooth MODEL and write it in floating point: the same function, fewer outliers.")
+    _source_arguments(sub)
+
+    from . import evaluate
+
+    sub = add("evaluate", _evaluate, "Measure perplexity through vLLM, of one or several checkpoints and a baseline.")
+    evaluate.add_arguments(sub)
+    return parser
+
+
+def _source_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", help="a folder or a hub id, in floating point")
+    sub.add_argument("-o", "--output", required=True, metavar="OUT", help="the folder to make")
+    sub.add_argument("--alpha", type=float, default=0.5, help="migration strength of eq. 4: 0 to 1")
+    sub.add_argument(
+        "--dataset", default="mit-han-lab/pile-val-backup", metavar="NAME_OR_FILE",
+        help="calibration text: .txt, .jsonl, .parquet or .csv, or a hub data set NAME[:CONFIG][@SPLIT]",
+    )  # fmt: skip
+    sub.add_argument("--text-column", default="text", metavar="NAME", help="the column that holds the text")
+    sub.add_argument("--samples", type=int, default=512, metavar="N", help="how many samples to observe")
+    sub.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens in each sample")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="which samples are drawn")
+    sub.add_argument("--device-map", default="auto", metavar="MAP", help="where accelerate puts the model")
+    sub.add_argument("--quiet", action="store_true", help="no progress, no summary")
+
+
+def _source_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("alpha", "dataset", "text_column", "samples", "seq_len", "seed", "device_map")
+    return {name: getattr(args, name) for name in names} | {"quiet": args.quiet or args.json}
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    _calm_libraries()
+    from .pipeline import LEVELS, calibrate
+
+    weights, activations = LEVELS.get(args.level, ("channel", "token"))
+    if args.level and args.activations not in (None, activations):
+        raise SmoothQuantError(
+            "--activations", expected=f"{activations}, which --level {args.level} means", got=args.activations,
+            do="give one of the two options",
+        )  # fmt: skip
+    manifest = calibrate(
+        args.model,
+        args.output,
+        weights=args.weights or weights,
+        activations=args.activations or activations,
+        smoothing=not args.no_smoothing,
+        ignore=frozenset(args.ignore),
+        **_source_options(args),
+    )
+    return _finish(args, manifest, f"serve it:  vllm serve {args.output} --quantization smoothquant")
+
+
+def _smooth(args: argparse.Namespace) -> int:
+    _calm_libraries()
+    from .pipeline import smooth
+
+    return _finish(args, smooth(args.model, args.output, **_source_options(args)), "same function, floating point")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    _calm_libraries()
+    from . import evaluate
+
+    result = evaluate.run(args)
+    print(json.dumps(result, ensure_ascii=False) if args.json else evaluate.format_table(result))
+    return 0
+
+
+def _finish(args: argparse.Namespace, manifest: dict[str, Any], hint: str) -> int:
+    if args.json:
+        print(json.dumps({"output": args.output, **manifest}, ensure_ascii=False))
+    elif not args.quiet:
+        print(f"{args.output}: {_summary(manifest)}\nmanifest:  {args.output}/{MANIFEST}\n{hint}")
+    return 0
+
+
+def _summary(manifest: dict[str, Any]) -> str:
+    sizes = [
+        f"{len(manifest['quantized'])} linear layers in INT8" if manifest["quantized"] else "floating point",
+        f"{len(manifest['groups'])} groups smoothed",
+        f"logits moved {manifest['gate']['logits']['relative_change']:.1e} by smoothing",
+    ]
+    return ", ".join(sizes)
+
+
+def _calm_libraries() -> None:
+    """Our own bars and lines are the progress; the libraries' would drown them. Errors still come as exceptions."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

