@@ -107,7 +107,9 @@ def write_tensors(
 
     def flush() -> None:
         nonlocal size
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        file = folder / f"shard-{len(shards)}"
+        save_file(pending, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors makes it 0600, which would keep a serving user out
         shards.append(list(pending))
         pending.clear()
         size = 0

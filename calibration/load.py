@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -34,7 +35,7 @@ def load(name: str, device_map: str = "auto") -> Source:
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype="auto", device_map=device_map, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SmoothQuantError(
             name,
             expected="a causal language model with its tokenizer",

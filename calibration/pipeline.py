@@ -7,8 +7,9 @@ module of its name; nothing is written before the gate has shown that smoothing 
 """
 
 import platform
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -56,7 +57,6 @@ class Prepared:
     absmax: dict[str, torch.Tensor]
     smoothing: Smoothing
     gate: dict[str, Any]
-    seconds: dict[str, float]
 
 
 def calibrate(
@@ -93,7 +93,7 @@ def calibrate(
             model, alpha=alpha if smoothing else None, dataset=dataset, text_column=text_column, samples=samples,
             seq_len=seq_len, seed=seed, ignore=ignore, device_map=device_map, quiet=quiet,
         )  # fmt: skip
-        start = time.perf_counter()
+        lap = _stopwatch(quiet)
         source_model = ready.source.model
         with torch.inference_mode():
             export.write_tensors(folder, _quantized_tensors(ready, scheme))
@@ -103,7 +103,7 @@ def calibrate(
             ignore=frozenset(export.hub_module_name(source_model, name) for name in ready.kept),
         )
         export.write_config(folder, source_model, ready.source.tokenizer, config.to_dict())
-        ready.seconds["quantize and export"] = time.perf_counter() - start
+        lap("quantize and export")
         manifest = _manifest(ready, folder, quantization_config=config.to_dict())
         export.write_json(folder / MANIFEST, manifest)
     return manifest
@@ -144,13 +144,7 @@ def _prepare(
     """Load, observe, smooth, prove. alpha None means no smoothing: every factor is 1."""
     if alpha is not None and not 0 <= alpha <= 1:
         raise SmoothQuantError("--alpha", expected="a number in [0, 1]", got=str(alpha), do="0.5 is the paper's")
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
-
-    def lap(stage: str) -> None:
-        nonlocal clock
-        seconds[stage] = time.perf_counter() - clock
-        clock = time.perf_counter()
+    lap = _stopwatch(quiet)
 
     check_source(model)
     source = load(model, device_map)
@@ -171,7 +165,20 @@ def _prepare(
     batches = drawn.input_ids[: GATE_SHAPE[0], : GATE_SHAPE[1]].split(1)
     report = gate.check(source.model, smoothing, graph, list(batches))
     lap("gate")
-    return Prepared(source, drawn, names, kept, graph, absmax, smoothing, report, seconds)
+    return Prepared(source, drawn, names, kept, graph, absmax, smoothing, report)
+
+
+def _stopwatch(quiet: bool) -> Callable[[str], None]:
+    """Tells on stderr how long each stage took. Not in the manifest: the same inputs shall give the same bytes."""
+    clock = time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal clock
+        if not quiet:
+            print(f"{stage}: {time.perf_counter() - clock:.1f} s", file=sys.stderr)
+        clock = time.perf_counter()
+
+    return lap
 
 
 def check_positions(source: Source, seq_len: int) -> None:

@@ -1,0 +1,281 @@
+"""Perplexity, memory and speed of checkpoints, measured through vLLM: what is served is what is measured.
+
+    perplexity = exp(-mean log p(token_i | the tokens before it in its window))
+
+Windows have a fixed length, start with the tokenizer's own first token where it has one (BOS), and are the same for
+every model compared. A window's first token has nothing before it and is not scored. Each model runs in an engine of
+its own process (_engine.py), so that its memory is its own and comes back. Only that process imports vLLM.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_smoothquant.checkpoint import SmoothQuantError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The usual text for perplexities; the calibration set is not it.
+DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1@test"
+# Generation measured for speed: this many prompts of this many tokens at once, each continued by this many.
+DECODE = {"batch": 8, "prompt_tokens": 32, "new_tokens": 64, "repeats": 3}
+SMALL_HOST = 4  # cores
+GiB = 1 << 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `smoothquant evaluate`."""
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="folders (or hub ids) that vLLM can serve")
+    parser.add_argument("--baseline", metavar="MODEL", help="the floating-point model to compare with")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", metavar="FILE", help="a .txt, .jsonl, .parquet or .csv file")
+    text.add_argument("--dataset", default=DEFAULT_DATASET, metavar="NAME", help="a hub data set NAME[:CONFIG][@SPLIT]")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="the column that holds the text")
+    parser.add_argument("--samples", type=int, default=128, metavar="N", help="how many windows to score")
+    parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens in each window")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which windows are drawn")
+    parser.add_argument(
+        "--dtype", default="auto", metavar="TYPE", help="of activations, as vLLM's --dtype; float32 where BF16 is slow"
+    )
+    parser.add_argument("--enforce-eager", action="store_true", help="no compilation: starts faster, decodes slower")
+    parser.add_argument(
+        "--engine",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="more engine arguments of vLLM, as one JSON object",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """What `smoothquant evaluate` prints: the text, the engine, and a row for every model, the baseline first."""
+    _require_vllm()
+    models = ([args.baseline] if args.baseline else []) + args.checkpoints
+    source = args.text or args.dataset
+    windows, text = token_windows(
+        models, source, text_column=args.text_column, samples=args.samples, seq_len=args.seq_len, seed=args.seed
+    )
+    engine = {"dtype": args.dtype, "enforce_eager": args.enforce_eager, **args.engine}
+    rows = []
+    for model in models:
+        if not args.json:
+            print(f"evaluate: {model}", file=sys.stderr, flush=True)
+        rows.append({"model": model, "baseline": model == args.baseline, **measure(model, windows, **engine)})
+    linear = linear_layers(models)
+    for row in rows:
+        row.update(weight_bytes(row["model"], linear))
+        if args.baseline:
+            row["perplexity_change"] = row["perplexity"] / rows[0]["perplexity"] - 1
+    return {"text": text, "engine": {"vllm": version("vllm"), **engine}, "decode": DECODE, "models": rows}
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """`run`'s result for people."""
+    header = ["model", "perplexity", "change", "on disk", "linear", "in memory", "decode"]
+    rows = [
+        [
+            Path(row["model"]).name,
+            f"{row['perplexity']:.3f}",
+            f"{row['perplexity_change']:+.2%}" if "perplexity_change" in row else "",
+            _mib(row["disk_bytes"]),
+            _mib(row["linear_bytes"]),
+            _mib(row["memory_bytes"]),
+            f"{row['decode_tokens_per_second']:.1f} tok/s",
+        ]
+        for row in result["models"]
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in [header, ["-" * width for width in widths], *rows]
+    ]
+    text, decode = result["text"], result["decode"]
+    return "\n".join(
+        [
+            *lines,
+            f"perplexity: {text['windows']} windows of {text['seq_len']} tokens of {text['source']}; "
+            f"{result['models'][0]['scored_tokens']} tokens scored",
+            "on disk: all weight files; linear: the tensors of the layers that are INT8 in a checkpoint given here",
+            "in memory: what loading added to the worker, all weights",
+            f"decode: {decode['batch']} prompts at once, {decode['new_tokens']} new tokens each, median of "
+            f"{decode['repeats']}; vLLM {result['engine']['vllm']}",
+        ]
+    )
+
+
+def perplexity(model: str | Path, windows: Sequence[Sequence[int]], **engine: Any) -> float:
+    """Perplexity of `model` on `windows` of token ids; `engine` are arguments of vLLM's LLM()."""
+    return measure(model, windows, decode=None, **engine)["perplexity"]
+
+
+def measure(
+    model: str | Path,
+    windows: Sequence[Sequence[int]],
+    *,
+    decode: Mapping[str, int] | None = DECODE,
+    timeout: float | None = None,
+    **engine: Any,
+) -> dict[str, Any]:
+    """perplexity, scored_tokens, memory_bytes and (with `decode`) decode_tokens_per_second, by a fresh vLLM engine."""
+    _require_vllm()
+    longest = max(map(len, windows))
+    if decode is not None:
+        longest = max(longest, decode["prompt_tokens"] + decode["new_tokens"])
+    # kv_cache_memory_bytes: without it vLLM takes nearly all the machine's memory for the cache, whatever the model.
+    arguments = {"max_model_len": longest + 1, "max_num_seqs": 16, "kv_cache_memory_bytes": GiB, "seed": 0, **engine}
+    request = {"model": str(model), "windows": [list(w) for w in windows], "decode": decode, "engine": arguments}
+    with tempfile.TemporaryDirectory(prefix="smoothquant-") as folder:
+        asked, answered, log = (Path(folder) / name for name in ("request.json", "answer.json", "log.txt"))
+        asked.write_text(json.dumps(request))
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "calibration._engine", str(asked), str(answered)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=engine_environment(arguments),
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(timeout)
+            finally:
+                # The engine's workers are of its group: none is left, whichever way this ends.
+                _kill_group(process)
+        if code != 0:
+            raise SmoothQuantError(
+                str(model), expected="a model that vLLM can run", got=_last_error(log.read_text(errors="replace")),
+                do=f"see what `vllm serve {model}` says",
+            )  # fmt: skip
+        return json.loads(answered.read_text())
+
+
+def token_windows(
+    models: Sequence[str], source: str, *, text_column: str, samples: int, seq_len: int, seed: int
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """`samples` windows of `seq_len` token ids from `source` for all of `models`, and a description of the text."""
+    from transformers import AutoTokenizer
+
+    from .data import load_samples
+
+    tokenizers = []
+    for model in models:
+        try:
+            tokenizers.append(AutoTokenizer.from_pretrained(model))
+        except (OSError, ValueError, KeyError) as error:
+            got = " ".join(str(error).split())[:200]
+            raise SmoothQuantError(
+                model, expected="a model with its tokenizer", got=got, do="check the path"
+            ) from error
+        if tokenizers[-1].get_vocab() != tokenizers[0].get_vocab():
+            raise SmoothQuantError(
+                model, expected=f"the tokenizer of {models[0]}", got="another one",
+                do="evaluate them one at a time: perplexities of different tokens do not compare",
+            )  # fmt: skip
+    tokenizer = tokenizers[0]
+    prefix = leading_tokens(tokenizer)
+    if seq_len < len(prefix) + 2:
+        raise SmoothQuantError("--seq-len", expected=f"at least {len(prefix) + 2}", got=str(seq_len), do="use more")
+    drawn = load_samples(
+        source, tokenizer, text_column=text_column, samples=samples, seq_len=seq_len - len(prefix), seed=seed
+    )
+    # A window that starts its document has the prefix from the tokenizer.
+    windows = [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in drawn.input_ids.tolist()]
+    return windows, {
+        "source": source, "windows": len(windows), "seq_len": seq_len, "seed": seed, "tokens_sha256": drawn.sha256
+    }  # fmt: skip
+
+
+def leading_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The special tokens that this tokenizer puts before a text: BOS for Llama, none for SmolLM2."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return full[: next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)]
+
+
+def linear_layers(models: Sequence[str]) -> frozenset[str]:
+    """Names of the layers that are INT8 in any of the checkpoints."""
+    return frozenset(
+        name.removesuffix(".weight_scale")
+        for model in models
+        for name in _tensors(model)
+        if name.endswith(".weight_scale")
+    )
+
+
+def weight_bytes(model: str, linear: frozenset[str]) -> dict[str, int]:
+    """disk_bytes of all weight files, linear_bytes of the layers `linear` with their scales and factors."""
+    of_linear = [size for name, size in _tensors(model).items() if name.rpartition(".")[0] in linear]
+    return {"disk_bytes": sum(f.stat().st_size for f in _weight_files(model)), "linear_bytes": sum(of_linear)}
+
+
+def engine_environment(engine: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """This process's environment for a process that runs vLLM; what the user has set stays.
+
+    Only vLLM's CPU backend reads what is added. By itself it keeps a core for the front end; on a small host that is
+    half of the machine. It also asks for Intel's OpenMP, which its own installation brings along, to be preloaded.
+    """
+    environment = dict(os.environ)
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) <= SMALL_HOST and (engine or {}).get("tensor_parallel_size", 1) == 1:
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+    return environment
+
+
+def _tensors(model: str) -> dict[str, int]:
+    """Name -> bytes of every tensor in the safetensors files, read from their headers."""
+    sizes = {}
+    for file in _weight_files(model):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                sizes[name] = end - start
+    return sizes
+
+
+def _weight_files(model: str) -> list[Path]:
+    from transformers.utils import cached_file
+
+    config = cached_file(model, "config.json")
+    assert config is not None  # the tokenizer was read from beside it
+    return sorted(Path(config).parent.glob("*.safetensors"))
+
+
+def _require_vllm() -> None:
+    try:
+        version("vllm")
+    except PackageNotFoundError as error:
+        raise SmoothQuantError(
+            "evaluate", expected="vLLM in this environment", got="none installed",
+            do="install it: `make venv` on a CPU host, `pip install vllm` beside a CUDA GPU",
+        ) from error  # fmt: skip
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def _last_error(log: str) -> str:
+    """The line of vLLM's log that says most: its last exception that is not about another process having failed."""
+    lines = [line.rpartition("] ")[2].strip() for line in log.splitlines()]
+    errors = [line for line in lines if "Error: " in line and "See root cause above" not in line]
+    return (errors or [line for line in lines if line] or ["no output"])[-1][:300]
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.0f} MiB"

@@ -1,0 +1,301 @@
+"""The gate: nothing is written unless the smoothed model computes the same function, in float32, on several batches.
+
+Compared are the logits and the output of every reader of every group, each relative to its own largest value. The
+bound is not tuned. An exact fold changes rounding and nothing else: every product it touches sees at most ROUNDINGS more
+roundings of unit u = 2**-24. So the original model is run once more with every parameter that the plan touches times
+1 +- ROUNDINGS * u. What that changes is the floor, the model's own answer to "how far may rounding move this number?"
+
+    allowed = MARGIN * floor + 2 u
+
+ROUNDINGS = 5: the norm's factor read back (w / stored), its power behind a squared ReLU, the column's product (W * s),
+    the row's quotient (W / s), and the product of activation and weight, which rounds anew.
+MARGIN = 8: change and floor are both the largest of N samples of one bell curve, the floor's being the wider one, since
+    5 u at every weight is the worst case and an exact fold the average. That a floor falls 8 times below its own width
+    has probability (2 * Phi(1/8) - 1) ** N, about 10 ** -N: nil for N in the hundreds (tokens x channels).
+2 u: both outputs are themselves rounded once.
+A wrong fold moves logits by the factor it got wrong, percents at least; the floor is about 1e-6.
+
+Where a choice hangs on the last bit (two experts tie in a router), rounding moves the answer by a jump that one run may
+make and another not. So before it refuses, the gate measures the floor with other signs as well.
+
+Parameters become float32 one decoder block at a time, while it runs; the model is left as it was, bit for bit.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from vllm_smoothquant.checkpoint import SmoothQuantError
+
+from .graph import Graph
+from .probe import float_parameters, own_parameters, plain_kernels
+from .smooth import Smoothing
+
+UNIT = 2.0**-24
+ROUNDINGS = 5
+MARGIN = 8
+FLOORS = 8  # tried before a refusal
+ROWS = 128  # of every reader's output that are compared: memory, on big models
+LOGITS = "logits"
+
+Parameters = dict[str, torch.Tensor]
+Outputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Largest change of one tensor, relative to its largest value, and the bound for it."""
+
+    measured: float
+    allowed: float
+
+    @property
+    def within(self) -> bool:
+        return self.measured <= self.allowed
+
+    def worse(self, other: "Change") -> "Change":
+        """Whichever uses more of its bound."""
+        return max(self, other, key=lambda c: c.measured / c.allowed)
+
+
+def check(model: nn.Module, smoothing: Smoothing, graph: Graph, batches: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Compare smoothed with original; returns the report for the manifest, or raises SmoothQuantError.
+
+    batches: int64 [batch, tokens] each. The error names the first group, in the order in which the model runs, whose
+    fold changes the function, and the layer where the change first shows. The report: batches, `change` and `allowed`
+    of the logits and of the reader of each group that comes nearest to its bound (relative to the output's maximum).
+    """
+    groups = [group for group in graph.groups if group.source in smoothing.factors]
+    readers = {reader.name for group in groups for reader in group.readers}
+    worst: dict[str, Change] = {}
+    with _settled(model):
+        for batch in batches if groups else ():
+            changes = _compare(model, smoothing, batch, readers)
+            if not all(change.within for change in changes.values()):
+                raise _refusal(model, smoothing, graph, batch, changes)
+            worst = {name: worst[name].worse(c) if name in worst else c for name, c in changes.items()}
+    nearest = {
+        group.source: max((worst[r.name] for r in group.readers), key=lambda c: c.measured / c.allowed)
+        for group in groups
+        if worst
+    }
+    return {
+        "batches": len(batches),
+        "logits": _entry(worst.get(LOGITS, Change(0.0, 0.0))),
+        "groups": {source: _entry(change) for source, change in nearest.items()},
+    }
+
+
+def _entry(change: Change) -> dict[str, float]:
+    return {"change": change.measured, "allowed": change.allowed}
+
+
+def _compare(model: nn.Module, smoothing: Smoothing, batch: torch.Tensor, watched: Iterable[str]) -> dict[str, Change]:
+    """Change of the logits and of each watched linear layer's output under `smoothing`, with its bound."""
+    watched = set(watched)
+    plain = _run(model, batch, watched, partial(_plain, model))
+    for name, value in plain.items():
+        if torch.isnan(value).any() or not torch.isfinite(value).any():
+            raise SmoothQuantError(
+                name, expected="finite output of the original model", got="NaN or infinity", do="check the model"
+            )
+    smoothed = _run(model, batch, watched, partial(smoothing.parameters, model))
+    for name, value in smoothed.items():
+        factor = smoothing.output_factor(name)
+        if factor is not None:
+            smoothed[name] = value * factor
+    measured = _relative(plain, smoothed)
+    floor = dict.fromkeys(measured, 0.0)
+    for seed in range(FLOORS):
+        moved = _run(model, batch, watched, partial(_perturbed, model, smoothing.modules, seed))
+        floor = {name: max(floor[name], change) for name, change in _relative(plain, moved).items()}
+        changes = {name: Change(measured[name], MARGIN * floor[name] + 2 * UNIT) for name in measured}
+        if all(change.within for change in changes.values()):
+            break
+    return changes
+
+
+def _relative(plain: Outputs, other: Outputs) -> dict[str, float]:
+    """max|other - plain| / max|plain| by name; infinite where `other` is not finite and `plain` is."""
+    result = {}
+    for name, a in plain.items():
+        b = other[name]
+        finite = a[torch.isfinite(a)].abs().max()
+        # Equal infinities (masked logits) agree; NaN agrees with nothing.
+        change = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf).max()
+        result[name] = float(change / finite) if finite > 0 else (0.0 if change == 0 else torch.inf)
+    return result
+
+
+def _refusal(
+    model: nn.Module, smoothing: Smoothing, graph: Graph, batch: torch.Tensor, changes: dict[str, Change]
+) -> SmoothQuantError:
+    """Find the group to blame: the shortest run of groups, from the first, that changes the function ends with it."""
+    sources = [group.source for group in graph.groups if group.source in smoothing.factors]
+    readers = {group.source: [r.name for r in group.readers] for group in graph.groups}
+    watched = {name for source in sources for name in readers[source]}
+
+    def changed(some: Sequence[str], where: Iterable[str]) -> dict[str, Change]:
+        found = _compare(model, smoothing.only(model, some), batch, where)
+        return {name: change for name, change in found.items() if not change.within}
+
+    good, bad = 0, len(sources)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (good, middle) if changed(sources[:middle], watched) else (middle, bad)
+    source = sources[bad - 1]
+    order = [linear.name for linear in graph.linears] + [LOGITS]
+    # Alone it should show as well; where only the whole plan does, what was measured first has to do.
+    wrong = changed([source], order) or {name: c for name, c in changes.items() if not c.within}
+    first = next(name for name in order if name in wrong)
+    change = wrong[first]
+    at = "one of its readers" if first in readers[source] else "it is not known to read the source"
+    return SmoothQuantError(
+        f"smoothing of {source} (read by {', '.join(readers[source])})",
+        expected=f"the same function: {first} may change by {change.allowed:.1e} of its largest value",
+        got=f"{change.measured:.1e} at {first} ({at})",
+        do="nothing was written; this model reads that tensor in a way we did not see: calibrate it without smoothing",
+    )
+
+
+# --- Running in float32 ---
+
+
+def _plain(model: nn.Module, name: str) -> Parameters:
+    return float_parameters(model.get_submodule(name))
+
+
+def _perturbed(model: nn.Module, modules: Iterable[str], seed: int, name: str) -> Parameters:
+    """Parameters of a module of `modules`, each element multiplied by 1 + or - ROUNDINGS * u; of others, as they are.
+
+    The signs are an outer product of random signs, which costs one multiplication; within a row they are independent.
+    """
+    params = _plain(model, name)
+    if name not in modules:
+        return params
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+    for parameter, value in params.items():
+        step: torch.Tensor | float = ROUNDINGS * UNIT
+        for dim, size in enumerate(value.shape):
+            signs = torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1).to(value)
+            step = step * signs.reshape([-1 if d == dim else 1 for d in range(value.dim())])
+        params[parameter] = value * (1 + step)
+    return params
+
+
+@contextmanager
+def _settled(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, plain kernels, float32 products that are float32 (no TF32); all restored."""
+    precision, training = torch.get_float32_matmul_precision(), model.training
+    torch.set_float32_matmul_precision("highest")
+    model.eval()
+    try:
+        with torch.no_grad(), plain_kernels(model):
+            yield
+    finally:
+        model.train(training)
+        torch.set_float32_matmul_precision(precision)
+
+
+def _run(model: nn.Module, batch: torch.Tensor, watched: Iterable[str], change: Callable[[str], Parameters]) -> Outputs:
+    """Logits and outputs of `watched`, float32 [rows, features], run on the parameters that `change` gives."""
+    outputs: Outputs = {}
+
+    def record(name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        rows = output.detach().float().reshape(-1, output.shape[-1])
+        rows = rows[:: max(1, -(-len(rows) // ROWS))]
+        # A module that runs twice is compared in both runs.
+        outputs[name] = torch.cat([outputs[name], rows]) if name in outputs else rows.clone()
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(record, name), prepend=True) for name in watched]
+    device = next(model.parameters()).device
+    try:
+        with _float32(model, change):
+            result = model(input_ids=batch.to(device), use_cache=False)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        raise SmoothQuantError(
+            "gate",
+            expected="a model whose blocks run in float32",
+            got=str(error).splitlines()[0],
+            do="load the model in float32",
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    leaves = tree_leaves(dict(result) if isinstance(result, dict) else result)
+    logits = next(t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point())
+    return outputs | {LOGITS: logits.float().reshape(-1, logits.shape[-1])}
+
+
+@contextmanager
+def _float32(model: nn.Module, change: Callable[[str], Parameters]) -> Iterator[None]:
+    """While a module runs, its own parameters are `change(name)` and its own floating-point buffers float32.
+
+    A decoder block (an element of a ModuleList) changes as a whole, since code within it may look at its siblings' dtype.
+    """
+    swapped: list[tuple[torch.Tensor, torch.Tensor]] = []
+    active: set[str] = set()
+    calls: list[tuple[int, list[str]]] = []
+
+    def enter(inside: list[str], module: nn.Module, args: Any) -> None:
+        fresh = [name for name in inside if name not in active]
+        calls.append((len(swapped), fresh))
+        active.update(fresh)
+        for name in fresh:
+            owner = model.get_submodule(name)
+            new = change(name)
+            for parameter, tensor in own_parameters(owner).items():
+                swap(tensor, new[parameter])
+            for buffer in owner.buffers(recurse=False):
+                swap(buffer, buffer.float() if buffer.is_floating_point() else buffer)
+
+    def swap(tensor: torch.Tensor, new: torch.Tensor) -> None:
+        swapped.append((tensor, tensor.data))
+        tensor.data = new
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        mark, fresh = calls.pop()
+        active.difference_update(fresh)
+        undo(mark)
+
+    def undo(mark: int) -> None:
+        while len(swapped) > mark:
+            tensor, old = swapped.pop()
+            tensor.data = old
+
+    handles = []
+    try:
+        for name, inside in _units(model).items():
+            module = model.get_submodule(name)
+            handles += [
+                module.register_forward_pre_hook(partial(enter, inside), prepend=True),
+                module.register_forward_hook(leave),
+            ]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        undo(0)
+
+
+def _units(model: nn.Module) -> dict[str, list[str]]:
+    """Module -> modules with parameters or buffers of their own that change while it runs: itself or a whole block."""
+    units: dict[str, list[str]] = {}
+    containers = (nn.ModuleList, nn.ModuleDict)
+    for name, module in model.named_modules():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        block = name and isinstance(parent, containers) and not isinstance(module, containers)
+        inside = module.named_modules(prefix=name) if block else [(name, module)]
+        own = [n for n, m in inside if own_parameters(m) or next(m.buffers(recurse=False), None) is not None]
+        if own:
+            units[name] = own
+    return units

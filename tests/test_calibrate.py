@@ -1,0 +1,336 @@
+"""From a model folder to a checkpoint, on tiny models: what is written, that it is right, and what is refused."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from calibration import __main__ as cli
+from calibration import export, observers
+from calibration.pipeline import calibrate, smooth
+from calibration.reference import load_reference
+from tests import tiny, zoo
+from vllm_smoothquant.checkpoint import MANIFEST, QuantizationConfig, SmoothQuantError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "bloom")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """On matrices this small a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny.save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """name -> folder, made when first asked for."""
+    root = tmp_path_factory.mktemp("models")
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = tiny.save(name, root / name)
+        return made[name]
+
+    return get
+
+
+def run(model, output, text, **options):
+    options = {"dataset": str(text), "samples": tiny.SAMPLES, "seq_len": tiny.SEQ_LEN, "quiet": True} | options
+    return calibrate(str(model), output, **options)
+
+
+def tensors(folder):
+    return {k: v for f in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def token_ids():
+    return torch.randint(3, zoo.VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def relative_error(ours, original):
+    return float((ours - original).norm() / original.norm())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_tensor_is_what_the_format_says(name, models, text, tmp_path):
+    manifest = run(models(name), tmp_path / "out", text, activations="static")
+    stored, source = tensors(tmp_path / "out"), tensors(models(name))
+    config = QuantizationConfig.from_dict(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"])
+    expected = {k: (t.dtype, tuple(t.shape)) for k, t in source.items()}
+    for layer in manifest["quantized"]:
+        prefix = next(p for p in (layer, layer.removeprefix("transformer.")) if f"{p}.weight" in source)
+        specs = config.scheme(layer).tensors(*source[f"{prefix}.weight"].shape)
+        expected |= {f"{prefix}.{suffix}": spec for suffix, spec in specs.items()}
+    assert {k: (t.dtype, tuple(t.shape)) for k, t in stored.items()} == expected
+    assert manifest["files"] == export.file_hashes(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_smoothing_brings_the_checkpoint_nearer_to_the_original(name, models, text, tmp_path):
+    original = AutoModelForCausalLM.from_pretrained(models(name), dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = original(token_ids()).logits
+        errors = {}
+        for smoothing in (True, False):
+            run(models(name), tmp_path / str(smoothing), text, smoothing=smoothing)
+            errors[smoothing] = relative_error(load_reference(tmp_path / str(smoothing))(token_ids()).logits, expected)
+    assert errors[True] < errors[False]
+
+
+def test_static_scale_is_the_range_of_the_smoothed_activation(models, text, tmp_path):
+    """Independent of the folding's own arithmetic: observe the smoothed model again."""
+    run(models("llama"), tmp_path / "int8", text, activations="static")
+    smooth(str(models("llama")), tmp_path / "float", dataset=str(text), samples=tiny.SAMPLES, seq_len=tiny.SEQ_LEN)
+    smoothed = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.float32)
+    from calibration.data import load_samples
+
+    ids = load_samples(
+        str(text), tiny.tokenizer(), text_column="text", samples=tiny.SAMPLES, seq_len=tiny.SEQ_LEN, seed=0
+    ).input_ids
+    stored = tensors(tmp_path / "int8")
+    layers = [k.removesuffix(".input_scale") for k in stored if k.endswith(".input_scale")]
+    for name, absmax in observers.observe(smoothed, layers, ids, quiet=True).items():
+        # The smoothed model rounds W * s and x / s again in float32, layer after layer.
+        torch.testing.assert_close(stored[f"{name}.input_scale"][0], absmax.max() / 127, rtol=1e-4, atol=0)
+
+
+def test_smooth_keeps_the_function(models, text, tmp_path):
+    smooth(str(models("opt")), tmp_path / "out", dataset=str(text), samples=tiny.SAMPLES, seq_len=tiny.SEQ_LEN)
+    with torch.no_grad():
+        a, b = (AutoModelForCausalLM.from_pretrained(f)(token_ids()).logits for f in (models("opt"), tmp_path / "out"))
+    assert relative_error(b, a) < 1e-4  # float32 rounding is 1e-6; a wrong fold moves the zoo's logits by percents
+    before, after = tensors(models("opt")), tensors(tmp_path / "out")
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert "model.decoder.layers.0.self_attn.q_proj.weight" in changed
+
+
+def test_the_same_inputs_give_the_same_bytes(models, text, tmp_path):
+    for out in ("a", "b"):
+        run(models("llama"), tmp_path / out, text)
+    for file in sorted((tmp_path / "a").iterdir()):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_bfloat16_stays_bfloat16(text, tmp_path):
+    tiny.save("llama", tmp_path / "model", torch.bfloat16)
+    run(tmp_path / "model", tmp_path / "out", text)
+    stored = tensors(tmp_path / "out")
+    assert {t.dtype for k, t in stored.items() if "norm" in k or "embed" in k} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_tied_embeddings_stay_tied(text, tmp_path):
+    tiny.save("llama-tied", tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "out", text)
+    assert "lm_head.weight" not in tensors(tmp_path / "out")
+
+
+def test_ignored_layers_stay_as_they_are(models, text, tmp_path):
+    name = "model.layers.1.mlp.down_proj"
+    manifest = run(models("llama"), tmp_path / "out", text, ignore=frozenset({name}))
+    stored = tensors(tmp_path / "out")
+    assert stored[f"{name}.weight"].dtype == torch.float32
+    assert f"{name}.weight_scale" not in stored
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["ignore"] == ["lm_head", name]
+    assert manifest["kept"][name] == "asked for by --ignore"
+
+
+def test_shards_and_index(tmp_path):
+    named = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}
+    export.write_tensors(tmp_path, named.items(), max_shard_bytes=100)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 200
+    assert len(set(index["weight_map"].values())) == 3
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / file, "pt") as shard:
+            assert torch.equal(shard.get_tensor(name), named[name])
+
+
+def test_a_tensor_twice_is_an_error(tmp_path):
+    with pytest.raises(SmoothQuantError, match="each tensor once"):
+        export.write_tensors(tmp_path, [("a", torch.ones(1)), ("a", torch.ones(1))])
+
+
+class Loop(torch.nn.Module):
+    """Two linear layers, one never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, input_ids, use_cache):
+        return self.used(input_ids.float())
+
+
+def test_absmax_is_per_input_channel():
+    ids = torch.tensor([[[1, -5, 0, 2], [3, 4, 0, -2]]])
+    assert observers.observe(Loop(), ["used"], ids, quiet=True)["used"].tolist() == [3, 5, 0, 2]
+
+
+def test_a_layer_never_reached_is_an_error():
+    with pytest.raises(SmoothQuantError, match="idle: expected every linear layer to be reached"):
+        observers.observe(Loop(), ["used", "idle"], torch.ones(1, 2, 4), quiet=True)
+
+
+# --- bad input: one line, exit code 1, nothing left behind ---
+
+
+def broken_model(models, tmp_path, change) -> Path:
+    folder = tmp_path / "broken"
+    model = AutoModelForCausalLM.from_pretrained(models("llama"))
+    change(model)
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def edit_config(models, tmp_path, **changes) -> Path:
+    folder = broken_model(models, tmp_path, lambda m: None)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def drop_tensor(models, tmp_path) -> Path:
+    from safetensors.torch import save_file
+
+    folder = broken_model(models, tmp_path, lambda m: None)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, path, metadata={"format": "pt"})
+    return folder
+
+
+def truncate(models, tmp_path) -> Path:
+    folder = broken_model(models, tmp_path, lambda m: None)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return folder
+
+
+def poison(models, tmp_path) -> Path:
+    return broken_model(models, tmp_path, lambda m: m.model.layers[1].mlp.up_proj.weight.data[3, 4].fill_(torch.nan))
+
+
+def overflow(models, tmp_path) -> Path:
+    return broken_model(models, tmp_path, lambda m: m.model.layers[0].mlp.up_proj.weight.data.fill_(3e38))
+
+
+BAD_MODELS = {
+    "missing": (lambda m, t: t / "nowhere", "a model folder or a hub id"),
+    "no model in it": (lambda m, t: t, "a model folder or a hub id"),
+    "unknown architecture": (lambda m, t: edit_config(m, t, model_type="nonesuch"), "a model folder or a hub id"),
+    "no language model": (lambda m, t: edit_config(m, t, model_type="vit"), "a causal language model"),
+    "already quantised": (
+        lambda m, t: edit_config(m, t, quantization_config={"quant_method": "fp8"}), "already quantised by 'fp8'",
+    ),
+    "tensor missing": (drop_tensor, "model.layers.1.mlp.up_proj.weight: expected every tensor"),
+    "truncated": (truncate, "a causal language model"),
+    "NaN in weights": (poison, "model.layers.1.mlp.up_proj.weight: expected finite weights"),
+    "activations overflow": (overflow, "finite"),
+}  # fmt: skip
+
+
+def fails(argv, capsys, output, message):
+    before = set(output.parent.iterdir())
+    assert cli.main(argv) == 1
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("smoothquant: ")
+    assert message in err
+    assert "expected" in err
+    assert "got" in err
+    assert set(output.parent.iterdir()) == before, "something half-written stayed behind"
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_MODELS.values(), ids=BAD_MODELS)
+def test_bad_models(make, message, models, text, tmp_path, capsys):
+    model, output = make(models, tmp_path), tmp_path / "results" / "out"
+    output.parent.mkdir()
+    argv = ["calibrate", str(model), "-o", str(output), "--dataset", str(text), "--samples", "4", "--seq-len", "32"]
+    fails([*argv, "--quiet"], capsys, output, message)
+
+
+BAD_OPTIONS = {
+    "alpha above": (["--alpha", "1.5"], "--alpha: expected a number in [0, 1], got 1.5"),
+    "alpha below": (["--alpha", "-0.1"], "--alpha"),
+    "alpha nan": (["--alpha", "nan"], "--alpha"),
+    "level and activations": (["--level", "O3", "--activations", "token"], "--activations"),
+    "data set missing": (["--dataset", "/nowhere.jsonl"], "/nowhere.jsonl: expected a readable file"),
+    "column missing": (["--text-column", "note"], "a text column 'note'"),
+    "too few samples": (["--samples", "5000"], "text for 5000 samples"),
+    "too long": (["--seq-len", "100000"], "--seq-len"),
+    "unknown layer": (["--ignore", "model.layers.9.mlp"], "--ignore model.layers.9.mlp: expected a linear layer"),
+    "unwritable": (["-o", "/proc/out"], "a folder that can be written"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_bad_options(options, message, models, text, tmp_path, capsys):
+    argv = ["calibrate", str(models("llama")), "-o", str(tmp_path / "out"), "--dataset", str(text), "--quiet"]
+    fails([*argv, "--samples", "4", "--seq-len", "32", *options], capsys, tmp_path / "out", message)
+
+
+def test_an_output_that_exists_is_left_alone(models, text, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").write_text("mine")
+    fails(["calibrate", str(models("llama")), "-o", str(tmp_path / "out")], capsys, tmp_path / "out", "a new folder")
+    assert (tmp_path / "out/precious").read_text() == "mine"
+
+
+def test_our_own_checkpoint_is_refused_as_a_source(models, text, tmp_path):
+    run(models("llama"), tmp_path / "out", text)
+    with pytest.raises(SmoothQuantError, match="already quantised by 'smoothquant'"):
+        run(tmp_path / "out", tmp_path / "again", text)
+
+
+def test_levels_are_the_papers(models, text, tmp_path, capsys):
+    expected = {"O1": ("token", True), "O2": ("tensor", True), "O3": ("tensor", False)}
+    for level, (strategy, dynamic) in expected.items():
+        argv = ["calibrate", str(models("llama")), "-o", str(tmp_path / level), "--dataset", str(text), "--json"]
+        assert cli.main([*argv, "--samples", "4", "--seq-len", "32", "--level", level]) == 0
+        config = json.loads(capsys.readouterr().out)["quantization_config"]
+        assert config["weights"]["strategy"] == "tensor"
+        assert config["input_activations"] == {"num_bits": 8, "strategy": strategy, "dynamic": dynamic}
+
+
+def test_json_errors_are_json(tmp_path, capsys):
+    assert cli.main(["calibrate", str(tmp_path / "no"), "-o", str(tmp_path / "out"), "--json"]) == 1
+    assert set(json.loads(capsys.readouterr().out)["error"]) == {"where", "expected", "got", "do"}
+
+
+def test_manifest_says_what_made_it(models, text, tmp_path):
+    run(models("llama"), tmp_path / "out", text)
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    weights = models("llama") / "model.safetensors"
+    assert manifest["source"]["sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
+    assert manifest["calibration"]["samples"] == tiny.SAMPLES
+    assert manifest["gate"]["logits"]["change"] <= manifest["gate"]["logits"]["allowed"]
+
+
+def test_calibration_needs_no_vllm(models, text, tmp_path):
+    code = (
+        "import sys; sys.modules['vllm'] = None\n"  # importing it now raises ImportError
+        "from calibration.__main__ import main\n"
+        f"sys.exit(main(['calibrate', {str(models('llama'))!r}, '-o', {str(tmp_path / 'out')!r}, "
+        f"'--dataset', {str(text)!r}, '--samples', '4', '--seq-len', '32', '--quiet']))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    assert (tmp_path / "out/model.safetensors").is_file()

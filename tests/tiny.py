@@ -1,0 +1,39 @@
+"""Tiny models on disk, with a byte tokenizer and text, so that the whole way from folder to checkpoint can be tested."""
+
+import json
+import random
+import string
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests import zoo
+
+SEQ_LEN = 32
+SAMPLES = 8
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """256 tokens, one for each byte: no training, no download, every text can be written in it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=alphabet[1], eos_token=alphabet[2])
+
+
+def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """The zoo's model `name` as a Hugging Face folder."""
+    zoo.build(name).to(dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_text(path: Path, documents: int = 12, characters: int = 200) -> Path:
+    """A JSONL file of random documents."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(string.ascii_letters + " ", k=characters)) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
