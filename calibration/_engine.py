@@ -17,6 +17,8 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 
+from vllm_smoothquant.linear import SmoothQuantLinearMethod
+
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
 else:
@@ -33,6 +35,11 @@ class MeasuredWorker(Worker):
 
     def memory_of_weights(self) -> int:
         return self.weights_added
+
+    def kernels(self) -> list[str]:
+        """What computes our quantised layers, by the names of vllm_smoothquant/kernels.py."""
+        methods = (getattr(module, "quant_method", None) for module in self.get_model().modules())
+        return sorted({m.kernel.name for m in methods if isinstance(m, SmoothQuantLinearMethod)})
 
 
 def held_bytes() -> int:
@@ -82,8 +89,12 @@ def main() -> None:
         enable_prefix_caching=False,
         **request["engine"],
     )
-    answer: dict[str, Any] = {"memory_bytes": sum(llm.collective_rpc("memory_of_weights"))}
-    answer["perplexity"], answer["scored_tokens"] = score(llm, request["windows"])
+    answer: dict[str, Any] = {
+        "memory_bytes": sum(llm.collective_rpc("memory_of_weights")),
+        "kernels": sorted(set().union(*llm.collective_rpc("kernels"))),
+    }
+    if request["score"]:
+        answer["perplexity"], answer["scored_tokens"] = score(llm, request["windows"])
     if request["decode"]:
         answer["decode_tokens_per_second"] = decode_speed(llm, request["windows"], **request["decode"])
     answer_file.write_text(json.dumps(answer))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # The usual text for perplexities; the calibration set is not it.
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1@test"
 # Generation measured for speed: this many prompts of this many tokens at once, each continued by this many.
-DECODE = {"batch": 8, "prompt_tokens": 32, "new_tokens": 64, "repeats": 3}
+DECODE = {"batch": 8, "prompt_tokens": 16, "new_tokens": 32, "repeats": 3}
 SMALL_HOST = 4  # cores
 GiB = 1 << 30
 
@@ -43,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=128, metavar="N", help="how many windows to score")
     parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens in each window")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which windows are drawn")
+    parser.add_argument("--dtype", default="auto", metavar="TYPE", help="of activations, as vLLM's --dtype")
     parser.add_argument(
-        "--dtype", default="auto", metavar="TYPE", help="of activations, as vLLM's --dtype; float32 where BF16 is slow"
+        "--score-dtype", metavar="TYPE", help="another one for the perplexity alone: float32 where the CPU has no BF16"
     )
     parser.add_argument("--enforce-eager", action="store_true", help="no compilation: starts faster, decodes slower")
     parser.add_argument(
@@ -65,23 +66,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         models, source, text_column=args.text_column, samples=args.samples, seq_len=args.seq_len, seed=args.seed
     )
     engine = {"dtype": args.dtype, "enforce_eager": args.enforce_eager, **args.engine}
-    rows = []
+    score_dtype = args.score_dtype or args.dtype
+    rows: list[dict[str, Any]] = []
     for model in models:
-        if not args.json:
-            print(f"evaluate: {model}", file=sys.stderr, flush=True)
-        rows.append({"model": model, "baseline": model == args.baseline, **measure(model, windows, **engine)})
+        print(f"evaluate: {model}", file=sys.stderr, flush=True)
+        row = {"model": model, "baseline": model == args.baseline}
+        row |= measure(model, windows, score=score_dtype == args.dtype, **engine)
+        if score_dtype != args.dtype:
+            scored = measure(model, windows, decode=None, **engine | {"dtype": score_dtype})
+            row |= {key: scored[key] for key in ("perplexity", "scored_tokens")}
+        rows.append(row)
     linear = linear_layers(models)
     for row in rows:
         row.update(weight_bytes(row["model"], linear))
         if args.baseline:
             row["perplexity_change"] = row["perplexity"] / rows[0]["perplexity"] - 1
-    return {"text": text, "engine": {"vllm": version("vllm"), **engine}, "decode": DECODE, "models": rows}
+    about = {"vllm": version("vllm"), **engine, "score_dtype": score_dtype}
+    return {"text": text, "engine": about, "decode": DECODE, "models": rows}
 
 
 def format_table(result: Mapping[str, Any]) -> str:
     """`run`'s result for people."""
     header = ["model", "perplexity", "change", "on disk", "linear", "in memory", "decode"]
-    rows = [
+    rows, text, decode, engine = result["models"], result["text"], result["decode"], result["engine"]
+    cells = [
         [
             Path(row["model"]).name,
             f"{row['perplexity']:.3f}",
@@ -91,27 +99,23 @@ def format_table(result: Mapping[str, Any]) -> str:
             _mib(row["memory_bytes"]),
             f"{row['decode_tokens_per_second']:.1f} tok/s",
         ]
-        for row in result["models"]
+        for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     lines = [
-        "  ".join(
-            [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in [header, ["-" * width for width in widths], *rows]
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in [header, ["-" * width for width in widths], *cells]
     ]
-    text, decode = result["text"], result["decode"]
-    return "\n".join(
-        [
-            *lines,
-            f"perplexity: {text['windows']} windows of {text['seq_len']} tokens of {text['source']}; "
-            f"{result['models'][0]['scored_tokens']} tokens scored",
-            "on disk: all weight files; linear: the tensors of the layers that are INT8 in a checkpoint given here",
-            "in memory: what loading added to the worker, all weights",
-            f"decode: {decode['batch']} prompts at once, {decode['new_tokens']} new tokens each, median of "
-            f"{decode['repeats']}; vLLM {result['engine']['vllm']}",
-        ]
-    )
+    lines += [
+        f"perplexity: {text['windows']} windows of {text['seq_len']} tokens of {text['source']}, "
+        f"{rows[0]['scored_tokens']} tokens scored, dtype {engine['score_dtype']}",
+        "on disk: all weight files; linear: the tensors of the layers that are INT8 in a checkpoint given here",
+        "in memory: what loading the weights added to the process that holds them",
+        f"decode: {decode['batch']} prompts at once, {decode['new_tokens']} new tokens each, median of "
+        f"{decode['repeats']}, dtype {engine['dtype']}; vLLM {engine['vllm']}",
+    ]
+    lines += [f"{Path(row['model']).name}: INT8 by {', '.join(row['kernels'])}" for row in rows if row["kernels"]]
+    return "\n".join(lines)
 
 
 def perplexity(model: str | Path, windows: Sequence[Sequence[int]], **engine: Any) -> float:
@@ -123,18 +127,30 @@ def measure(
     model: str | Path,
     windows: Sequence[Sequence[int]],
     *,
+    score: bool = True,
     decode: Mapping[str, int] | None = DECODE,
     timeout: float | None = None,
     **engine: Any,
 ) -> dict[str, Any]:
-    """perplexity, scored_tokens, memory_bytes and (with `decode`) decode_tokens_per_second, by a fresh vLLM engine."""
+    """What a fresh vLLM engine says of `model`: memory_bytes of all weights, kernels that compute quantised layers,
+    with `score` perplexity and scored_tokens, with `decode` decode_tokens_per_second.
+
+    `engine` are arguments of vLLM's LLM(). Raises SmoothQuantError where vLLM cannot run the model,
+    subprocess.TimeoutExpired after `timeout` seconds; no process is left in any case.
+    """
     _require_vllm()
     longest = max(map(len, windows))
     if decode is not None:
         longest = max(longest, decode["prompt_tokens"] + decode["new_tokens"])
     # kv_cache_memory_bytes: without it vLLM takes nearly all the machine's memory for the cache, whatever the model.
     arguments = {"max_model_len": longest + 1, "max_num_seqs": 16, "kv_cache_memory_bytes": GiB, "seed": 0, **engine}
-    request = {"model": str(model), "windows": [list(w) for w in windows], "decode": decode, "engine": arguments}
+    request = {
+        "model": str(model),
+        "windows": [list(window) for window in windows],
+        "score": score,
+        "decode": decode,
+        "engine": arguments,
+    }
     with tempfile.TemporaryDirectory(prefix="smoothquant-") as folder:
         asked, answered, log = (Path(folder) / name for name in ("request.json", "answer.json", "log.txt"))
         asked.write_text(json.dumps(request))
@@ -222,7 +238,7 @@ def engine_environment(engine: Mapping[str, Any] | None = None) -> dict[str, str
     """This process's environment for a process that runs vLLM; what the user has set stays.
 
     Only vLLM's CPU backend reads what is added. By itself it keeps a core for the front end; on a small host that is
-    half of the machine. It also asks for Intel's OpenMP, which its own installation brings along, to be preloaded.
+    half of the machine.
     """
     environment = dict(os.environ)
     cores = sorted(os.sched_getaffinity(0))

@@ -1,28 +1,29 @@
 """The gate: nothing is written unless the smoothed model computes the same function, in float32, on several batches.
 
 Compared are the logits and the output of every reader of every group, each relative to its own largest value. The
-bound is not tuned. An exact fold changes rounding and nothing else: every product it touches sees at most ROUNDINGS more
-roundings of unit u = 2**-24. So the original model is run once more with every parameter that the plan touches times
-1 +- ROUNDINGS * u. What that changes is the floor, the model's own answer to "how far may rounding move this number?"
+bound is not tuned. An exact fold changes rounding and nothing else: (a) every product it touches sees at most ROUNDINGS
+more roundings of unit u = 2**-24, and (b) sums of rows that are divided by s are rounded on another grid, so that their
+errors are drawn anew. So the original model is run once more with both done to every parameter that the plan touches,
+in a way that needs no graph to be right: (a) times 1 +- ROUNDINGS * u, (b) rows of linear layers times c, 1 <= c < 2,
+and their output divided by c at once. What that changes is the floor: how far rounding alone moves this number.
 
     allowed = MARGIN * floor + 2 u
 
 ROUNDINGS = 5: the norm's factor read back (w / stored), its power behind a squared ReLU, the column's product (W * s),
     the row's quotient (W / s), and the product of activation and weight, which rounds anew.
-MARGIN = 8: change and floor are both the largest of N samples of one bell curve, the floor's being the wider one, since
-    5 u at every weight is the worst case and an exact fold the average. That a floor falls 8 times below its own width
-    has probability (2 * Phi(1/8) - 1) ** N, about 10 ** -N: nil for N in the hundreds (tokens x channels).
+MARGIN = 8, FLOORS = 16: change and floor are draws of one error, the floor's of a wider one, since 5 u at every weight
+    is the worst case and an exact fold the average. At worst that error has a single direction (one channel that dwarfs
+    all others) and a draw is one normal number a. Before it refuses, the gate takes the largest of FLOORS floors; that
+    |a| exceeds MARGIN of it has probability E[(2 Phi(|a| / 8) - 1)**16], about 2e-10. It also settles choices that hang
+    on the last bit (two experts tie in a router), which rounding flips in one run and not in another.
 2 u: both outputs are themselves rounded once.
 A wrong fold moves logits by the factor it got wrong, percents at least; the floor is about 1e-6.
-
-Where a choice hangs on the last bit (two experts tie in a router), rounding moves the answer by a jump that one run may
-make and another not. So before it refuses, the gate measures the floor with other signs as well.
 
 Parameters become float32 one decoder block at a time, while it runs; the model is left as it was, bit for bit.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from vllm_smoothquant.checkpoint import SmoothQuantError
 
@@ -41,7 +43,7 @@ from .smooth import Smoothing
 UNIT = 2.0**-24
 ROUNDINGS = 5
 MARGIN = 8
-FLOORS = 8  # tried before a refusal
+FLOORS = 16
 ROWS = 128  # of every reader's output that are compared: memory, on big models
 LOGITS = "logits"
 
@@ -97,7 +99,9 @@ def _entry(change: Change) -> dict[str, float]:
     return {"change": change.measured, "allowed": change.allowed}
 
 
-def _compare(model: nn.Module, smoothing: Smoothing, batch: torch.Tensor, watched: Iterable[str]) -> dict[str, Change]:
+def _compare(
+    model: nn.Module, smoothing: Smoothing, batch: torch.Tensor, watched: Iterable[str], floors: int = FLOORS
+) -> dict[str, Change]:
     """Change of the logits and of each watched linear layer's output under `smoothing`, with its bound."""
     watched = set(watched)
     plain = _run(model, batch, watched, partial(_plain, model))
@@ -113,8 +117,9 @@ def _compare(model: nn.Module, smoothing: Smoothing, batch: torch.Tensor, watche
             smoothed[name] = value * factor
     measured = _relative(plain, smoothed)
     floor = dict.fromkeys(measured, 0.0)
-    for seed in range(FLOORS):
-        moved = _run(model, batch, watched, partial(_perturbed, model, smoothing.modules, seed))
+    for seed in range(floors):
+        rounded = _Rounded(model, smoothing.modules, smoothing.transposed, seed)
+        moved = _run(model, batch, watched, rounded.parameters, rounded.hooks)
         floor = {name: max(floor[name], change) for name, change in _relative(plain, moved).items()}
         changes = {name: Change(measured[name], MARGIN * floor[name] + 2 * UNIT) for name in measured}
         if all(change.within for change in changes.values()):
@@ -143,7 +148,7 @@ def _refusal(
     watched = {name for source in sources for name in readers[source]}
 
     def changed(some: Sequence[str], where: Iterable[str]) -> dict[str, Change]:
-        found = _compare(model, smoothing.only(model, some), batch, where)
+        found = _compare(model, smoothing.only(model, some), batch, where, floors=1)
         return {name: change for name, change in found.items() if not change.within}
 
     good, bad = 0, len(sources)
@@ -151,10 +156,10 @@ def _refusal(
         middle = (good + bad) // 2
         good, bad = (good, middle) if changed(sources[:middle], watched) else (middle, bad)
     source = sources[bad - 1]
-    order = [linear.name for linear in graph.linears] + [LOGITS]
+    linears = [linear.name for linear in graph.linears]
     # Alone it should show as well; where only the whole plan does, what was measured first has to do.
-    wrong = changed([source], order) or {name: c for name, c in changes.items() if not c.within}
-    first = next(name for name in order if name in wrong)
+    wrong = changed([source], linears) or {name: c for name, c in changes.items() if not c.within}
+    first = next(name for name in (*linears, LOGITS) if name in wrong)
     change = wrong[first]
     at = "one of its readers" if first in readers[source] else "it is not known to read the source"
     return SmoothQuantError(
@@ -172,22 +177,56 @@ def _plain(model: nn.Module, name: str) -> Parameters:
     return float_parameters(model.get_submodule(name))
 
 
-def _perturbed(model: nn.Module, modules: Iterable[str], seed: int, name: str) -> Parameters:
-    """Parameters of a module of `modules`, each element multiplied by 1 + or - ROUNDINGS * u; of others, as they are.
+def _signs(size: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
 
-    The signs are an outer product of random signs, which costs one multiplication; within a row they are independent.
-    """
-    params = _plain(model, name)
-    if name not in modules:
+
+class _Rounded:
+    """The original model with its roundings drawn anew in `modules` (module docstring, a and b)."""
+
+    def __init__(self, model: nn.Module, modules: Collection[str], transposed: Mapping[str, bool], seed: int) -> None:
+        """transposed: linear layer -> whether its weight is [in, out]."""
+        self.model, self.modules, self.transposed, self.seed = model, modules, transposed, seed
+
+    def parameters(self, name: str) -> Parameters:
+        """Float32 parameters of module `name`."""
+        params = float_parameters(self.model.get_submodule(name))
+        if name not in self.modules:
+            return params
+        generator = self._generator(name)
+        for parameter, value in params.items():
+            # The signs are an outer product, which costs one multiplication; within a row they are independent.
+            step: torch.Tensor | float = ROUNDINGS * UNIT
+            for dim, size in enumerate(value.shape):
+                shape = [-1 if d == dim else 1 for d in range(value.dim())]
+                step = step * _signs(size, generator).to(value).reshape(shape)
+            params[parameter] = value * (1 + step)
+        if name in self.transposed:
+            c = self._grid(name).to(params["weight"].device)
+            params = {
+                p: v * (c.unsqueeze(1) if v.dim() == 2 and not self.transposed[name] else c) for p, v in params.items()
+            }
         return params
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
-    for parameter, value in params.items():
-        step: torch.Tensor | float = ROUNDINGS * UNIT
-        for dim, size in enumerate(value.shape):
-            signs = torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1).to(value)
-            step = step * signs.reshape([-1 if d == dim else 1 for d in range(value.dim())])
-        params[parameter] = value * (1 + step)
-    return params
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Divide what linear layers give by c, before anyone sees it."""
+        handles = []
+        for name in self.modules:
+            if name in self.transposed:
+                c = self._grid(name)
+
+                def divide(module: nn.Module, args: Any, output: torch.Tensor, c: torch.Tensor = c) -> torch.Tensor:
+                    return output / c.to(output.device)
+
+                handles.append(self.model.get_submodule(name).register_forward_hook(divide, prepend=True))
+        return handles
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(name.encode()) + self.seed)
+
+    def _grid(self, name: str) -> torch.Tensor:
+        weight = own_parameters(self.model.get_submodule(name))["weight"]
+        return 1 + torch.rand(weight.shape[1 if self.transposed[name] else 0], generator=self._generator(name))
 
 
 @contextmanager
@@ -204,8 +243,14 @@ def _settled(model: nn.Module) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _run(model: nn.Module, batch: torch.Tensor, watched: Iterable[str], change: Callable[[str], Parameters]) -> Outputs:
-    """Logits and outputs of `watched`, float32 [rows, features], run on the parameters that `change` gives."""
+def _run(
+    model: nn.Module,
+    batch: torch.Tensor,
+    watched: Iterable[str],
+    change: Callable[[str], Parameters],
+    correct: Callable[[], list[RemovableHandle]] = list,
+) -> Outputs:
+    """Logits and the outputs of `watched`, float32 [rows, features], with the parameters that `change` gives."""
     outputs: Outputs = {}
 
     def record(name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -215,6 +260,7 @@ def _run(model: nn.Module, batch: torch.Tensor, watched: Iterable[str], change: 
         outputs[name] = torch.cat([outputs[name], rows]) if name in outputs else rows.clone()
 
     handles = [model.get_submodule(name).register_forward_hook(partial(record, name), prepend=True) for name in watched]
+    handles += correct()
     device = next(model.parameters()).device
     try:
         with _float32(model, change):
@@ -240,7 +286,7 @@ def _run(model: nn.Module, batch: torch.Tensor, watched: Iterable[str], change: 
 def _float32(model: nn.Module, change: Callable[[str], Parameters]) -> Iterator[None]:
     """While a module runs, its own parameters are `change(name)` and its own floating-point buffers float32.
 
-    A decoder block (an element of a ModuleList) changes as a whole, since code within it may look at its siblings' dtype.
+    A decoder block (an element of a ModuleList) changes as a whole: code within it may look at its siblings' dtype.
     """
     swapped: list[tuple[torch.Tensor, torch.Tensor]] = []
     active: set[str] = set()

@@ -133,6 +133,12 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [t for t in leaves if isinstance(t, torch.Tensor)]
 
 
+def _span(columns: torch.Tensor) -> tuple[int, int]:
+    """Smallest and largest label of a linear layer's input channels; (0, 0) if none carries one."""
+    labels = columns[columns != 0] % DEGREE
+    return (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+
+
 def _keeps_shape(inputs: list[torch.Tensor], output: Any, channels: int) -> bool:
     """Whether a module made one tensor of one tensor of the same shape [..., channels]."""
     single = isinstance(output, torch.Tensor) and [t.shape for t in inputs] == [output.shape]
@@ -260,10 +266,13 @@ class _Watch:
         ledger = self.trace.ledger
         groups, refusals = [], []
         covered = {name: torch.zeros(len(columns), dtype=torch.bool) for name, columns in self.inputs.items()}
+        span = {n: _span(columns) for n, columns in self.inputs.items()}
         for source in ledger.sources.values():
             readers = []
             read = torch.zeros(source.channels, dtype=torch.bool)
             for name, columns in self.inputs.items():
+                if span[name][1] < source.first or span[name][0] >= source.first + source.channels:
+                    continue
                 labels = columns % DEGREE - source.first
                 ours = (columns != 0) & (labels >= 0) & (labels < source.channels)
                 ours &= ~source.pinned[labels.clamp(0, source.channels - 1)]

@@ -345,7 +345,7 @@ class Trace(TorchDispatchMode):
         return out
 
     def _mutate(self, func: Any, args: tuple, kwargs: dict) -> None:
-        """An operation in place that leaves every label as it was (x *= 2) is harmless; any other pins all it touches."""
+        """In place, an operation whose rule leaves every label as it was (x *= 2) is harmless; any other pins all."""
         name = func.overloadpacket.__name__
         rule = RULES.get(getattr(aten, name[:-1], None)) if name.endswith("_") else None
         if rule is not None:
@@ -367,6 +367,8 @@ class Trace(TorchDispatchMode):
 
     def _store(self, tensor: torch.Tensor, labels: Labels) -> None:
         if not self.labelled(labels.ids):
+            # Known to carry nothing, which is not the same as unknown (see _pin_aliases).
+            self._labels[tensor] = Labels(labels.ids, frozenset())
             return
         self._labels[tensor] = labels
         storage = tensor.untyped_storage()

@@ -8,7 +8,7 @@ Source: Xiao et al., SmoothQuant (arXiv 2211.10438), eq. 3 and 4. Channels that 
 A plan (`Smoothing`) holds only factors; smoothed parameters are computed in float32 on demand, one module at a time.
 
 Norms are stored in the model's own dtype, where w / s must be rounded. The rounding is not lost: the factor is read
-back from what is stored, s' = w / stored, and s' is what multiplies the readers' columns. A bfloat16 norm costs nothing.
+back from what is stored, s' = w / stored, and it is s' that multiplies the readers' columns. bfloat16 costs nothing.
 """
 
 from collections.abc import Collection, Mapping
@@ -38,8 +38,8 @@ def smoothing_factors(
 ) -> torch.Tensor:
     """s of `group`, float32 [channels]: the source's output is divided by it (eq. 4).
 
-    act_absmax: max|X_j| of each reader's input, [in_features]. All readers' columns that come from one channel share its
-    s: both maxima are taken over all of them. Readers kept in floating point follow but have no vote.
+    act_absmax: max|X_j| of each reader's input, [in_features]. All readers' columns that come from one channel share
+    its s: both maxima are taken over all of them. Readers kept in floating point follow but have no vote.
     A channel whose activation or weight maximum is 0 has no range to balance: s = 1.
     power_of_two rounds s (in the logarithm), so that folding is exact in any floating-point dtype.
     Non-finite maxima are a SmoothQuantError that names the layer.
@@ -107,7 +107,7 @@ class Smoothing:
     """A plan: which parameters are divided and multiplied by what. Building it modifies nothing; apply_ does.
 
     factors: source -> float32 [channels], what the source's output is divided by, the norms' rounding included.
-    modules: names of all modules whose parameters change.
+    modules: names of all modules whose parameters change. transposed: linear layer -> whether its weight is [in, out].
     """
 
     def __init__(self, model: nn.Module, graph: Graph, factors: Mapping[str, torch.Tensor]) -> None:
@@ -117,7 +117,7 @@ class Smoothing:
         self._norms: dict[str, dict[str, torch.Tensor]] = {}
         self._inputs: dict[str, torch.Tensor] = {}
         self._outputs: dict[str, torch.Tensor] = {}
-        self._transposed = {linear.name: linear.transposed for linear in graph.linears}
+        self.transposed = {linear.name: linear.transposed for linear in graph.linears}
         for group in graph.groups:
             if group.source in factors:
                 self._plan(model, group, factors[group.source])
@@ -146,7 +146,7 @@ class Smoothing:
             self._inputs[reader.name] = columns if known is None else known * columns
 
     def input_factor(self, name: str) -> torch.Tensor | None:
-        """float32 [in_features]: columns of linear layer `name` are multiplied by it, its input arrives divided by it."""
+        """float32 [in_features]: columns of linear layer `name` are multiplied by it; its input arrives divided."""
         return self._inputs.get(name)
 
     def output_factor(self, name: str) -> torch.Tensor | None:
@@ -159,7 +159,7 @@ class Smoothing:
         for parameter, value in self._norms.get(name, {}).items():
             params[parameter] = value.to(params[parameter].device)
         columns, rows = self._inputs.get(name), self._outputs.get(name)
-        in_dim = 0 if self._transposed.get(name) else 1
+        in_dim = 0 if self.transposed.get(name) else 1
         if columns is not None:
             params["weight"] = params["weight"] * _along(columns, in_dim, params["weight"])
         if rows is not None:

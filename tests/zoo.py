@@ -135,8 +135,10 @@ def config(name: str) -> Any:
     """The tiny transformers config of zoo entry `name`."""
     kind, overrides = ZOO[name]
     config_class = getattr(transformers, kind)
-    known = set(inspect.signature(config_class.__init__).parameters) | set(config_class.attribute_map)
-    sizes = {k: v for k, v in COMMON.items() if k in known} | overrides
+    aliases = config_class.attribute_map
+    known = set(inspect.signature(config_class.__init__).parameters) | set(aliases)
+    # An entry may use the architecture's own name for a common size.
+    sizes = {k: v for k, v in COMMON.items() if k in known and aliases.get(k) not in overrides} | overrides
     return config_class(**{k: v for k, v in sizes.items() if v is not None})
 
 

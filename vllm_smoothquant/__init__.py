@@ -1,4 +1,56 @@
-"""SmoothQuant for vLLM."""
+"""SmoothQuant W8A8 INT8 for vLLM: the plugin. `register` is the `vllm.general_plugins` entry point.
+
+Importing this package, `checkpoint` or `int8` imports neither vLLM nor transformers; a calibration host needs no vLLM.
+"""
+
+import logging
+
+# pyproject.toml declares the same range; what differs inside it is listed in kernels.py and config.py.
+SUPPORTED_VLLM = ">=0.26,<0.34"
 
 
-def register(): ...
+def register() -> None:
+    """Teach vLLM the quantisation method "smoothquant". vLLM calls it in every process; calling it again is harmless.
+
+    Outside SUPPORTED_VLLM other models go on working, and a SmoothQuant checkpoint is refused in one line.
+    """
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.version import __version__
+
+    from .checkpoint import QUANT_METHOD
+
+    try:
+        supported = Version(__version__) in SpecifierSet(SUPPORTED_VLLM, prereleases=True)
+    except InvalidVersion:
+        # A source tree without tags calls itself "dev"; whoever builds one knows which revision it is.
+        logging.getLogger("vllm.smoothquant").warning("vLLM %r has no readable version: not checked", __version__)
+        supported = True
+
+    if supported:
+        from .config import SmoothQuantConfig
+
+        register_quantization_config(QUANT_METHOD)(SmoothQuantConfig)
+    else:
+        register_quantization_config(QUANT_METHOD)(_refusing(__version__))
+
+
+def _refusing(version: str) -> type:
+    """A stand-in for SmoothQuantConfig which answers every use with one line."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    from .checkpoint import SmoothQuantError
+
+    def refuse(*_: object, **__: object) -> object:
+        raise SmoothQuantError(
+            "vllm",
+            expected=f"a version {SUPPORTED_VLLM}",
+            got=version,
+            do="install a supported vLLM, or upgrade vllm-smoothquant",
+        )
+
+    # Abstract methods may differ between versions; none is reached, but all must be there for `__init__` to be.
+    body: dict[str, object] = dict.fromkeys(QuantizationConfig.__abstractmethods__, refuse)
+    body |= {"__init__": refuse, "from_config": classmethod(refuse), "get_config_filenames": staticmethod(list)}
+    return type("UnsupportedVllm", (QuantizationConfig,), body)

@@ -7,13 +7,17 @@ A quantised linear layer `P` is stored as
     P.smoothing_factor  float32  [in], only where smoothing could not be folded away: the layer computes
                                  (x / smoothing_factor) @ weight^T
     P.bias              as in the source model
-Everything that is not a quantised linear layer keeps its name, dtype and shape. docs/checkpoint_format.md says it in words.
+Everything that is not a quantised linear layer keeps its name, dtype and shape. docs/checkpoint_format.md says it in
+words.
 
 The calibration host writes by this file and the serving host reads by it: torch and the standard library only.
 """
 
-from collections.abc import Mapping
+import json
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +33,14 @@ class SmoothQuantError(ValueError):
     def __init__(self, where: str, *, expected: str, got: str, do: str) -> None:
         super().__init__(f"{where}: expected {expected}, got {got}; {do}")
         self.where, self.expected, self.got, self.do = where, expected, got, do
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # vLLM's workers pickle their exceptions for the parent; by default __init__ would get the message alone.
+        return _rebuild, (type(self), self.where, self.expected, self.got, self.do)
+
+
+def _rebuild(cls: type[SmoothQuantError], where: str, expected: str, got: str, do: str) -> SmoothQuantError:
+    return cls(where, expected=expected, got=got, do=do)
 
 
 def _strict(value: Any, where: str, known: Mapping[str, Any], required: frozenset[str]) -> dict[str, Any]:
@@ -129,8 +141,8 @@ class Scheme:
 class QuantizationConfig:
     """`quantization_config` in config.json. Names are module names as the checkpoint's tensors spell them.
 
-    ignore: linear layers kept in floating point. overrides: layers whose activations are scaled otherwise than the rest.
-    smoothed: layers that carry a `smoothing_factor`.
+    ignore: linear layers kept in floating point. overrides: layers whose activations are scaled otherwise than the
+    rest. smoothed: layers that carry a `smoothing_factor`.
     """
 
     weights: Weights = field(default_factory=Weights)
@@ -142,18 +154,9 @@ class QuantizationConfig:
     @classmethod
     def from_dict(cls, value: Any, where: str = "quantization_config") -> "QuantizationConfig":
         """Strict: an unknown key, a newer format_version or a value out of range is a SmoothQuantError."""
-        keys = {
-            k: None
-            for k in (
-                "quant_method",
-                "format_version",
-                "weights",
-                "input_activations",
-                "overrides",
-                "smoothed",
-                "ignore",
-            )
-        }
+        optional = ("overrides", "smoothed")
+        required = ("weights", "input_activations", "ignore")
+        keys = dict.fromkeys(("quant_method", "format_version", *required, *optional))
         if isinstance(value, Mapping):
             # Both come before the keys: another method's or a newer file's keys are rightly unknown to us.
             _choice(value.get("quant_method"), f"{where}.quant_method", (QUANT_METHOD,))
@@ -166,7 +169,7 @@ class QuantizationConfig:
                     do="upgrade vllm-smoothquant",
                 )
             _choice(version, f"{where}.format_version", (FORMAT_VERSION,))
-        v = _strict(value, where, keys, frozenset({"weights", "input_activations", "ignore"}))
+        v = _strict(value, where, keys, frozenset(required))
         overrides = v.get("overrides", {})
         if not isinstance(overrides, Mapping):
             raise SmoothQuantError(
@@ -216,3 +219,106 @@ def _names(value: Any, where: str) -> frozenset[str]:
     if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in value):
         raise SmoothQuantError(where, expected="a list of module names", got=repr(value), do="mend config.json")
     return frozenset(value)
+
+
+Headers = dict[str, tuple[str, tuple[int, ...]]]
+_SAFETENSORS_NAME = {torch.int8: "I8", torch.float32: "F32"}
+
+
+def read_headers(folder: str | Path) -> Headers:
+    """Tensor name -> (safetensors' name of the dtype, shape) of every tensor in `folder`; reads no tensor.
+
+    Raises SmoothQuantError where a file cannot be read, a name comes twice, or the index and the files disagree.
+    """
+    folder = Path(folder)
+    found: Headers = {}
+    home: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+        except (OSError, ValueError, struct.error) as error:
+            raise SmoothQuantError(
+                str(path), expected="a safetensors file", got=str(error), do="copy or export the checkpoint again"
+            ) from error
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if name in home:
+                raise SmoothQuantError(
+                    str(path),
+                    expected=f"{name} in one file",
+                    got=f"a second copy, after {home[name]}",
+                    do="remove the file that does not belong to this checkpoint",
+                )
+            found[name], home[name] = (entry["dtype"], tuple(entry["shape"])), path.name
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        for name, file_name in json.loads(index.read_text())["weight_map"].items():
+            if home.pop(name, None) != file_name:
+                raise SmoothQuantError(
+                    str(index), expected=f"{name} in {file_name}", got="nothing there", do="copy the missing file"
+                )
+        for name, file_name in home.items():
+            raise SmoothQuantError(
+                str(index),
+                expected=f"an entry for {name}",
+                got=f"it only in {file_name}",
+                do="export the checkpoint again",
+            )
+    return found
+
+
+def header_faults(config: "QuantizationConfig", tensors: Headers) -> Iterator[SmoothQuantError]:
+    """Everything `tensors` alone shows to be wrong under `config`: missing, superfluous or misshapen tensors.
+
+    Whether a linear layer was left out altogether needs the model, and whether a scale is finite needs its value.
+    """
+
+    def fault(tensor: str, expected: str, got: str) -> SmoothQuantError:
+        return SmoothQuantError(tensor, expected=expected, got=got, do="export the checkpoint again")
+
+    quantised = {name.removesuffix(".weight") for name, (dtype, _) in tensors.items() if dtype == "I8"}
+    for name in sorted((config.smoothed | set(config.overrides)) - quantised):
+        yield fault(
+            f"{name}.weight", "int8, since quantization_config names the layer", _describe(tensors, f"{name}.weight")
+        )
+    scaled = {
+        name.removesuffix(suffix)
+        for suffix in (".weight_scale", ".input_scale", ".smoothing_factor")
+        for name in tensors
+        if name.endswith(suffix)
+    }
+    for name in sorted(quantised | scaled):
+        scheme = config.scheme(name)
+        if scheme is None:
+            yield fault(f"{name}.weight", "floating point, since quantization_config ignores it", "a quantised layer")
+            continue
+        dtype, shape = tensors.get(f"{name}.weight", ("", ()))
+        if dtype != "I8" or len(shape) != 2:
+            yield fault(f"{name}.weight", "int8 [out, in]", _describe(tensors, f"{name}.weight"))
+            continue
+        rows, columns = shape
+        if tensors.get(f"{name}.weight_scale", ("", ()))[1] == (columns, 1):
+            rows, columns = columns, rows  # GPT-2's Conv1D keeps [in, out]
+        specs = scheme.tensors(rows, columns)
+        if name in config.smoothed:
+            specs["smoothing_factor"] = (torch.float32, (columns,))
+        for suffix in ("weight_scale", "input_scale", "smoothing_factor"):
+            tensor = f"{name}.{suffix}"
+            if suffix not in specs:
+                if tensor in tensors:
+                    yield fault(tensor, "nothing, by quantization_config", _describe(tensors, tensor))
+                continue
+            dtype_wanted, shape_wanted = specs[suffix]
+            if tensors.get(tensor) != (_SAFETENSORS_NAME[dtype_wanted], shape_wanted):
+                wanted = _describe({tensor: (_SAFETENSORS_NAME[dtype_wanted], shape_wanted)}, tensor)
+                yield fault(tensor, wanted, _describe(tensors, tensor))
+
+
+def _describe(tensors: Headers, name: str) -> str:
+    if name not in tensors:
+        return "no such tensor"
+    dtype, shape = tensors[name]
+    return f"{dtype} {list(shape)}"

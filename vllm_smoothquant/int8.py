@@ -21,10 +21,11 @@ QMIN = -128
 def absmax_scale(absmax: torch.Tensor) -> torch.Tensor:
     """float32 scale that maps `absmax` (any shape, >= 0) to 127.
 
-    An all-zero row has no range to keep; its scale is 1 so that it stays finite, positive and decodes to zeros.
+    An all-zero row has no range to keep; its scale is 1 so that it stays finite, positive and decodes to zeros. So is
+    that of a row too small for a normal float32 scale, whose reciprocal would be infinite. NaN stays NaN, to be found.
     """
     scale = absmax.to(torch.float32) / QMAX
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,129 @@
+"""docs/architectures.md: what smoothing does to every architecture of tests/zoo.py.
+
+`python -m benchmarks.architectures`. For each tiny model: discover, smooth with alpha 0.5, pass the gate, write, and
+compare the logits of other tokens in float32. Whether vLLM serves the INT8 checkpoint is read from SERVED, a JSON object
+{zoo name: what to print}, where that file is. The last line printed is JSON.
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration import gate
+from calibration.graph import Graph, discover
+from calibration.observers import observe
+from calibration.smooth import smooth_groups
+from tests import zoo
+from vllm_smoothquant.checkpoint import SmoothQuantError
+
+ROOT = Path(__file__).parent.parent
+SERVED = Path(__file__).parent / "served.json"
+OUTPUT = ROOT / "docs" / "architectures.md"
+BOUND = 1e-4
+
+HEADER = """# Architectures
+
+Written by `python -m benchmarks.architectures`; not by hand. Models are tiny and random, with outlier channels in every
+norm (tests/zoo.py). *Groups*: sources with a foldable scale, over both layers. *Folds*: source → the linear layers that
+take its scale; [64/256] where only that many channels of a fused projection can. *Change*: largest change of a logit,
+relative to the largest logit, when the smoothed model is written and run in float32; at most 1e-4 is asked for.
+*Not folded*: linear layers whose input keeps its scale, and the norms among the reasons.
+
+| model | groups | folds | change | not folded, and why | INT8 served by vLLM |
+|---|---|---|---|---|---|
+"""
+
+
+def short(name: str) -> str:
+    """What module `name` is called within its block: at most two parts, no layer number."""
+    inside = re.split(r"\.\d+(?:\.|$)", name)[-1]
+    return ".".join(inside.split(".")[-2:]) or "block"
+
+
+def folds(graph: Graph) -> str:
+    lines: dict[str, None] = {}
+    for group in graph.groups:
+        part = "" if group.foldable.all() else f" [{int(group.foldable.sum())}/{group.channels}]"
+        readers = ", ".join(dict.fromkeys(short(reader.name).rpartition(".")[2] for reader in group.readers))
+        lines[f"{short(group.source)}{part} → {readers}"] = None
+    return "<br>".join(lines)
+
+
+def not_folded(graph: Graph) -> str:
+    # A source is a linear layer if it ran as one, else a norm.
+    linears = {linear.name for linear in graph.linears}
+    left = dict.fromkeys(short(linear.name) for linear in graph.linears if linear.uncovered)
+    norms: dict[str, str] = {}
+    for refusal in graph.refusals:
+        if refusal.source not in linears:
+            where, _, operation = refusal.reader.partition(" ")
+            norms.setdefault(short(refusal.source), f"{short(where)} {operation}: {refusal.reason}".replace(" :", ":"))
+    reasons = [f"{source} ({why})" for source, why in norms.items()]
+    return "<br>".join(([f"inputs of {', '.join(left)}"] if left else []) + reasons) or "nothing"
+
+
+def measure(name: str) -> dict[str, Any]:
+    """One row of the table."""
+    model, sample, other = zoo.build(name), zoo.tokens(1), zoo.tokens(2)
+    with torch.no_grad():
+        before = model(input_ids=other, use_cache=False).logits
+        start = time.perf_counter()
+        model(input_ids=sample, use_cache=False)
+        seconds = {"forward": time.perf_counter() - start}
+    start = time.perf_counter()
+    graph = discover(model, sample)
+    seconds["discover"] = time.perf_counter() - start
+    row: dict[str, Any] = {
+        "groups": len(graph.groups), "folds": folds(graph), "not_folded": not_folded(graph), "seconds": seconds,
+    }  # fmt: skip
+    absmax = observe(model, [linear.name for linear in graph.linears], sample, quiet=True)
+    smoothing = smooth_groups(model, graph, absmax, 0.5)
+    start = time.perf_counter()
+    try:
+        gate.check(model, smoothing, graph, [zoo.tokens(3)])
+    except SmoothQuantError as error:
+        return row | {"refused": str(error)}
+    seconds["gate"] = time.perf_counter() - start
+    smoothing.apply_(model)
+    with torch.no_grad():
+        after = model(input_ids=other, use_cache=False).logits
+    return row | {"change": float((after - before).abs().max() / before.abs().max())}
+
+
+def main() -> None:
+    """Measure every model, write OUTPUT, print a summary."""
+    torch.set_num_threads(1)
+    served = json.loads(SERVED.read_text()) if SERVED.exists() else {}
+    rows = {name: measure(name) for name in zoo.ZOO}
+    table = "".join(
+        f"| {name} | {row['groups']} | {row['folds']} | "
+        + (f"{row['change']:.1e}" if "change" in row else f"refused: {row['refused']}")
+        + f" | {row['not_folded']} | {served.get(name, '')} |\n"
+        for name, row in rows.items()
+    )
+    OUTPUT.write_text(HEADER + table)
+    for name, row in rows.items():
+        print(f"{name:20} {row['groups']:3} groups  {row.get('change', row.get('refused'))}")
+    changes = [row["change"] for row in rows.values() if "change" in row]
+    ratios = {
+        stage: sorted(
+            row["seconds"][stage] / row["seconds"]["forward"] for row in rows.values() if "gate" in row["seconds"]
+        )
+        for stage in ("discover", "gate")
+    }
+    summary = {
+        "models": len(rows),
+        "exact": sum(change <= BOUND for change in changes),
+        "refused": [name for name, row in rows.items() if "refused" in row],
+        "worst_change": max(changes),
+        "median_times_forward": {stage: round(values[len(values) // 2], 1) for stage, values in ratios.items()},
+    }
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

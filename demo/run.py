@@ -1,0 +1,113 @@
+"""`make demo`: calibrate a real model, measure it, serve it, ask it something.
+
+    SmolLM2-135M-Instruct -> INT8 checkpoints with and without smoothing -> perplexity of all three through vLLM
+    -> `vllm serve --quantization smoothquant` -> an answer over the OpenAI API -> a table
+
+Calibration and measurement use different Wikipedia articles. What it makes stays in .cache/demo; results.json has the
+figures. Every step is what a user would type.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from openai import OpenAI
+
+from calibration import evaluate
+from demo import assets
+from demo.server import vllm_serve
+
+QUESTION, ANSWER = "What is the capital of France?", "Paris"
+CALIBRATION = ["--samples", "64", "--seq-len", "512"]
+WINDOWS = 32
+FOLDER = assets.CACHE / "demo"
+KV_CACHE = ["--kv-cache-memory-bytes", "1G"]  # vLLM would take most of the machine's memory
+
+
+def main() -> int:
+    start = time.monotonic()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    say("model and text")
+    model = assets.model_dir()
+    print((model / "source.txt").read_text().strip())
+    calibration, evaluation = assets.calibration_text(), assets.evaluation_text()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+
+    smoothed, plain = FOLDER / "SmolLM2-135M-Instruct-INT8", FOLDER / "SmolLM2-135M-Instruct-INT8-no-smoothing"
+    say("calibrate")
+    calibrate(model, smoothed, calibration)
+    say("calibrate again without smoothing, to compare with")
+    calibrate(model, plain, calibration, "--no-smoothing")
+
+    say("measure BF16, plain INT8 and smoothed INT8 through vLLM, on articles that calibration did not see")
+    result = measure(model, [plain, smoothed], evaluation)
+    print(evaluate.format_table(result), flush=True)
+
+    say("serve")
+    answer = ask(smoothed)
+    result["question"], result["answer"], result["seconds"] = QUESTION, answer, time.monotonic() - start
+    (FOLDER / "results.json").write_text(json.dumps(result, indent=2))
+    say(f"done; the figures are in {os.path.relpath(FOLDER / 'results.json')}")
+    if ANSWER not in answer:
+        print(f"demo: expected an answer with {ANSWER!r} in it, got {answer!r}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def calibrate(model: Path, output: Path, text: Path, *options: str) -> None:
+    smoothquant("calibrate", str(model), "-o", str(output), "--dataset", str(text), *CALIBRATION, *options)
+
+
+def measure(model: Path, checkpoints: list[Path], text: Path) -> dict[str, Any]:
+    arguments = [*map(str, checkpoints), "--baseline", str(model), "--text", str(text), "--samples", str(WINDOWS)]
+    if slow_bf16():
+        print("this CPU has no BF16 arithmetic: the perplexities are measured with activations in float32")
+        arguments += ["--score-dtype", "float32"]
+    return json.loads(smoothquant("evaluate", *arguments, "--enforce-eager", "--json", capture=True))
+
+
+def ask(checkpoint: Path) -> str:
+    """Serve `checkpoint`, ask QUESTION as a client of the OpenAI API would, stop the server."""
+    log = FOLDER / "serve.log"
+    arguments = ["--quantization", "smoothquant", "--served-model-name", "smollm2", "--max-model-len", "2048"]
+    print("$ vllm serve", os.path.relpath(checkpoint), *arguments, flush=True)
+    with vllm_serve(checkpoint, *arguments, "--enforce-eager", *KV_CACHE, log=log) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none needed", timeout=120)
+        reply = client.chat.completions.create(
+            model="smollm2", messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=40
+        )
+    answer = reply.choices[0].message.content or ""
+    print(f"Q: {QUESTION}\nA: {answer}", flush=True)
+    return answer
+
+
+def slow_bf16() -> bool:
+    """x86 without AVX-512: a BF16 product there takes ten times as long as a float32 one."""
+    on_cpu = not torch.cuda.is_available() and platform.machine() == "x86_64"
+    return on_cpu and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+
+
+def smoothquant(*arguments: str, capture: bool = False) -> str:
+    """Run `smoothquant ARGUMENTS...` of this environment; a failure ends the demo with its exit code."""
+    print("$ smoothquant", *(os.path.relpath(a) if os.path.isabs(a) else a for a in arguments), flush=True)
+    command = [str(Path(sys.executable).parent / "smoothquant"), *arguments]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE if capture else None, text=True)
+    if done.returncode != 0:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def say(step: str) -> None:
+    print(f"\n=== {step}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

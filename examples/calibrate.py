@@ -1,0 +1,17 @@
+"""Calibrate a model on your own text and write an INT8 checkpoint that `vllm serve` takes.
+
+    python examples/calibrate.py HuggingFaceTB/SmolLM2-135M-Instruct SmolLM2-INT8 my_text.jsonl
+
+The text is a .txt, .jsonl, .parquet or .csv file (or the name of a hub data set) with a column `text`: some hundred
+passages of the kind the model will meet. A few thousand tokens already do; more make the ranges safer.
+"""
+
+import sys
+
+from calibration.pipeline import calibrate
+
+if __name__ == "__main__":
+    model, output, text, *rest = sys.argv[1:]
+    samples, seq_len = map(int, rest) if rest else (128, 512)
+    manifest = calibrate(model, output, dataset=text, samples=samples, seq_len=seq_len)
+    print(f"{output}: {len(manifest['quantized'])} linear layers in INT8, {len(manifest['groups'])} groups smoothed")

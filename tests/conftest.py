@@ -1,0 +1,38 @@
+"""What several test modules share: the small real model of the demo, its text, and one INT8 checkpoint of it.
+
+A test that cannot get the model fails; none is skipped.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from demo import assets
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a folder in BF16; made once and kept in .cache/."""
+    return assets.model_dir()
+
+
+@pytest.fixture(scope="session")
+def calibration_file() -> Path:
+    """JSONL, column `text`: Wikipedia articles to calibrate on."""
+    return assets.calibration_text()
+
+
+@pytest.fixture(scope="session")
+def evaluation_file() -> Path:
+    """JSONL, column `text`: other articles, to measure on."""
+    return assets.evaluation_text()
+
+
+@pytest.fixture(scope="session")
+def smollm2_int8(smollm2: Path, calibration_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 in the default scheme, calibrated on few samples: its ranges suffice for short answers."""
+    from calibration.pipeline import calibrate
+
+    output = tmp_path_factory.mktemp("smollm2") / "int8"
+    calibrate(str(smollm2), output, dataset=str(calibration_file), samples=8, seq_len=128, quiet=True)
+    return output

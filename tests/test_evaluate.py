@@ -1,0 +1,206 @@
+"""Perplexity and the figures beside it: the windows, the table, what is refused, and vLLM against PyTorch."""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
+
+from calibration import __main__ as cli
+from calibration import evaluate
+from calibration.pipeline import calibrate
+from tests import tiny
+from vllm_smoothquant.checkpoint import SmoothQuantError
+
+ENGINE = {"enforce_eager": True, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny.save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def int8(model, text, tmp_path_factory):
+    output = tmp_path_factory.mktemp("int8") / "llama-int8"
+    calibrate(str(model), output, dataset=str(text), samples=tiny.SAMPLES, seq_len=tiny.SEQ_LEN, quiet=True)
+    return output
+
+
+def with_bos():
+    tokenizer = tiny.tokenizer()
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    return tokenizer
+
+
+def windows_of(models, text, **options):
+    options = {"text_column": "text", "samples": 4, "seq_len": 32, "seed": 0} | options
+    return evaluate.token_windows([str(m) for m in models], str(text), **options)
+
+
+def test_leading_tokens_are_the_tokenizers():
+    assert evaluate.leading_tokens(tiny.tokenizer()) == []
+    assert evaluate.leading_tokens(with_bos()) == [with_bos().bos_token_id]
+
+
+def test_every_window_starts_with_bos_where_the_tokenizer_has_one(model, text, tmp_path):
+    with_bos().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    windows, about = windows_of([tmp_path], text, samples=20)
+    assert {window[0] for window in windows} == {with_bos().bos_token_id}
+    assert {len(window) for window in windows} <= {31, 32}
+    assert about["windows"] == 20
+
+
+def test_windows_are_the_same_every_time(model, text):
+    assert windows_of([model], text) == windows_of([model], text)
+    assert windows_of([model], text) != windows_of([model], text, seed=1)
+
+
+def test_sizes_are_those_of_the_tensors(model, int8):
+    linear = evaluate.linear_layers([str(model), str(int8)])
+    assert len(linear) == 14  # two blocks of seven
+    before, after = (evaluate.weight_bytes(str(folder), linear) for folder in (model, int8))
+    state = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    elements = sum(state[f"{name}.weight"].numel() for name in linear)
+    rows = sum(state[f"{name}.weight"].shape[0] for name in linear)
+    assert before["linear_bytes"] == 4 * elements
+    assert after["linear_bytes"] == elements + 4 * rows
+    assert after["disk_bytes"] == (int8 / "model.safetensors").stat().st_size
+
+
+def row(name, **more):
+    figures = {"perplexity": 12.5, "disk_bytes": 2 << 20, "linear_bytes": 1 << 20, "memory_bytes": 3 << 20}
+    return {"model": name, "baseline": False, "kernels": [], "decode_tokens_per_second": 42.0, **figures, **more}
+
+
+def test_table_has_a_row_for_every_model():
+    rows = [row("a/base", scored_tokens=99), row("b/int8", perplexity_change=0.0123, kernels=["some-kernel"])]
+    engine = {"vllm": "0.32.0", "dtype": "auto", "score_dtype": "auto"}
+    text = {"source": "text.jsonl", "windows": 3, "seq_len": 34}
+    table = evaluate.format_table({"text": text, "engine": engine, "decode": evaluate.DECODE, "models": rows})
+    lines = table.splitlines()
+    assert lines[2].split() == ["base", "12.500", "2", "MiB", "1", "MiB", "3", "MiB", "42.0", "tok/s"]
+    assert lines[3].split()[:3] == ["int8", "12.500", "+1.23%"]
+    assert "3 windows of 34 tokens of text.jsonl" in table
+    assert "int8: INT8 by some-kernel" in table
+
+
+# --- bad input ---
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    return parser.parse_args(list(map(str, argv)))
+
+
+def test_text_and_dataset_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        arguments("model", "--text", "a", "--dataset", "b")
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def fault(*argv) -> str:
+    with pytest.raises(SmoothQuantError) as caught:
+        evaluate.run(arguments(*argv))
+    return str(caught.value)
+
+
+def test_missing_text_is_named(model):
+    assert "/nowhere.jsonl: expected a readable file" in fault(model, "--text", "/nowhere.jsonl")
+
+
+def test_empty_text_is_named(model, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    assert "empty" in fault(model, "--text", tmp_path / "empty.txt")
+
+
+def test_too_little_text_is_named(model, text):
+    assert "text for 9999 samples" in fault(model, "--text", text, "--samples", "9999", "--seq-len", "32")
+
+
+def test_a_window_needs_something_to_score(model, text):
+    assert "--seq-len: expected at least 2, got 1" in fault(model, "--text", text, "--seq-len", "1")
+
+
+def test_missing_model_is_named(text, tmp_path):
+    assert "a model with its tokenizer" in fault(tmp_path / "nowhere", "--text", text)
+
+
+def test_other_tokens_do_not_compare(model, text, tmp_path):
+    other = tiny.tokenizer()
+    other.add_tokens(["another"])
+    other.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    assert "expected the tokenizer of" in fault(tmp_path, "--baseline", model, "--text", text)
+
+
+def test_without_vllm_it_says_how_to_get_it(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(evaluate, "version", missing)
+    assert "make venv" in fault("model", "--text", "text")
+
+
+def test_it_imports_without_vllm():
+    code = "import sys; sys.modules['vllm'] = None; import calibration.evaluate"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_timeout_leaves_no_process(model):
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        evaluate.measure(model, [[1, 2, 3]], timeout=0.5)
+    request = caught.value.cmd[-2]
+    assert subprocess.run(["pgrep", "-f", request], check=False, stdout=subprocess.PIPE).stdout == b""
+
+
+@pytest.mark.slow
+def test_a_model_vllm_cannot_run_is_one_line(model, tmp_path):
+    config = json.loads((model / "config.json").read_text()) | {"architectures": ["NonesuchForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SmoothQuantError, match=r"expected a model that vLLM can run, got .*Nonesuch") as caught:
+        evaluate.measure(tmp_path, [[1, 2, 3]], **ENGINE)
+    assert "\n" not in str(caught.value)
+
+
+# --- through vLLM ---
+
+
+@pytest.mark.slow
+def test_perplexity_is_pytorchs(model, int8, text, capsys):
+    """The command on a float32 model and its INT8 checkpoint; the model's own figure recomputed from its logits."""
+    argv = ["evaluate", str(int8), "--baseline", str(model), "--text", str(text), "--samples", "4", "--seq-len", "32"]
+    assert cli.main([*argv, "--dtype", "float32", "--enforce-eager", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    baseline, quantized = result["models"]
+
+    windows, _ = windows_of([model], text)
+    ids = torch.tensor(windows)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids).logits
+    expected = math.exp(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    # Both compute in float32, in another order.
+    assert baseline["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert baseline["scored_tokens"] == 4 * 31
+    assert quantized["perplexity_change"] == quantized["perplexity"] / baseline["perplexity"] - 1
+    assert abs(quantized["perplexity_change"]) < 0.2
+    assert (baseline["kernels"], len(quantized["kernels"])) == ([], 1)
+    for figures in (baseline, quantized):
+        assert figures["decode_tokens_per_second"] > 0
+        assert figures["memory_bytes"] > 0
+    assert quantized["linear_bytes"] < 0.3 * baseline["linear_bytes"]  # of float32
+    assert "llama-int8" in evaluate.format_table(result)

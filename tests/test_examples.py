@@ -1,0 +1,58 @@
+"""Every script in examples/ is run as a user would, on a small model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from calibration.evaluate import engine_environment
+from demo.server import free_port
+from tests import tiny
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def output_of(command: list[str], **environment: str) -> str:
+    """stdout of `command`, with this environment's programs first in PATH as when it is activated."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, env=engine_environment() | {"PATH": path, **environment}, stdout=subprocess.PIPE, text=True,
+        timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_every_example_is_run_here():
+    assert {path.name for path in EXAMPLES.iterdir()} == {"calibrate.py", "offline_batch.py", "serve.sh"}
+
+
+def test_calibrate(tmp_path):
+    model = tiny.save("llama", tmp_path / "model")
+    text = tiny.save_text(tmp_path / "text.jsonl")
+    script = str(EXAMPLES / "calibrate.py")
+    output = output_of([sys.executable, script, str(model), str(tmp_path / "out"), str(text), "8", "32"])
+    assert "14 linear layers in INT8" in output
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_offline_batch_compiled(smollm2_int8):
+    """As it stands: vLLM compiles here, where most other tests of the suite run eagerly."""
+    script = str(EXAMPLES / "offline_batch.py")
+    lines = output_of([sys.executable, script, str(smollm2_int8)], VLLM_CPU_KVCACHE_SPACE="1").splitlines()
+    answers = [line for line in lines if " -> " in line]
+    assert len(answers) == 4
+    for line, capital in zip(answers, ("Paris", "Rome", "Tokyo"), strict=False):
+        assert capital in line
+
+
+@pytest.mark.slow
+def test_serve(smollm2_int8):
+    command = ["sh", str(EXAMPLES / "serve.sh"), str(smollm2_int8), "--enforce-eager", "--max-model-len", "512"]
+    output = output_of([*command, "--kv-cache-memory-bytes", "512M"], PORT=str(free_port()))
+    reply = json.loads(output.splitlines()[-1]) if output.splitlines() else {}
+    assert "Paris" in reply["choices"][0]["message"]["content"]

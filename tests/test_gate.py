@@ -1,0 +1,257 @@
+"""The gate passes what is exact, catches every wrong fold, names it, and leaves the model as it was."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from torch import nn
+
+from calibration import gate
+from calibration.graph import Graph, discover
+from calibration.smooth import Smoothing
+from tests import toys, zoo
+from tests.test_smooth import logits, observe, plan
+from vllm_smoothquant.checkpoint import SmoothQuantError
+
+BATCHES = (zoo.tokens(7), zoo.tokens(8))
+ARCHITECTURES = ("llama", "opt", "gpt2", "falcon-7b", "phi3", "gemma2")
+
+
+@cache
+def built(name: str) -> tuple[nn.Module, Graph, Smoothing]:
+    model = zoo.build(name)
+    return model, *plan(model)
+
+
+def refuses(model: nn.Module, smoothing: Smoothing, graph: Graph) -> SmoothQuantError:
+    with pytest.raises(SmoothQuantError) as raised:
+        gate.check(model, smoothing, graph, BATCHES)
+    assert "\n" not in str(raised.value)
+    return raised.value
+
+
+def changed(graph: Graph, source: str, **changes: object) -> Graph:
+    """`graph` with one group altered."""
+    groups = tuple(dataclasses.replace(g, **changes) if g.source == source else g for g in graph.groups)
+    return dataclasses.replace(graph, groups=groups)
+
+
+# --- What is exact passes ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma", "glm4-moe"])
+def test_exact_smoothing_passes_and_leaves_the_model(name: str, dtype: torch.dtype) -> None:
+    model = zoo.build(name, dtype=dtype)
+    graph, smoothing = plan(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    pointers = {key: value.data_ptr() for key, value in model.state_dict().items()}
+    report = gate.check(model, smoothing, graph, BATCHES)
+    assert report["batches"] == 2
+    assert 0 < report["logits"]["change"] <= report["logits"]["allowed"] < 1e-3
+    assert set(report["groups"]) == {g.source for g in graph.groups}
+    json.dumps(report)
+    for key, value in model.state_dict().items():
+        assert value.dtype == before[key].dtype
+        assert torch.equal(value, before[key])
+        assert value.data_ptr() == pointers[key]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_runs_in_float32_whatever_the_model_is_stored_in() -> None:
+    """The gate's original model is the float32 model, not the bfloat16 one."""
+    model = zoo.build("llama", dtype=torch.bfloat16)
+    with torch.no_grad():
+        run = gate._run(model, BATCHES[0], ["lm_head"], lambda name: gate.float_parameters(model.get_submodule(name)))
+    expected = logits(model.float(), BATCHES[0])
+    torch.testing.assert_close(run[gate.LOGITS], expected.reshape(-1, zoo.VOCAB), rtol=1e-5, atol=1e-5)
+
+
+def test_no_groups_pass_at_once() -> None:
+    model = zoo.build("llama")
+    graph = discover(model, zoo.tokens())
+    report = gate.check(model, Smoothing(model, graph, {}), graph, BATCHES)
+    assert report["logits"] == {"change": 0.0, "allowed": 0.0}
+
+
+def test_dispatched_by_accelerate() -> None:
+    model = zoo.build("llama", dtype=torch.bfloat16)
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    graph, smoothing = plan(model)
+    assert len(graph.groups) == 9
+    gate.check(model, smoothing, graph, BATCHES)
+
+
+# --- Mutations ---
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_reader_left_out_is_caught_whichever_it_is(name: str) -> None:
+    model, graph, smoothing = built(name)
+    for group in graph.groups:
+        if "1" in group.source.split(".") or group.source not in smoothing.factors:
+            continue
+        for missed in group.readers:
+            rest = tuple(r for r in group.readers if r.name != missed.name)
+            wrong = changed(graph, group.source, readers=rest)
+            error = refuses(model, Smoothing(model, wrong, smoothing.factors), wrong)
+            assert error.where.startswith(f"smoothing of {group.source} ")
+            assert missed.name in error.got
+
+
+@pytest.mark.parametrize(("name", "owner"), [
+    ("opt", "model.decoder.layers.1.self_attn_layer_norm"),
+    ("opt", "model.decoder.layers.0.self_attn.v_proj"),
+    ("opt", "model.decoder.layers.1.fc1"),
+    ("gpt2", "transformer.h.0.attn.c_attn"),
+    ("stablelm", "model.layers.0.post_attention_layernorm"),
+])  # fmt: skip
+def test_a_bias_folded_wrongly_is_caught(name: str, owner: str) -> None:
+    model, graph, smoothing = built(name)
+
+    class Forgetful(Smoothing):
+        def parameters(self, model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+            params = super().parameters(model, name)
+            if name == owner and owner in self.factors:
+                params["bias"] = model.get_submodule(name).bias.detach().float()
+            return params
+
+        def only(self, model: nn.Module, sources: object) -> Smoothing:
+            return Forgetful(model, self.graph, {s: f for s, f in self.factors.items() if s in sources})
+
+    error = refuses(model, Forgetful(model, graph, smoothing.factors), graph)
+    assert owner in error.where
+
+
+def test_heads_that_do_not_share_are_caught() -> None:
+    """Query heads 1 and 2 take each other's value head."""
+    model, graph, smoothing = built("llama")
+    source = "model.layers.1.self_attn.v_proj"
+    (reader,) = next(g for g in graph.groups if g.source == source).readers
+    swapped = reader.channel_of.reshape(4, 64)[[0, 2, 1, 3]].reshape(-1)
+    wrong = changed(graph, source, readers=(dataclasses.replace(reader, channel_of=swapped),))
+    error = refuses(model, Smoothing(model, wrong, smoothing.factors), wrong)
+    assert source in error.where
+    assert reader.name in error.got
+
+
+@pytest.mark.parametrize(("name", "rule"), [("gemma", "p"), ("llama", "1+p")])
+def test_the_other_norm_rule_is_caught(name: str, rule: str) -> None:
+    model, graph, smoothing = built(name)
+    source = "model.layers.0.post_attention_layernorm"
+    wrong = changed(graph, source, rules={"weight": rule})
+    assert source in refuses(model, Smoothing(model, wrong, smoothing.factors), wrong).where
+
+
+def test_a_power_forgotten_is_caught() -> None:
+    model, graph, smoothing = built("arcee")
+    source = "model.layers.0.mlp.up_proj"
+    (reader,) = next(g for g in graph.groups if g.source == source).readers
+    wrong = changed(graph, source, readers=(dataclasses.replace(reader, power=torch.ones_like(reader.power)),))
+    assert source in refuses(model, Smoothing(model, wrong, smoothing.factors), wrong).where
+
+
+def test_faults_of_a_thousandth_are_caught() -> None:
+    """One channel of one reader, wrong by 1 in 1000."""
+    model, graph, _ = built("llama")
+    group = graph.groups[0]
+    first = group.readers[0]
+    wrong = changed(graph, group.source, readers=(
+        dataclasses.replace(first, channel_of=torch.where(torch.arange(128) == 5, -1, first.channel_of)),
+        *group.readers[1:],
+    ))  # fmt: skip
+    factors = {group.source: torch.where(torch.arange(128) == 5, 1.001, 1.0)}
+    gate.check(model, Smoothing(model, graph, factors), graph, BATCHES)
+    refuses(model, Smoothing(model, wrong, factors), wrong)
+
+
+def test_the_first_wrong_group_is_named_when_several_are() -> None:
+    model, graph, smoothing = built("llama")
+    wrong = graph
+    for group in graph.groups[3:]:
+        wrong = changed(wrong, group.source, readers=group.readers[1:])
+    assert graph.groups[3].source in refuses(model, Smoothing(model, wrong, smoothing.factors), wrong).where
+
+
+# --- Readers that no trace can see ---
+
+
+def _through_numpy(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(x.numpy().mean(-1, keepdims=True))
+
+
+def _through_python(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(float(x.numpy().sum()) * 0.01)
+
+
+@pytest.mark.parametrize("reader", [_through_numpy, _through_python])
+def test_an_unseen_reader_is_caught_and_its_source_named(reader: Callable) -> None:
+    toy = toys.Toy(reader)
+    graph = discover(toy, toys.tokens())
+    assert "layers.0.norm" in {g.source for g in graph.groups}, "the trace did see it: this test shows nothing"
+    absmax = observe(toy, graph, toys.tokens())
+    factors = {g.source: torch.where(g.foldable, 2.0, 1.0) for g in graph.groups}
+    with pytest.raises(SmoothQuantError) as raised:
+        gate.check(toy, Smoothing(toy, graph, factors), graph, [toys.tokens(3)])
+    assert raised.value.where == "smoothing of layers.0.norm (read by layers.0.up)"
+    assert "not known to read the source" in raised.value.got
+    assert absmax
+
+
+# --- Errors ---
+
+
+def test_original_that_is_not_finite() -> None:
+    model = zoo.build("llama")
+    graph, smoothing = plan(model)
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(SmoothQuantError, match="expected finite output of the original model"):
+        gate.check(model, smoothing, graph, BATCHES)
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, RuntimeError])
+def test_restored_when_the_model_fails(fault: type[BaseException]) -> None:
+    model = zoo.build("llama", dtype=torch.bfloat16)
+    graph, smoothing = plan(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def stop(module: nn.Module, args: object) -> None:
+        raise fault("stop")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(fault, match="stop"):
+        gate.check(model, smoothing, graph, BATCHES)
+    handle.remove()
+    assert all(torch.equal(before[k], v) and v.dtype == before[k].dtype for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    gate.check(model, smoothing, graph, BATCHES)
+
+
+def test_a_tie_that_rounding_decides_is_not_a_fault() -> None:
+    """Two channels of the same value compete, as two experts may: which wins hangs on the last bit."""
+
+    def tie(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        a, b = block.spare(x).split(8, -1)
+        return 0.5 * (a.sum() > b.flip(-1).sum()).float()
+
+    toy = toys.Toy(tie)
+    with torch.no_grad():
+        for block in toy.layers:
+            block.spare.weight[8:] = block.spare.weight[:8].flip(0)
+            block.spare.bias[8:] = block.spare.bias[:8].flip(0)
+    graph = discover(toy, toys.tokens())
+    group = graph.groups[0]
+    assert "layers.0.spare" in {r.name for r in group.readers}
+    flips = 0
+    for seed in range(8):
+        factors = {group.source: 1 + torch.rand(16, generator=torch.Generator().manual_seed(seed))}
+        smoothing = Smoothing(toy, graph, factors)
+        gate.check(toy, smoothing, graph, [toys.tokens(seed)])
+        with gate._settled(toy):
+            once = gate._compare(toy, smoothing, toys.tokens(seed), [], floors=1)
+        flips += not once[gate.LOGITS].within
+    assert flips, "no tie was decided differently: this test shows nothing"

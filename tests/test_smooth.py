@@ -1,0 +1,311 @@
+"""Factors by eq. 4, folds that keep the function on every architecture of the zoo, and the arithmetic of rounding."""
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from calibration import gate
+from calibration.graph import Graph, Group, discover
+from calibration.smooth import Smoothing, smooth_groups, smoothing_factors
+from tests import toys, zoo
+from vllm_smoothquant.checkpoint import SmoothQuantError
+
+# Of the issue: relative change of the logits, in float32.
+BOUND = 1e-4
+
+
+def observe(model: nn.Module, graph: Graph, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """max|X_j| of every linear layer's input, [in_features]."""
+    result: dict[str, torch.Tensor] = {}
+    handles = []
+    for linear in graph.linears:
+
+        def record(module: nn.Module, args: tuple, name: str = linear.name) -> None:
+            absmax = args[0].abs().reshape(-1, args[0].shape[-1]).amax(0).float()
+            result[name] = torch.maximum(result[name], absmax) if name in result else absmax
+
+        handles.append(model.get_submodule(linear.name).register_forward_pre_hook(record))
+    with torch.no_grad():
+        model(input_ids=input_ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return result
+
+
+def logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(input_ids=input_ids, use_cache=False)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def change(before: torch.Tensor, after: torch.Tensor) -> float:
+    return float((after - before).abs().max() / before.abs().max())
+
+
+def plan(model: nn.Module, alpha: float = 0.5, **options: bool) -> tuple[Graph, Smoothing]:
+    graph = discover(model, zoo.tokens())
+    return graph, smooth_groups(model, graph, observe(model, graph, zoo.tokens()), alpha, **options)
+
+
+# --- Eq. 4 ---
+
+TOY = discover(toys.Toy(), toys.tokens())
+
+
+def toy_group(source: str) -> Group:
+    return next(g for g in TOY.groups if g.source == source)
+
+
+def test_factors_are_equation_4() -> None:
+    toy = toys.Toy(lambda block, x: block.spare(x))
+    graph = discover(toy, toys.tokens())
+    group = next(g for g in graph.groups if g.source == "layers.0.norm")
+    absmax = {"layers.0.up": torch.full((16,), 8.0), "layers.0.spare": torch.arange(1.0, 17.0)}
+    with torch.no_grad():
+        toy.layers[0].up.weight.fill_(-0.5)
+        toy.layers[0].spare.weight.fill_(0.25)
+    s = smoothing_factors(group, absmax, toy, 0.75)
+    expected = torch.arange(1.0, 17.0).clamp(min=8) ** 0.75 / 0.5**0.25
+    torch.testing.assert_close(s, expected)
+    assert s.dtype == torch.float32
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_channels_without_range_keep_scale_one(alpha: float) -> None:
+    toy = toys.Toy()
+    absmax = {"layers.0.up": torch.ones(16).index_fill(0, torch.tensor([3]), 0.0)}
+    with torch.no_grad():
+        toy.layers[0].up.weight[:, 5] = 0
+    s = smoothing_factors(toy_group("layers.0.norm"), absmax, toy, alpha)
+    assert s[3] == s[5] == 1
+    assert torch.isfinite(s).all()
+    assert (s > 0).all()
+
+
+def test_readers_in_floating_point_follow_without_a_vote() -> None:
+    model = zoo.build("llama")
+    names = [f"model.layers.0.self_attn.{p}_proj" for p in "qkv"]
+    graph = discover(model, zoo.tokens(), keep=set(names[1:]))
+    absmax = {names[0]: torch.ones(128)}
+    s = smoothing_factors(graph.groups[0], absmax, model, 0.5)
+    q = model.get_submodule(names[0]).weight.detach().abs().amax(0)
+    torch.testing.assert_close(s, q**-0.5)
+    assert torch.equal(Smoothing(model, graph, {graph.groups[0].source: s}).input_factor(names[2]).ne(1), s.ne(1))
+
+
+def test_grouped_queries_take_the_largest_of_their_heads() -> None:
+    model = zoo.build("llama")
+    graph = discover(model, zoo.tokens())
+    group = next(g for g in graph.groups if g.source.endswith("0.self_attn.v_proj"))
+    absmax = torch.ones(256)
+    absmax[64 + 7] = 100.0  # query head 1 reads value head 0
+    model.get_submodule("model.layers.0.self_attn.o_proj").weight.data.fill_(1.0)
+    s = smoothing_factors(group, {group.readers[0].name: absmax}, model, 0.5)
+    assert s[7] == 10
+    assert s.eq(1).sum() == 127
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_statistics_name_the_layer(value: float) -> None:
+    absmax = {"layers.0.up": torch.full((16,), value)}
+    with pytest.raises(SmoothQuantError, match=r"layers\.0\.up: expected finite activation"):
+        smoothing_factors(toy_group("layers.0.norm"), absmax, toys.Toy(), 0.5)
+    toy = toys.Toy()
+    toy.layers[0].up.weight.data[2, 3] = value
+    with pytest.raises(SmoothQuantError, match=r"layers\.0\.up: expected finite weight"):
+        smoothing_factors(toy_group("layers.0.norm"), {"layers.0.up": torch.ones(16)}, toy, 0.5)
+
+
+def test_missing_statistics_name_the_layer() -> None:
+    with pytest.raises(SmoothQuantError, match=r"layers\.0\.up: expected an activation maximum"):
+        smoothing_factors(toy_group("layers.0.norm"), {}, toys.Toy(), 0.5)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(16), torch.full((16,), torch.nan), -torch.ones(16), torch.ones(3)])
+def test_plan_refuses_factors_that_are_none(bad: torch.Tensor) -> None:
+    with pytest.raises(SmoothQuantError, match="positive finite factors"):
+        Smoothing(toys.Toy(), TOY, {"layers.0.norm": bad})
+
+
+# --- The plan ---
+
+
+def test_plan_modifies_nothing_until_applied() -> None:
+    model = zoo.build("opt")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _, smoothing = plan(model)
+    for name in smoothing.modules:
+        smoothing.parameters(model, name)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    smoothing.apply_(model)
+    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_factors_of_a_layer_that_is_source_and_reader() -> None:
+    """v_proj: columns times the norm's s, rows and bias over its own; everything else of the model as it was."""
+    model = zoo.build("opt")
+    graph, smoothing = plan(model)
+    name = "model.decoder.layers.0.self_attn.v_proj"
+    v = model.get_submodule(name)
+    new = smoothing.parameters(model, name)
+    columns, rows = smoothing.input_factor(name), smoothing.output_factor(name)
+    torch.testing.assert_close(new["weight"], v.weight.detach() * columns / rows[:, None])
+    torch.testing.assert_close(new["bias"], v.bias.detach() / rows)
+    norm = "model.decoder.layers.0.self_attn_layer_norm"
+    assert torch.equal(smoothing.factors[norm], columns)
+    bias = smoothing.parameters(model, norm)["bias"] * columns
+    torch.testing.assert_close(bias, model.get_submodule(norm).bias.detach())
+    untouched = smoothing.parameters(model, "model.decoder.embed_tokens")
+    assert torch.equal(untouched["weight"], model.model.decoder.embed_tokens.weight)
+    assert smoothing.input_factor("nope") is None
+    assert smoothing.output_factor("nope") is None
+    assert "model.decoder.embed_tokens" not in smoothing.modules
+    described = smoothing.describe(graph.groups[0])
+    assert described["source"] == norm
+    assert described["factor_min"] == float(columns.min())
+
+
+def test_no_smoothing_is_an_empty_plan() -> None:
+    model = zoo.build("llama")
+    graph = discover(model, zoo.tokens())
+    smoothing = smooth_groups(model, graph, {}, None)
+    assert not smoothing.modules
+    assert smoothing.describe(graph.groups[0])["smoothed"] is False
+
+
+def test_alpha_for_each_group() -> None:
+    model = zoo.build("llama")
+    graph = discover(model, zoo.tokens())
+    chosen = graph.groups[0].source
+    smoothing = smooth_groups(model, graph, observe(model, graph, zoo.tokens()), {chosen: 0.8})
+    assert set(smoothing.factors) == {chosen}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "nemotron"])
+def test_rounding_of_a_stored_norm_is_given_to_its_readers(name: str) -> None:
+    """In bfloat16: (what is stored) * s' is the original weight to float32 rounding, and what is stored is bfloat16."""
+    model = zoo.build(name, dtype=torch.bfloat16)
+    _, smoothing = plan(model)
+    norm = "model.layers.0.input_layernorm"
+    plus = 0.0 if name == "llama" else 1.0
+    stored = smoothing.parameters(model, norm)["weight"]
+    s = smoothing.factors[norm]
+    weight = model.get_submodule(norm).weight.detach().float()
+    assert torch.equal(stored, stored.bfloat16().float())
+    torch.testing.assert_close((plus + stored) * s, plus + weight, rtol=2**-22, atol=0)
+    assert not torch.equal(s, torch.ones(128))
+
+
+@pytest.mark.parametrize(("name", "dead"), [("llama", 0.0), ("gemma", -1.0)])
+def test_dead_channel_of_a_norm_keeps_scale_one(name: str, dead: float) -> None:
+    model = zoo.build(name, dtype=torch.bfloat16)
+    graph = discover(model, zoo.tokens())
+    norm = model.model.layers[0].input_layernorm
+    norm.weight.data[9] = dead
+    smoothing = Smoothing(model, graph, {graph.groups[0].source: torch.full((128,), 3.0)})
+    s = smoothing.factors["model.layers.0.input_layernorm"]
+    assert s[9] == 1
+    assert smoothing.parameters(model, "model.layers.0.input_layernorm")["weight"][9] == dead
+    assert (s[:9] > 2).all()
+
+
+def test_overflow_writes_nothing() -> None:
+    model = zoo.build("llama", dtype=torch.float16)
+    graph = discover(model.float(), zoo.tokens())
+    model.half()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    source = "model.layers.0.mlp.up_proj"
+    smoothing = Smoothing(model, graph, {source: torch.full((192,), 1e-8)})
+    with pytest.raises(SmoothQuantError, match="overflow"):
+        smoothing.apply_(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_tied_embeddings_stay_tied() -> None:
+    model = zoo.build("llama-tied")
+    _, smoothing = plan(model)
+    embedding = model.model.embed_tokens.weight.clone()
+    smoothing.apply_(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, embedding)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "arcee"])
+def test_powers_of_two_keep_every_bit_of_a_bfloat16_model(name: str) -> None:
+    model = zoo.build(name, dtype=torch.bfloat16)
+    _, smoothing = plan(model, power_of_two=True)
+    norms = [f for s, f in smoothing.factors.items() if "norm" in s or "ln" in s]
+    assert any(f.ne(1).any() for f in norms)
+    before = logits(model, zoo.tokens(2))
+    smoothing.apply_(model)
+    assert torch.equal(before, logits(model, zoo.tokens(2)))
+
+
+# --- The zoo ---
+
+# What reads the residual stream's norms in attention and in a dense MLP, by the last part of its name.
+ATTENTION_INPUTS = {
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "q_a_proj", "kv_a_proj_with_mqa",
+}  # fmt: skip
+MLP_INPUTS = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h"}
+
+
+@cache
+def smoothed(name: str) -> tuple[float, Graph]:
+    """Relative change of the logits of zoo model `name` when smoothed and written, and its graph."""
+    model = zoo.build(name)
+    graph, smoothing = plan(model)
+    gate.check(model, smoothing, graph, [zoo.tokens(2), zoo.tokens(3)])
+    before = logits(model, zoo.tokens(4))
+    smoothing.apply_(model)
+    return change(before, logits(model, zoo.tokens(4))), graph
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_smoothing_keeps_the_function(name: str) -> None:
+    measured, _ = smoothed(name)
+    assert 0 < measured <= BOUND
+
+
+def test_attention_and_mlp_inputs_are_smoothed_on_at_least_24_architectures() -> None:
+    full = []
+    for name in zoo.ZOO:
+        measured, graph = smoothed(name)
+        inputs = [
+            [linear for linear in graph.linears if linear.name.rpartition(".")[2] in names]
+            for names in (ATTENTION_INPUTS, MLP_INPUTS)
+        ]
+        if measured <= BOUND and all(group and all(x.uncovered == 0 for x in group) for group in inputs):
+            full.append(name)
+    assert len(full) >= 24
+
+
+@cache
+def unscaled(name: str) -> tuple[nn.Module, Graph, torch.Tensor, dict[str, torch.Tensor]]:
+    model = zoo.build(name)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    return model, discover(model, zoo.tokens()), logits(model, zoo.tokens(5)), state
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    name=st.sampled_from(["llama", "opt", "gemma2", "phi3", "falcon-7b", "arcee"]),
+    exponents=st.lists(st.floats(-4, 4, width=32), min_size=3, max_size=9),
+    seed=st.integers(0, 2**16),
+)
+def test_any_positive_factors_keep_the_function(name: str, exponents: list[float], seed: int) -> None:
+    model, graph, before, state = unscaled(name)
+    generator = torch.Generator().manual_seed(seed)
+    values = 2.0 ** torch.tensor(exponents)
+    factors = {}
+    for group in graph.groups:
+        drawn = values[torch.randint(len(values), (group.channels,), generator=generator)]
+        factors[group.source] = torch.where(group.foldable, drawn, 1.0)
+    Smoothing(model, graph, factors).apply_(model)
+    after = logits(model, zoo.tokens(5))
+    model.load_state_dict(state)
+    assert change(before, after) <= BOUND

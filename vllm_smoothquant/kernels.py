@@ -1,0 +1,300 @@
+"""Which code multiplies: the candidates of each platform, in order, and why one was passed over.
+
+    y = (q_x @ q_w^T) * s_x * s_w^T + bias                  integers in the middle, one scaling at the end
+
+x [tokens, in] in the model's dtype; q_w int8 [out, in]; s_w float32 [out, 1] or [1]; s_x float32 [tokens, 1]
+(per_token) or [1] (per_tensor). Real = int * scale.
+
+A kernel gets the layer after loading (`prepare`: `weight` int8 [out, in], `weight_scale` as above, `input_scale` [1] or
+None), may lay the weight out anew but never keeps two copies of it, and computes y for two-dimensional x (`apply`).
+
+Sources: vllm/model_executor/kernels/linear/scaled_mm/{cpu,cutlass,triton}.py, 0.26 to 0.33.
+"""
+
+import dataclasses
+import functools
+import logging
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+
+from . import int8
+from .checkpoint import Scheme, SmoothQuantError
+from .ops import dynamic_tensor_scale, onednn_tensor_int8
+
+logger = logging.getLogger("vllm.smoothquant")  # under "vllm", so that VLLM_LOGGING_LEVEL and its handler apply
+
+# vLLM's kernels read these off the layer; the last two exist only for asymmetric activations, which we have none of.
+LAYER_TENSORS = ("weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a layer asks for. channelwise: s_w is [out, 1]. capability: 90 for compute capability 9.0; None off CUDA."""
+
+    layer: str
+    scheme: Scheme
+    channelwise: bool
+    dtype: torch.dtype
+    platform: str
+    capability: int | None = None
+
+    @property
+    def dynamic(self) -> bool:
+        return self.scheme.input_activations.dynamic
+
+    @property
+    def per_token(self) -> bool:
+        return self.scheme.input_activations.strategy == "token"
+
+
+def request_here(layer: str, scheme: Scheme, channelwise: bool, dtype: torch.dtype) -> Request:
+    """The request of `layer` on the platform vLLM runs on."""
+    from vllm.platforms import current_platform
+
+    platform = "cuda" if current_platform.is_cuda() else "cpu" if current_platform.is_cpu() else "other"
+    capability = current_platform.get_device_capability() if platform == "cuda" else None
+    return Request(layer, scheme, channelwise, dtype, platform, capability.to_int() if capability else None)
+
+
+class Kernel(ABC):
+    """One way to compute y. `name` is what explain_kernels and the debug log call it."""
+
+    name: ClassVar[str]
+
+    @staticmethod
+    @abstractmethod
+    def rejects(request: Request) -> str | None:
+        """Why this kernel cannot serve `request`; None where it can."""
+
+    @abstractmethod
+    def __init__(self, request: Request) -> None: ...
+
+    @abstractmethod
+    def prepare(self, layer: Any) -> None:
+        """Take over the loaded tensors of `layer`."""
+
+    @abstractmethod
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [tokens, in] to y [tokens, out] in x's dtype; bias [out] or None."""
+
+
+class VllmChoice(Kernel):
+    """vLLM's own INT8 kernels through its own chooser: per_token everywhere, static per_tensor on CUDA."""
+
+    name = "vllm"
+
+    @staticmethod
+    def rejects(request: Request) -> str | None:
+        if request.dynamic and not request.per_token:
+            return "vLLM has no kernel for dynamic per_tensor activations"
+        if request.platform == "cpu" and not request.dynamic:
+            return "vLLM's AMX kernel never reads input_scale: static would silently become dynamic"
+        if request.platform == "cpu" and not onednn_is_exact():
+            return INEXACT
+        if (request.capability or 0) >= 100:
+            return "vLLM would choose CUTLASS, whose INT8 kernels stop below compute capability 10.0"
+        return None
+
+    def __init__(self, request: Request) -> None:
+        from vllm.model_executor.kernels.linear import init_int8_linear_kernel
+
+        self.kernel = init_int8_linear_kernel(
+            is_channelwise=request.channelwise,
+            is_static_input_scheme=not request.dynamic,
+            input_symmetric=True,
+            module_name=request.layer,
+        )
+
+    def prepare(self, layer: Any) -> None:
+        self.kernel.process_weights_after_loading(layer)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self.kernel.apply_weights(layer, x, bias)
+
+
+class VllmTriton(VllmChoice):
+    """vLLM's Triton kernel, named outright: compute capability 10.0 and above. Not run by us: no such device."""
+
+    name = "vllm-triton"
+
+    @staticmethod
+    def rejects(request: Request) -> str | None:
+        if request.dynamic and not request.per_token:
+            return "vLLM has no kernel for dynamic per_tensor activations"
+        return None
+
+    def __init__(self, request: Request) -> None:
+        from vllm.model_executor.kernels.linear import Int8ScaledMMLinearLayerConfig, TritonInt8ScaledMMLinearKernel
+
+        facts = {
+            "is_channelwise": request.channelwise,
+            "is_static_input_scheme": not request.dynamic,
+            "input_symmetric": True,
+            "is_fused_module": False,  # 0.33 only; linear.py has expanded the scales of fused layers already
+        }
+        known = {f.name for f in dataclasses.fields(Int8ScaledMMLinearLayerConfig)}
+        config = Int8ScaledMMLinearLayerConfig(**{k: v for k, v in facts.items() if k in known})
+        self.kernel = TritonInt8ScaledMMLinearKernel(config, layer_param_names=LAYER_TENSORS)
+
+
+class CudaTensor(Kernel):
+    """Dynamic per_tensor on CUDA: absmax of the batch, quantise, GEMM; nothing waits for the host.
+
+    Not run by us: no CUDA device was at hand when this was written. One absmax couples all requests of a batch, and the
+    padding rows of a CUDA graph reach it: that is what the scheme means, and why per_token is the default.
+    """
+
+    name = "cuda-tensor"
+
+    @staticmethod
+    def rejects(request: Request) -> str | None:
+        if not request.dynamic or request.per_token:
+            return "only dynamic per_tensor activations"
+        if request.dtype not in (torch.float16, torch.bfloat16):
+            return f"writes float16 or bfloat16, not {request.dtype}"
+        return None
+
+    def __init__(self, request: Request) -> None:
+        from vllm import _custom_ops as vllm_ops
+        from vllm.model_executor.layers.quantization.compressed_tensors.triton_scaled_mm import triton_scaled_mm
+
+        self.quantize = vllm_ops.scaled_int8_quant
+        # cutlass_scaled_mm takes Triton by itself where in or out is no multiple of 16. Both take the same arguments.
+        self.multiply = vllm_ops.cutlass_scaled_mm if (request.capability or 0) < 100 else triton_scaled_mm
+
+    def prepare(self, layer: Any) -> None:
+        # [in, out], column-major, as both GEMMs want it: a view of the same storage.
+        layer.weight = torch.nn.Parameter(layer.weight.data.t(), requires_grad=False)
+        layer.weight_scale = torch.nn.Parameter(layer.weight_scale.data, requires_grad=False)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        scale = dynamic_tensor_scale(x)
+        integers, _, _ = self.quantize(x.contiguous(), scale)
+        return self.multiply(integers, layer.weight, scale, layer.weight_scale, x.dtype, bias)
+
+
+class OneDnnTensor(Kernel):
+    """per_tensor activations on CPU, static or dynamic, through vLLM's oneDNN operators (ops.onednn_tensor_int8)."""
+
+    name = "onednn-tensor"
+
+    @staticmethod
+    def rejects(request: Request) -> str | None:
+        if request.per_token:
+            return "only per_tensor activations"
+        return None if onednn_is_exact() else INEXACT
+
+    def __init__(self, request: Request) -> None:
+        self.dtype = request.dtype
+
+    def prepare(self, layer: Any) -> None:
+        from vllm import _custom_ops as vllm_ops
+
+        # The handler keeps the address of the scales, not a reference: they must stay where they are.
+        self.weight_scale = layer.weight_scale.data.contiguous()
+        layer.weight_scale = torch.nn.Parameter(self.weight_scale, requires_grad=False)
+        self.out_features = layer.weight.shape[0]
+        self.handler = vllm_ops.create_onednn_scaled_mm(
+            layer.weight.data.t(),
+            self.weight_scale,
+            self.dtype,
+            False,  # not per_token: it reads one input scale at every call, so that one may be a measured one
+            False,  # no zero points
+            32,
+        )
+        # The handler has packed a copy; release ours.
+        layer.weight = None
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return onednn_tensor_int8(x, self.handler.handler_tensor, self.out_features, layer.input_scale, bias)
+
+
+class Float32Integers(Kernel):
+    """The same integers in float32: for CPUs on which oneDNN's INT8 GEMM is wrong (see `onednn_is_exact`).
+
+    float32 holds every sum below 2**24 exactly (in <= 1040 at full range) and rounds longer ones by 6e-8. Weights take
+    four bytes each and nothing is faster than floating point; the result is right, which is the point.
+    """
+
+    name = "float32-integers"
+
+    @staticmethod
+    def rejects(request: Request) -> str | None:
+        return None
+
+    def __init__(self, request: Request) -> None:
+        self.strategy = request.scheme.input_activations.strategy
+        _warn_slow()
+
+    def prepare(self, layer: Any) -> None:
+        layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.float32), requires_grad=False)
+        layer.weight_scale = torch.nn.Parameter(layer.weight_scale.data.reshape(1, -1), requires_grad=False)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        # Plain torch: Inductor fuses it with what comes before.
+        scale = layer.input_scale if layer.input_scale is not None else int8.input_scale(x, self.strategy)
+        integers = torch.round(x.to(torch.float32) / scale).clamp(int8.QMIN, int8.QMAX)
+        y = torch.nn.functional.linear(integers, layer.weight) * scale * layer.weight_scale
+        return (y if bias is None else y + bias).to(x.dtype)
+
+
+INEXACT = "oneDNN's INT8 GEMM saturates on this CPU (no VNNI) and would silently give wrong sums"
+
+
+@functools.cache
+def onednn_is_exact() -> bool:
+    """Whether vLLM's oneDNN INT8 GEMM adds up correctly on this CPU: measured, once.
+
+    Without VNNI, x86 adds pairs of products in 16 bits and clips them: any |weight| above 64 may be lost, without a
+    word from oneDNN or vLLM. The extremes of both operands, once for a single token and once for several, show it.
+    """
+    from vllm import _custom_ops as vllm_ops
+
+    n = k = 64
+    # dtypes and device said: vLLM's defaults are the model's while it builds layers.
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
+    for tokens in (1, 16):
+        weight = torch.full((n, k), -127, dtype=torch.int8, device="cpu")
+        weight[::2] = 127
+        handler = vllm_ops.create_onednn_scaled_mm(weight.t(), one, torch.float32, False, False, 1)
+        x = torch.full((tokens, k), 127, dtype=torch.int8, device="cpu")
+        out = torch.empty(tokens, n, dtype=torch.float32, device="cpu")
+        torch.ops._C.onednn_scaled_mm(out, x, one, None, None, None, handler.handler_tensor)
+        if not torch.equal(out.double(), x.double() @ weight.double().t()):
+            return False
+    return True
+
+
+@functools.cache
+def _warn_slow() -> None:
+    logger.warning("%s; computing the same integers in float32: correct, but not faster than floating point", INEXACT)
+
+
+CANDIDATES: dict[str, tuple[type[Kernel], ...]] = {
+    "cpu": (VllmChoice, OneDnnTensor, Float32Integers),
+    "cuda": (VllmChoice, VllmTriton, CudaTensor),
+}
+
+
+def explain_kernels(request: Request) -> list[tuple[str, str | None]]:
+    """Every candidate of the request's platform in order, with the reason it is passed over or None where it serves."""
+    return [(kernel.name, kernel.rejects(request)) for kernel in CANDIDATES.get(request.platform, ())]
+
+
+def select_kernel(request: Request) -> Kernel:
+    """The first candidate that serves; SmoothQuantError with every reason where none does."""
+    reasons = explain_kernels(request)
+    for (name, reason), kernel in zip(reasons, CANDIDATES.get(request.platform, ()), strict=True):
+        if reason is None:
+            logger.debug("%s: %s", request.layer, name)
+            return kernel(request)
+        logger.debug("%s: not %s: %s", request.layer, name, reason)
+    raise SmoothQuantError(
+        request.layer,
+        expected=f"a kernel for {request.scheme.input_activations}",
+        got="; ".join(f"{name}: {reason}" for name, reason in reasons)
+        or f"no kernels for platform {request.platform!r}",
+        do="serve on a CPU or an NVIDIA GPU, or calibrate with other --activations",
+    )
