@@ -1,8 +1,8 @@
 """docs/architectures.md: what smoothing does to every architecture of tests/zoo.py.
 
 `python -m benchmarks.architectures`. For each tiny model: discover, smooth with alpha 0.5, pass the gate, write, and
-compare the logits of other tokens in float32. Whether vLLM serves the INT8 checkpoint is read from SERVED, a JSON object
-{zoo name: what to print}, where that file is. The last line printed is JSON.
+compare the logits of other tokens in float32. Whether vLLM serves the INT8 checkpoint is read from SERVED (JSON:
+{zoo name: what to print}), where that file is. The last line printed is JSON.
 """
 
 import json

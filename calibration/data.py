@@ -36,8 +36,9 @@ class Samples:
 def load_samples(
     dataset: str, tokenizer: PreTrainedTokenizerBase, *, text_column: str, samples: int, seq_len: int, seed: int
 ) -> Samples:
-    """`samples` windows of `seq_len` tokens from `dataset`: a file (.txt, .jsonl, .parquet, .csv) or `NAME[:CONFIG][@SPLIT]`.
+    """`samples` windows of `seq_len` tokens from `dataset`.
 
+    dataset: a file (.txt, .jsonl, .parquet, .csv) or a hub data set `NAME[:CONFIG][@SPLIT]`.
     Errors (SmoothQuantError): unreadable or empty data, no such text column, too little text for what was asked.
     """
     for option, value in (("--samples", samples), ("--seq-len", seq_len)):

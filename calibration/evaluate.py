@@ -287,10 +287,15 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_error(log: str) -> str:
-    """The line of vLLM's log that says most: its last exception that is not about another process having failed."""
-    lines = [line.rpartition("] ")[2].strip() for line in log.splitlines()]
-    errors = [line for line in lines if "Error: " in line and "See root cause above" not in line]
-    return (errors or [line for line in lines if line] or ["no output"])[-1][:300]
+    """What a vLLM log says went wrong: its last exception that is not about another process having failed."""
+    lines = [line.rpartition("] ")[2] if "ERROR" in line else line for line in log.splitlines() if line.strip()]
+    found = lines[-1].strip() if lines else "no output"
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if "Error: " in line and "root cause" not in line:
+            # pydantic has the reason on a line of its own.
+            reason = following.partition(" [type=")[0].strip() if "validation error" in line else ""
+            found = f"{line.strip()} {reason}".strip()
+    return found[:400]
 
 
 def _mib(size: int) -> str:

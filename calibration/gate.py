@@ -36,6 +36,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vllm_smoothquant.checkpoint import SmoothQuantError
 
+from .arithmetic import Parameters, in_float32, plain_parameters
 from .graph import Graph
 from .probe import float_parameters, own_parameters, plain_kernels
 from .smooth import Smoothing
@@ -47,7 +48,6 @@ FLOORS = 16
 ROWS = 128  # of every reader's output that are compared: memory, on big models
 LOGITS = "logits"
 
-Parameters = dict[str, torch.Tensor]
 Outputs = dict[str, torch.Tensor]
 
 
@@ -104,7 +104,7 @@ def _compare(
 ) -> dict[str, Change]:
     """Change of the logits and of each watched linear layer's output under `smoothing`, with its bound."""
     watched = set(watched)
-    plain = _run(model, batch, watched, partial(_plain, model))
+    plain = _run(model, batch, watched, partial(plain_parameters, model))
     for name, value in plain.items():
         if torch.isnan(value).any() or not torch.isfinite(value).any():
             raise SmoothQuantError(
@@ -171,10 +171,6 @@ def _refusal(
 
 
 # --- Running in float32 ---
-
-
-def _plain(model: nn.Module, name: str) -> Parameters:
-    return float_parameters(model.get_submodule(name))
 
 
 def _signs(size: int, generator: torch.Generator) -> torch.Tensor:
@@ -263,7 +259,7 @@ def _run(
     handles += correct()
     device = next(model.parameters()).device
     try:
-        with _float32(model, change):
+        with in_float32(model, change):
             result = model(input_ids=batch.to(device), use_cache=False)
     except RuntimeError as error:
         if "dtype" not in str(error):
@@ -280,68 +276,3 @@ def _run(
     leaves = tree_leaves(dict(result) if isinstance(result, dict) else result)
     logits = next(t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point())
     return outputs | {LOGITS: logits.float().reshape(-1, logits.shape[-1])}
-
-
-@contextmanager
-def _float32(model: nn.Module, change: Callable[[str], Parameters]) -> Iterator[None]:
-    """While a module runs, its own parameters are `change(name)` and its own floating-point buffers float32.
-
-    A decoder block (an element of a ModuleList) changes as a whole: code within it may look at its siblings' dtype.
-    """
-    swapped: list[tuple[torch.Tensor, torch.Tensor]] = []
-    active: set[str] = set()
-    calls: list[tuple[int, list[str]]] = []
-
-    def enter(inside: list[str], module: nn.Module, args: Any) -> None:
-        fresh = [name for name in inside if name not in active]
-        calls.append((len(swapped), fresh))
-        active.update(fresh)
-        for name in fresh:
-            owner = model.get_submodule(name)
-            new = change(name)
-            for parameter, tensor in own_parameters(owner).items():
-                swap(tensor, new[parameter])
-            for buffer in owner.buffers(recurse=False):
-                swap(buffer, buffer.float() if buffer.is_floating_point() else buffer)
-
-    def swap(tensor: torch.Tensor, new: torch.Tensor) -> None:
-        swapped.append((tensor, tensor.data))
-        tensor.data = new
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        mark, fresh = calls.pop()
-        active.difference_update(fresh)
-        undo(mark)
-
-    def undo(mark: int) -> None:
-        while len(swapped) > mark:
-            tensor, old = swapped.pop()
-            tensor.data = old
-
-    handles = []
-    try:
-        for name, inside in _units(model).items():
-            module = model.get_submodule(name)
-            handles += [
-                module.register_forward_pre_hook(partial(enter, inside), prepend=True),
-                module.register_forward_hook(leave),
-            ]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        undo(0)
-
-
-def _units(model: nn.Module) -> dict[str, list[str]]:
-    """Module -> modules with parameters or buffers of their own that change while it runs: itself or a whole block."""
-    units: dict[str, list[str]] = {}
-    containers = (nn.ModuleList, nn.ModuleDict)
-    for name, module in model.named_modules():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        block = name and isinstance(parent, containers) and not isinstance(module, containers)
-        inside = module.named_modules(prefix=name) if block else [(name, module)]
-        own = [n for n, m in inside if own_parameters(m) or next(m.buffers(recurse=False), None) is not None]
-        if own:
-            units[name] = own
-    return units

@@ -7,15 +7,14 @@ range is the largest of those.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
 
-from functools import partial
-from .gate import _float32, _plain
-def in_float32(m): return _float32(m, partial(_plain, m))
 from vllm_smoothquant.checkpoint import SmoothQuantError
+
+from .arithmetic import fast_arithmetic
 
 
 @contextmanager
@@ -45,20 +44,10 @@ def watching_absmax(model: torch.nn.Module, names: Iterable[str]) -> Iterator[di
         last.clear()
 
 
-def native_arithmetic(model: torch.nn.Module) -> AbstractContextManager[None]:
-    """float32 products where this CPU has no instructions for the model's 16-bit dtype: emulated ones are 8 times slower."""
-    dtype = next(model.parameters()).dtype
-    supported = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported}
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    if on_cpu and dtype in supported and not supported[dtype]():
-        return in_float32(model)
-    return nullcontext()
-
-
 def observe(
     model: torch.nn.Module, names: list[str], input_ids: torch.Tensor, *, batch_size: int = 4, quiet: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Run the decoder over `input_ids` [samples, seq_len]; returns name -> absmax float32 [in] of each layer in `names`.
+    """Run the decoder over `input_ids` [samples, seq_len]; returns name -> absmax float32 [in] of each of `names`.
 
     The language-model head is not run unless it is to be observed: on a small model it is a fifth of the work.
     Errors (SmoothQuantError): a layer no sample reached, or NaN / infinity in its input.
@@ -67,7 +56,7 @@ def observe(
     inside = {id(m) for m in decoder.modules()}
     runs = decoder if all(id(model.get_submodule(n)) in inside for n in names) else model
     device = next(model.parameters()).device
-    with torch.no_grad(), native_arithmetic(model), watching_absmax(model, names) as absmax:
+    with torch.no_grad(), fast_arithmetic(model), watching_absmax(model, names) as absmax:
         bar = tqdm(total=len(input_ids), desc="observe", unit="sample", disable=True if quiet else None)
         for batch in input_ids.split(batch_size):
             runs(input_ids=batch.to(device), use_cache=False)

@@ -1,6 +1,6 @@
 """SmoothQuant, in the paper's order: load, observe, smooth, prove, quantize, export.
 
-    s_j = max|X_j|^alpha / max|W_j|^(1-alpha)          Y = (X diag(s)^-1) (diag(s) W)          (Xiao et al., 2022, eq. 3-4)
+    s_j = max|X_j|^alpha / max|W_j|^(1-alpha)        Y = (X diag(s)^-1) (diag(s) W)        (Xiao et al., 2022, eq. 3-4)
 
 `calibrate` writes an INT8 checkpoint, `smooth` the smoothed floating-point model. Each stage is one function of the
 module of its name; nothing is written before the gate has shown that smoothing kept the function.
@@ -27,6 +27,7 @@ from vllm_smoothquant.checkpoint import (
 )
 
 from . import data, export, gate, quantize
+from .arithmetic import compute_dtype
 from .graph import Graph, discover
 from .load import Source, check_source, load
 from .observers import observe
@@ -76,7 +77,7 @@ def calibrate(
     device_map: str = "auto",
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Write a smoothed INT8 checkpoint of `model` (folder or hub id) into the new folder `output`; returns its manifest.
+    """Write a smoothed INT8 checkpoint of `model` (folder or hub id) into the new folder `output`; return its manifest.
 
     weights: "channel" or "tensor"; activations: "token", "tensor" (both dynamic) or "static"; alpha in [0, 1] is the
     migration strength of eq. 4; smoothing=False rounds the model as it is, the baseline to compare with.
@@ -215,8 +216,13 @@ def _manifest(ready: Prepared, folder: Path, **more: Any) -> dict[str, Any]:
     """What made this checkpoint: enough to make the same bytes again."""
     return {
         "format_version": 1,
-        "source": {"model": ready.source.name, "dtype": str(ready.source.model.dtype), "sha256": ready.source.hashes},
+        "source": {
+            "model": ready.source.name,
+            "dtype": str(ready.source.model.dtype).removeprefix("torch."),
+            "sha256": ready.source.hashes,
+        },
         "calibration": {
+            "arithmetic": str(compute_dtype(ready.source.model)).removeprefix("torch."),
             "dataset": ready.samples.dataset,
             "tokens_sha256": ready.samples.sha256,
             "samples": len(ready.samples.input_ids),

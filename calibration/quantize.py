@@ -68,7 +68,7 @@ def _expert_blocks(model: nn.Module) -> list[str]:
 
 def weight_shape(linear: nn.Module) -> tuple[int, int]:
     """(out_features, in_features); Conv1D keeps its weight as [in, out]."""
-    rows, columns = linear.weight.shape
+    rows, columns = linear.get_parameter("weight").shape
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 

@@ -220,14 +220,22 @@ def test_a_layer_is_traced_whole(
         assert torch.allclose(compiled(x), layer(x)[0], atol=1e-4)
 
 
-def test_weights_are_kept_once(one_rank: None) -> None:
-    config = QuantizationConfig()
+@pytest.mark.parametrize("activations", handmade.ACTIVATIONS)
+@pytest.mark.parametrize("exact", [True, False], ids=["onednn", "float32"])
+def test_weights_are_kept_once(one_rank: None, monkeypatch: pytest.MonkeyPatch, exact: bool, activations: str) -> None:
+    """Whatever oneDNN has packed, the layer lets go of; in float32 the layer's is the only one."""
+    monkeypatch.setattr(kernels, "onednn_is_exact", lambda: exact)
+    config = QuantizationConfig(input_activations=handmade.ACTIVATIONS[activations])
     layer = build("o_proj", config, torch.float32)
-    load(layer, "o_proj", tensors("o_proj", config))
-    name = layer.quant_method.kernel.name
-    sizes = {"vllm": 0, "onednn-tensor": 0, "float32-integers": 80 * IN * 4}
-    held = 0 if layer.weight is None else layer.weight.untyped_storage().nbytes()
-    assert held <= max(sizes[name], 80 * IN)
+    load(layer, "o_proj", tensors("o_proj", config, limit=63))
+    matrices = [p for p in layer.parameters() if p.numel() == 80 * IN]
+    if torch.cpu._is_amx_tile_supported() and layer.quant_method.kernel.name == "vllm":
+        assert [p.dtype for p in matrices] == [torch.int8]  # packed in place
+    else:
+        assert [p.dtype for p in matrices] == ([] if exact else [torch.float32])
+    # Nothing else in reach holds one either.
+    held = [v for v in vars(layer.quant_method.kernel).values() if isinstance(v, torch.Tensor)]
+    assert all(v.numel() < 80 * IN for v in held)
 
 
 def test_ignored_layers_and_embeddings_stay_vllms(one_rank: None) -> None:

@@ -1,4 +1,4 @@
-"""Tiny models on disk, with a byte tokenizer and text, so that the whole way from folder to checkpoint can be tested."""
+"""Tiny models on disk, with a byte tokenizer and text, to test the whole way from folder to checkpoint."""
 
 import json
 import random

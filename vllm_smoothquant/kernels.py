@@ -214,8 +214,8 @@ class OneDnnTensor(Kernel):
 class Float32Integers(Kernel):
     """The same integers in float32: for CPUs on which oneDNN's INT8 GEMM is wrong (see `onednn_is_exact`).
 
-    float32 holds every sum below 2**24 exactly (in <= 1040 at full range) and rounds longer ones by 6e-8. Weights take
-    four bytes each and nothing is faster than floating point; the result is right, which is the point.
+    float32 holds every sum below 2**24 exactly (in <= 1040 at full range) and rounds longer ones by 6e-8. Weights stay
+    int8 and are widened layer by layer as they are used: the memory is saved, the time is not, the result is right.
     """
 
     name = "float32-integers"
@@ -229,14 +229,14 @@ class Float32Integers(Kernel):
         _warn_slow()
 
     def prepare(self, layer: Any) -> None:
-        layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.float32), requires_grad=False)
+        layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
         layer.weight_scale = torch.nn.Parameter(layer.weight_scale.data.reshape(1, -1), requires_grad=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         # Plain torch: Inductor fuses it with what comes before.
         scale = layer.input_scale if layer.input_scale is not None else int8.input_scale(x, self.strategy)
         integers = torch.round(x.to(torch.float32) / scale).clamp(int8.QMIN, int8.QMAX)
-        y = torch.nn.functional.linear(integers, layer.weight) * scale * layer.weight_scale
+        y = torch.nn.functional.linear(integers, layer.weight.to(torch.float32)) * scale * layer.weight_scale
         return (y if bias is None else y + bias).to(x.dtype)
 
 

@@ -122,9 +122,6 @@ class SmoothQuantLinearMethod(LinearMethodBase):
         self._check_bias(layer)
 
         weight_scale = layer.weight_scale.data
-        padding = getattr(layer, "num_org_embeddings_per_partition", None)
-        if self.per_channel and padding is not None:
-            weight_scale[padding:] = 1  # vLLM pads an output head with rows of zeros, scales included
         if not self.per_channel and len(self.widths) > 1:
             # One scale per shard becomes one per channel, which every GEMM knows.
             weight_scale = weight_scale.repeat_interleave(torch.tensor(self.widths, device=weight_scale.device))
@@ -238,6 +235,7 @@ class SmoothQuantLinearMethod(LinearMethodBase):
                 do="copy or export the checkpoint again",
             )
         if tensor != "weight":
+            # vLLM pads an output head with rows of zeros, scales included: they compute zeros, as they should.
             padding = getattr(layer, "num_org_embeddings_per_partition", None)
             _check_positive(f"{self.prefix}.{tensor}", param.data[:padding])
         elif param.dtype != torch.int8:
