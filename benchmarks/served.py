@@ -6,7 +6,11 @@ reference on the same files (calibration/reference.py). benchmarks/architectures
 last line printed is JSON.
 """
 
+import argparse
+import gc
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +23,8 @@ from calibration.reference import load_reference
 from tests import engine, tiny, zoo
 from vllm_smoothquant.checkpoint import SmoothQuantError
 
+# Set in the processes that main starts.
+CHILD = "SMOOTHQUANT_SERVED_CHILD"
 OUTPUT = Path(__file__).parent / "served.json"
 # Both compute the same integers, but sum norms and attention in another order: an activation that lies on a rounding
 # tie may fall to the other side, which moves one product by one step of 1/127 of its token's range. A wrong scale or a
@@ -51,29 +57,55 @@ def serve(name: str, folder: Path) -> str:
     except SmoothQuantError as error:
         return f"refused: {error}"
     try:
-        served = engine.logprobs(folder / "int8", prompts(), model_impl="vllm")
-    except engine.EngineFailedError as error:
-        return f"not by vLLM: {reason(str(error))}"
+        arguments = {"model": str(folder / "int8"), "model_impl": "vllm", **engine.DEFAULTS}
+        served = engine.generate(arguments, prompts())
+    except Exception as error:  # whatever vLLM raises for an architecture it does not know, or knows differently
+        return f"not by vLLM: {reason(error)}"
+    finally:
+        gc.collect()
     difference = max(float((a - b).abs().max()) for a, b in zip(served, expected(folder / "int8"), strict=True))
     return f"{'yes' if difference <= BOUND else 'WRONG'} ({difference:.0e})"
 
 
-def reason(log: str) -> str:
-    """The first exception in vLLM's output."""
-    lines = [line.rpartition("] ")[2].strip() for line in log.splitlines()]
-    errors = [line for line in lines if "Error: " in line]
-    return (errors or lines or ["no output"])[0][:160].replace("|", "/")
+def reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    said = f"{type(error).__name__}: {lines[-1] if 'validation error' in lines[0] else lines[0]}"
+    return " ".join(said.replace("|", "/").split())[:160]
+
+
+def serve_all(names: list[str], output: Path) -> None:
+    """Serve `names` one after the other in this process, which a model that vLLM refuses leaves unfit for the next."""
+    transformers.utils.logging.disable_progress_bar()
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            said = serve(name, Path(folder))
+        answers = json.loads(output.read_text()) if output.exists() else {}
+        output.write_text(json.dumps(answers | {name: said}, indent=2, sort_keys=True) + "\n")
+        print(f"{name:20} {said}", flush=True)
+        if not said.startswith("yes"):
+            return
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    answers = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
-    for name in sys.argv[1:] or zoo.ZOO:
-        with tempfile.TemporaryDirectory() as folder:
-            answers[name] = serve(name, Path(folder))
-        print(f"{name:20} {answers[name]}", flush=True)
-        OUTPUT.write_text(json.dumps(answers, indent=2, sort_keys=True) + "\n")
+    """Serve the models named, or all; write what came of each; exit 1 if one was served wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", default=list(zoo.ZOO))
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args()
+    if CHILD in os.environ:
+        serve_all(args.names, args.output)
+        return
+    environment = engine.small_engine() | {"VLLM_LOGGING_LEVEL": "ERROR", CHILD: "1"}
+    args.output.unlink(missing_ok=True)
+    left = args.names
+    while left:
+        command = [sys.executable, "-m", "benchmarks.served", *left, "--output", str(args.output)]
+        subprocess.run(command, env=environment, check=False, stderr=subprocess.DEVNULL)
+        answers = json.loads(args.output.read_text()) if args.output.exists() else {}
+        if left[0] not in answers:
+            args.output.write_text(json.dumps(answers | {left[0]: "not by vLLM: its process ended"}, indent=2))
+            answers[left[0]] = "crashed"
+        left = [name for name in left if name not in answers]
     wrong = [name for name, said in answers.items() if said.startswith("WRONG")]
     print(json.dumps({"served": sum(a.startswith("yes") for a in answers.values()), "wrong": wrong}))
     sys.exit(1 if wrong else 0)

@@ -88,25 +88,34 @@ def calibrate(
             "--activations", expected=" or ".join(ACTIVATIONS), got=repr(activations), do="choose one"
         )
     scheme = Scheme(Weights.from_dict({"num_bits": 8, "strategy": weights}, "--weights"), ACTIVATIONS[activations])
-    output = Path(output)
+    export.check_output(Path(output))
+    ready = prepare(
+        model, alpha=alpha if smoothing else None, dataset=dataset, text_column=text_column, samples=samples,
+        seq_len=seq_len, seed=seed, ignore=ignore, device_map=device_map, quiet=quiet,
+    )  # fmt: skip
+    return write_checkpoint(ready, scheme, Path(output), quiet=quiet)
+
+
+def write_checkpoint(ready: Prepared, scheme: Scheme, output: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Round what `prepare` made under `scheme` into the new folder `output`; returns the manifest.
+
+    One preparation serves any number of schemes: they differ only in how they round.
+    """
+    lap = _stopwatch(quiet)
+    model = ready.source.model
     with export.staging(output) as folder:
-        ready = _prepare(
-            model, alpha=alpha if smoothing else None, dataset=dataset, text_column=text_column, samples=samples,
-            seq_len=seq_len, seed=seed, ignore=ignore, device_map=device_map, quiet=quiet,
-        )  # fmt: skip
-        lap = _stopwatch(quiet)
-        source_model = ready.source.model
         with torch.inference_mode():
             export.write_tensors(folder, _quantized_tensors(ready, scheme))
         config = QuantizationConfig(
             scheme.weights,
             scheme.input_activations,
-            ignore=frozenset(export.hub_module_name(source_model, name) for name in ready.kept),
+            # vLLM's own models go by the file's names, its Transformers backend by the module's; mostly they are one.
+            ignore=frozenset(n for name in ready.kept for n in (name, export.hub_module_name(model, name))),
         )
-        export.write_config(folder, source_model, ready.source.tokenizer, config.to_dict())
-        lap("quantize and export")
+        export.write_config(folder, model, ready.source.tokenizer, config.to_dict())
         manifest = _manifest(ready, folder, quantization_config=config.to_dict())
         export.write_json(folder / MANIFEST, manifest)
+    lap("quantize and export")
     return manifest
 
 
@@ -124,12 +133,12 @@ def smooth(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write the smoothed floating-point `model`, same function, own dtype, into the new folder `output`."""
-    output = Path(output)
-    with export.staging(output) as folder:
-        ready = _prepare(
-            model, alpha=alpha, dataset=dataset, text_column=text_column, samples=samples, seq_len=seq_len, seed=seed,
-            ignore=frozenset(), device_map=device_map, quiet=quiet,
-        )  # fmt: skip
+    export.check_output(Path(output))
+    ready = prepare(
+        model, alpha=alpha, dataset=dataset, text_column=text_column, samples=samples, seq_len=seq_len, seed=seed,
+        ignore=frozenset(), device_map=device_map, quiet=quiet, power_of_two=True,
+    )  # fmt: skip
+    with export.staging(Path(output)) as folder:
         ready.smoothing.apply_(ready.source.model)
         ready.source.model.save_pretrained(folder)
         ready.source.tokenizer.save_pretrained(folder)
@@ -138,11 +147,14 @@ def smooth(
     return manifest
 
 
-def _prepare(
+def prepare(
     model: str, *, alpha: float | None, dataset: str, text_column: str, samples: int, seq_len: int, seed: int,
-    ignore: frozenset[str], device_map: str, quiet: bool,
+    ignore: frozenset[str], device_map: str, quiet: bool, power_of_two: bool = False,
 ) -> Prepared:  # fmt: skip
-    """Load, observe, smooth, prove. alpha None means no smoothing: every factor is 1."""
+    """Load, observe, smooth, prove: all that calibrate does before it rounds, with the same arguments.
+
+    alpha None means no smoothing: every factor is 1. power_of_two: factors rounded so that floating point is exact.
+    """
     if alpha is not None and not 0 <= alpha <= 1:
         raise SmoothQuantError("--alpha", expected="a number in [0, 1]", got=str(alpha), do="0.5 is the paper's")
     lap = _stopwatch(quiet)
@@ -161,9 +173,9 @@ def _prepare(
     readers = {reader.name for group in graph.groups for reader in group.readers}
     absmax = observe(source.model, sorted({*names, *readers}), drawn.input_ids, quiet=quiet)
     lap("observe")
-    smoothing = smooth_groups(source.model, graph, absmax, alpha)
+    smoothing = smooth_groups(source.model, graph, absmax, alpha, power_of_two=power_of_two)
     lap("smooth")
-    batches = drawn.input_ids[: GATE_SHAPE[0], : GATE_SHAPE[1]].split(1)
+    batches = drawn.input_ids[: GATE_SHAPE[0], : GATE_SHAPE[1]].split(2)
     report = gate.check(source.model, smoothing, graph, list(batches))
     lap("gate")
     return Prepared(source, drawn, names, kept, graph, absmax, smoothing, report)

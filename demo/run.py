@@ -19,16 +19,19 @@ from typing import Any
 
 import torch
 from openai import OpenAI
+from torch.backends.cpu import get_cpu_capability
 
 from calibration import evaluate
 from demo import assets
 from demo.server import vllm_serve
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
-CALIBRATION = ["--samples", "32", "--seq-len", "512"]
+# x86 without AVX-512 multiplies BF16 ten times slower than float32. There: fewer samples, perplexities in float32.
+SLOW_BF16 = not torch.cuda.is_available() and platform.machine() == "x86_64" and "AVX512" not in get_cpu_capability()
+SAMPLES, WINDOWS = (16, 16) if SLOW_BF16 else (64, 32)
+CALIBRATION = ["--samples", str(SAMPLES), "--seq-len", "512"]
 # Weights rounded as they are, activations rounded as they come: these samples only pass through, and change nothing.
 NO_CALIBRATION = ["--no-smoothing", "--samples", "4", "--seq-len", "64"]
-WINDOWS = 16
 FOLDER = assets.CACHE / "demo"
 KV_CACHE = ["--kv-cache-memory-bytes", "1G"]  # vLLM would take most of the machine's memory
 
@@ -50,7 +53,7 @@ def main() -> int:
     calibrate(model, plain, calibration, NO_CALIBRATION)
 
     say("measure BF16, plain INT8 and smoothed INT8 through vLLM, on articles that calibration did not see")
-    result = measure(model, [plain, smoothed], evaluation)
+    result = measure(model, plain, smoothed, evaluation)
     print(evaluate.format_table(result), flush=True)
 
     say("serve")
@@ -68,12 +71,18 @@ def calibrate(model: Path, output: Path, text: Path, options: list[str]) -> None
     smoothquant("calibrate", str(model), "-o", str(output), "--dataset", str(text), *options)
 
 
-def measure(model: Path, checkpoints: list[Path], text: Path) -> dict[str, Any]:
-    arguments = [*map(str, checkpoints), "--baseline", str(model), "--text", str(text), "--samples", str(WINDOWS)]
-    if slow_bf16():
+def measure(model: Path, plain: Path, smoothed: Path, text: Path) -> dict[str, Any]:
+    """evaluate's result for all three; of `plain` the perplexity alone, since it runs as `smoothed` does."""
+    options = ["--text", str(text), "--samples", str(WINDOWS), "--enforce-eager", "--json"]
+    if SLOW_BF16:
         print("this CPU has no BF16 arithmetic: the perplexities are measured with activations in float32")
-        arguments += ["--score-dtype", "float32"]
-    return json.loads(smoothquant("evaluate", *arguments, "--enforce-eager", "--json", capture=True))
+        options += ["--score-dtype", "float32"]
+    result = json.loads(smoothquant("evaluate", str(smoothed), "--baseline", str(model), *options, capture=True))
+    extra = json.loads(smoothquant("evaluate", str(plain), *options, "--no-speed", capture=True))
+    (row,) = extra["models"]
+    row["perplexity_change"] = row["perplexity"] / result["models"][0]["perplexity"] - 1
+    result["models"].insert(1, row)
+    return result
 
 
 def ask(checkpoint: Path) -> str:
@@ -89,12 +98,6 @@ def ask(checkpoint: Path) -> str:
     answer = reply.choices[0].message.content or ""
     print(f"Q: {QUESTION}\nA: {answer}", flush=True)
     return answer
-
-
-def slow_bf16() -> bool:
-    """x86 without AVX-512: a BF16 product there takes ten times as long as a float32 one."""
-    on_cpu = not torch.cuda.is_available() and platform.machine() == "x86_64"
-    return on_cpu and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 
 def smoothquant(*arguments: str, capture: bool = False) -> str:

@@ -5,11 +5,13 @@
 A fresh process frees everything at its end and shows a refusal as a user sees it. A token list needs no tokenizer.
 """
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +59,19 @@ def logprobs(
     [n - 1] for the tokens that came, at positions 1..n-1; with vocabulary=True [n - 1, vocabulary] for all that could.
     engine_args go to vllm.LLM over DEFAULTS, environment over small_engine(). Raises EngineFailedError.
     """
+    return logprobs_of([checkpoint], prompts, vocabulary=vocabulary, **engine_args)[0]
+
+
+def logprobs_of(
+    checkpoints: Sequence[str | Path], prompts: list[list[int]], *, vocabulary: bool = False, **engine_args: Any
+) -> list[list[torch.Tensor]]:
+    """`logprobs` of each of `checkpoints`, one engine after the other in one process: importing vLLM is half of it."""
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.pt")
         request.write_text(
             json.dumps(
                 {
-                    "llm": {"model": str(checkpoint), **DEFAULTS, **engine_args},
+                    "llms": [{"model": str(c), **DEFAULTS, **engine_args} for c in checkpoints],
                     "prompts": prompts,
                     "vocabulary": vocabulary,
                     "answer": str(answer),
@@ -71,7 +80,7 @@ def logprobs(
         )
         done = subprocess.run(
             [sys.executable, __file__, str(request)],
-            env=small_engine() | (environment or {}),
+            env=small_engine(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -80,26 +89,34 @@ def logprobs(
         )
         if done.returncode != 0 or not answer.exists():
             raise EngineFailedError(done.stdout)
-        return list(torch.load(answer))
+        return torch.load(answer)
 
 
-def _main(request: dict[str, Any]) -> None:
+def generate(llm_args: dict[str, Any], prompts: list[list[int]], *, vocabulary: bool = False) -> list[torch.Tensor]:
+    """What `logprobs` returns, by an engine in this process; `small_engine()` should hold here."""
     from vllm import LLM, SamplingParams
 
-    everything = request["vocabulary"]
-    llm = LLM(**request["llm"], **({"max_logprobs": -1} if everything else {}))
+    llm = LLM(**llm_args, **({"max_logprobs": -1} if vocabulary else {}))
     # 0 asks for the token that came and no other.
-    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=-1 if everything else 0, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=-1 if vocabulary else 0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
     answer = []
-    for output, ids in zip(outputs, request["prompts"], strict=True):
+    for output, ids in zip(outputs, prompts, strict=True):
         positions = output.prompt_logprobs[1:]
-        if everything:
+        if vocabulary:
             rows = [[at[token].logprob for token in range(len(at))] for at in positions]
         else:
             rows = [at[token].logprob for at, token in zip(positions, ids[1:], strict=True)]
         answer.append(torch.tensor(rows, dtype=torch.float32))
-    torch.save(answer, request["answer"])
+    return answer
+
+
+def _main(request: dict[str, Any]) -> None:
+    answers = []
+    for llm in request["llms"]:
+        answers.append(generate(llm, request["prompts"], vocabulary=request["vocabulary"]))
+        gc.collect()
+    torch.save(answers, request["answer"])
 
 
 if __name__ == "__main__":

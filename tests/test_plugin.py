@@ -223,16 +223,15 @@ def test_a_layer_is_traced_whole(
 @pytest.mark.parametrize("activations", handmade.ACTIVATIONS)
 @pytest.mark.parametrize("exact", [True, False], ids=["onednn", "float32"])
 def test_weights_are_kept_once(one_rank: None, monkeypatch: pytest.MonkeyPatch, exact: bool, activations: str) -> None:
-    """Whatever oneDNN has packed, the layer lets go of; in float32 the layer's is the only one."""
+    """What oneDNN has packed, the layer lets go of; otherwise the layer's is the only one, a byte a weight."""
     monkeypatch.setattr(kernels, "onednn_is_exact", lambda: exact)
     config = QuantizationConfig(input_activations=handmade.ACTIVATIONS[activations])
     layer = build("o_proj", config, torch.float32)
     load(layer, "o_proj", tensors("o_proj", config, limit=63))
     matrices = [p for p in layer.parameters() if p.numel() == 80 * IN]
-    if torch.cpu._is_amx_tile_supported() and layer.quant_method.kernel.name == "vllm":
-        assert [p.dtype for p in matrices] == [torch.int8]  # packed in place
-    else:
-        assert [p.dtype for p in matrices] == ([] if exact else [torch.float32])
+    # vLLM's AMX kernel packs in place.
+    in_place = not exact or (layer.quant_method.kernel.name == "vllm" and torch.cpu._is_amx_tile_supported())
+    assert [p.dtype for p in matrices] == ([torch.int8] if in_place else [])
     # Nothing else in reach holds one either.
     held = [v for v in vars(layer.quant_method.kernel).values() if isinstance(v, torch.Tensor)]
     assert all(v.numel() < 80 * IN for v in held)
@@ -294,6 +293,18 @@ def test_operators_keep_their_word(dtype: torch.dtype, static: bool, bias: bool)
     results = torch.library.opcheck(ops.onednn_tensor_int8, arguments)
     assert set(results.values()) == {"SUCCESS"}, results
     assert ops.onednn_tensor_int8(arguments[0][:0], *arguments[1:]).shape == (0, 48)
+
+
+def test_widened_products_are_integer_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Larger, then smaller: the second shares the first one's room. in = 1024 keeps every sum below 2**24.
+    for out_features, in_features in ((64, 1024), (48, 32)):
+        x = torch.randint(-128, 128, (5, in_features), generator=generator, dtype=torch.int8)
+        weight = torch.randint(-127, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
+        y = ops.widened_linear(x.float(), weight)
+        assert torch.equal(y.double(), int8.int8_matmul(x, weight))
+        results = torch.library.opcheck(ops.widened_linear, (x.float(), weight))
+        assert set(results.values()) == {"SUCCESS"}, results
 
 
 def test_the_dynamic_scale_is_the_references() -> None:

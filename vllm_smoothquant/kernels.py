@@ -233,10 +233,12 @@ class Float32Integers(Kernel):
         layer.weight_scale = torch.nn.Parameter(layer.weight_scale.data.reshape(1, -1), requires_grad=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        # Plain torch: Inductor fuses it with what comes before.
+        from .ops import widened_linear
+
+        # Plain torch around it: Inductor fuses that with what comes before and after.
         scale = layer.input_scale if layer.input_scale is not None else int8.input_scale(x, self.strategy)
         integers = torch.round(x.to(torch.float32) / scale).clamp(int8.QMIN, int8.QMAX)
-        y = torch.nn.functional.linear(integers, layer.weight.to(torch.float32)) * scale * layer.weight_scale
+        y = widened_linear(integers, layer.weight) * scale * layer.weight_scale
         return (y if bias is None else y + bias).to(x.dtype)
 
 

@@ -1,6 +1,7 @@
 """Custom operators: what torch.compile must not look into, with the shapes it needs to know.
 
     smoothquant::onednn_tensor_int8     y = (q_x @ q_w^T) * s_x * s_w^T + bias        s_x one number for all tokens
+    smoothquant::widened_linear         y = x @ q_w^T        x float32 integers, q_w int8 [out, in], y float32
 
 x [tokens, in] float32/bfloat16/float16; q_w int8 and s_w float32 live inside vLLM's oneDNN handler; s_x float32 [1], or
 None to measure it: s_x = absmax(x) / 127. Real = int * scale. Every operator has a fake implementation and mutates
@@ -55,6 +56,22 @@ def _onednn_tensor_int8_fake(
     return x.new_empty(x.shape[0], out_features)
 
 
+# float32 room for one layer's weight at a time, as large as the largest layer. One worker runs one forward pass at a
+# time, so one is enough; allocating anew at every call costs three times the multiplication, in page faults.
+_room = torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+def _widened_linear(integers: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    global _room
+    if _room.numel() < weight.numel():
+        _room = torch.empty(weight.numel(), dtype=torch.float32, device="cpu")
+    return torch.nn.functional.linear(integers, _room[: weight.numel()].view(weight.shape).copy_(weight))
+
+
+def _widened_linear_fake(integers: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return integers.new_empty(integers.shape[0], weight.shape[0])
+
+
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -68,3 +85,5 @@ def _define(name: str, function, fake, dispatch_key: str) -> None:  # type: igno
 _define("onednn_tensor_int8", _onednn_tensor_int8, _onednn_tensor_int8_fake, "CPU")
 
 onednn_tensor_int8 = torch.ops.smoothquant.onednn_tensor_int8.default
+_define("widened_linear", _widened_linear, _widened_linear_fake, "CPU")
+widened_linear = torch.ops.smoothquant.widened_linear.default
