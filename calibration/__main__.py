@@ -135,7 +135,7 @@ def _summary(manifest: dict[str, Any]) -> str:
     sizes = [
         f"{len(manifest['quantized'])} linear layers in INT8" if manifest["quantized"] else "floating point",
         f"{len(manifest['groups'])} groups smoothed",
-        f"logits moved {manifest['gate']['logits']['relative_change']:.1e} by smoothing",
+        f"logits moved {manifest['gate']['logits']['change']:.1e} by smoothing",
     ]
     return ", ".join(sizes)
 

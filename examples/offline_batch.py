@@ -3,7 +3,7 @@
 python examples/offline_batch.py SmolLM2-INT8
 """
 
-import sys
+import argparse
 
 from vllm import LLM, SamplingParams
 
@@ -16,8 +16,12 @@ PROMPTS = [
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint")
+    parser.add_argument("--enforce-eager", action="store_true")
+    args = parser.parse_args()
     # The checkpoint says that it is SmoothQuant; vLLM finds the plugin by itself.
-    llm = LLM(sys.argv[1], max_model_len=512)
+    llm = LLM(args.checkpoint, max_model_len=512, enforce_eager=args.enforce_eager)
     for output in llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12)):
         print(f"{output.prompt!r} -> {output.outputs[0].text!r}")
 

@@ -59,11 +59,16 @@ def logprobs(
     [n - 1] for the tokens that came, at positions 1..n-1; with vocabulary=True [n - 1, vocabulary] for all that could.
     engine_args go to vllm.LLM over DEFAULTS, environment over small_engine(). Raises EngineFailedError.
     """
-    return logprobs_of([checkpoint], prompts, vocabulary=vocabulary, **engine_args)[0]
+    return logprobs_of([checkpoint], prompts, vocabulary=vocabulary, environment=environment, **engine_args)[0]
 
 
 def logprobs_of(
-    checkpoints: Sequence[str | Path], prompts: list[list[int]], *, vocabulary: bool = False, **engine_args: Any
+    checkpoints: Sequence[str | Path],
+    prompts: list[list[int]],
+    *,
+    vocabulary: bool = False,
+    environment: dict[str, str] | None = None,
+    **engine_args: Any,
 ) -> list[list[torch.Tensor]]:
     """`logprobs` of each of `checkpoints`, one engine after the other in one process: importing vLLM is half of it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +85,7 @@ def logprobs_of(
         )
         done = subprocess.run(
             [sys.executable, __file__, str(request)],
-            env=small_engine(),
+            env=small_engine() | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -308,6 +308,14 @@ def test_levels_are_the_papers(models, text, tmp_path, capsys):
         assert config["input_activations"] == {"num_bits": 8, "strategy": strategy, "dynamic": dynamic}
 
 
+def test_it_says_what_it_did_and_what_to_do_next(models, text, tmp_path, capsys):
+    argv = ["calibrate", str(models("llama")), "-o", str(tmp_path / "out"), "--dataset", str(text)]
+    assert cli.main([*argv, "--samples", "4", "--seq-len", "32"]) == 0
+    said = capsys.readouterr().out
+    assert "14 linear layers in INT8, 8 groups smoothed, logits moved" in said
+    assert f"vllm serve {tmp_path / 'out'} --quantization smoothquant" in said
+
+
 def test_json_errors_are_json(tmp_path, capsys):
     assert cli.main(["calibrate", str(tmp_path / "no"), "-o", str(tmp_path / "out"), "--json"]) == 1
     assert set(json.loads(capsys.readouterr().out)["error"]) == {"where", "expected", "got", "do"}

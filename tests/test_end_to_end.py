@@ -46,13 +46,13 @@ def test_small_models_are_served_as_the_reference_computes(tmp_path):
 
 @pytest.mark.slow
 def test_every_scheme_of_a_real_model_is_served_as_the_reference_computes(smollm2, calibration_file, tmp_path):
-    """In float32 around the integers; layer by layer, tests/test_plugin.py compares to the last bit or so.
+    """In float32 around the integers; tests/test_plugin.py compares layer by layer, to the last bit or so.
 
-    Through thirty layers that cannot hold: norms and attention are summed in another order, so some of a million
-    activations lie near enough to a rounding tie to fall to the other side, and each flip moves all that follows. How
-    far that goes the reference says itself, run again with its embeddings moved by a few units in the last place:
-    served and reference may be twice as far apart as that. And both must be equally far from the floating-point model,
-    which a scheme mistaken for another, better or worse, is not: static is several times as far as per-token.
+    Through thirty layers that cannot hold: norms and attention are summed in another order, so an activation may lie on
+    a rounding tie and fall to the other side, and one flip moves all that follows. Then the two are two roundings of
+    one model with independent errors, sqrt(2) times as far from each other as from the floating-point model; without a
+    flip they agree to 1e-5. And both must be equally far from floating point, which a scheme mistaken for another is
+    not: static is several times as far as per-token. A mean over 49152 words at some twenty places: a quarter of slack.
     """
     ready = prepare(
         str(smollm2), alpha=0.5, dataset=str(calibration_file), text_column="text", samples=4, seq_len=128, seed=0,
@@ -67,13 +67,10 @@ def test_every_scheme_of_a_real_model_is_served_as_the_reference_computes(smollm
     served = engine.logprobs_of(folders, prompts, vocabulary=True)
     exact = torch.cat(logprobs(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval(), prompts))
     for folder, answer in zip(folders, served, strict=True):
-        model = load_reference(folder)
-        reference = torch.cat(logprobs(model, prompts))
-        embeddings = model.get_input_embeddings().weight.data
-        embeddings *= 1 + 1e-6 * torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
-        floor = mean_distance(torch.cat(logprobs(model, prompts)), reference)
+        reference = torch.cat(logprobs(load_reference(folder), prompts))
+        rounding = mean_distance(reference, exact)
         apart = mean_distance(torch.cat(answer), reference)
-        ratio = mean_distance(torch.cat(answer), exact) / mean_distance(reference, exact)
-        print(f"{folder.name}: apart {apart:.2e}, floor {floor:.2e}; distances to floating point {ratio:.2f}")
-        assert apart < 2 * floor, folder.name
+        ratio = mean_distance(torch.cat(answer), exact) / rounding
+        print(f"{folder.name}: apart {apart:.2e}; to floating point {rounding:.2e}, times {ratio:.2f} as served")
+        assert apart < 1.25 * 2**0.5 * rounding, folder.name
         assert 0.75 < ratio < 1.33, folder.name
