@@ -134,7 +134,7 @@ def _finish(args: argparse.Namespace, manifest: dict[str, Any], hint: str) -> in
 def _summary(manifest: dict[str, Any]) -> str:
     sizes = [
         f"{len(manifest['quantized'])} linear layers in INT8" if manifest["quantized"] else "floating point",
-        f"{len(manifest['groups'])} groups smoothed",
+        f"{sum(group['smoothed'] for group in manifest['groups'])} groups smoothed",
         f"logits moved {manifest['gate']['logits']['change']:.1e} by smoothing",
     ]
     return ", ".join(sizes)
