@@ -1,6 +1,6 @@
 """benchmarks/served.json: which architectures of tests/zoo.py vLLM's CPU backend serves in INT8, and how exactly.
 
-`python -m benchmarks.served [NAME ...]`. Each tiny model is calibrated (default scheme), served by vLLM's own
+`python -m benchmarks.served [NAME ...]`. Each tiny model is calibrated (default scheme, alpha auto), served by vLLM's own
 implementation of its architecture in float32, and its log-probabilities of random prompts are compared with the plain
 reference on the same files (calibration/reference.py). benchmarks/architectures.py puts the answers into its table. The
 last line printed is JSON.
@@ -53,7 +53,9 @@ def serve(name: str, folder: Path) -> str:
     tiny.save(name, folder / "model")
     text = tiny.save_text(folder / "text.jsonl")
     try:
-        calibrate(str(folder / "model"), folder / "int8", dataset=str(text), samples=8, seq_len=32, quiet=True)
+        # auto: what cannot be folded is divided at run time, so that is served as well.
+        options = {"alpha": "auto", "dataset": str(text), "samples": 8, "seq_len": 32, "quiet": True}
+        calibrate(str(folder / "model"), folder / "int8", **options)
     except SmoothQuantError as error:
         return f"refused: {error}"
     try:

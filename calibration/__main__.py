@@ -44,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("calibrate", _calibrate, "Calibrate MODEL and write a smoothed INT8 checkpoint.")
     _source_arguments(sub)
     sub.add_argument(
+        "--alpha", type=_alpha, default=0.5, metavar="ALPHA",
+        help="migration strength of eq. 4: 0 to 1; auto: for each group what rounds best; grid: the best one for all",
+    )  # fmt: skip
+    sub.add_argument(
         "--level", choices=("O1", "O2", "O3"),
         help="the paper's levels: weights per tensor with O1 per-token, O2 dynamic per-tensor, O3 static activations",
     )  # fmt: skip
@@ -51,11 +55,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--activations", choices=("token", "tensor", "static"), help="what shares an activation scale (without: token)"
     )
+    sub.add_argument(
+        "--max-fallback", type=_share, default=0.0, metavar="SHARE",
+        help="how many of the linear layers, 10%% say, may go from static to per-token scales, or to floating point",
+    )  # fmt: skip
+    sub.add_argument(
+        "--budget-ppl", type=_share, metavar="SHARE",
+        help="no more fall back than keeps the simulated perplexity within this, 1.5%% say (without: all that may)",
+    )  # fmt: skip
     sub.add_argument("--no-smoothing", action="store_true", help="round the model as it is, to compare with")
+    sub.add_argument(
+        "--static-range", choices=("absmax", "percentile", "error"), default="absmax",
+        help="where static scales end: at the observed maximum, its 99.99th percentile, or where the error is smallest",
+    )  # fmt: skip
+    sub.add_argument("--quantize-lm-head", action="store_true", help="the output head in INT8 as well, untied first")
     sub.add_argument("--ignore", action="append", default=[], metavar="NAME", help="a linear layer to leave alone")
 
     sub = add("smooth", _smooth, "Smooth MODEL and write it in floating point: the same function, fewer outliers.")
     _source_arguments(sub)
+    sub.add_argument("--alpha", type=float, default=0.5, help="migration strength of eq. 4: 0 to 1")
 
     from . import evaluate
 
@@ -67,7 +85,6 @@ def _parser() -> argparse.ArgumentParser:
 def _source_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL", help="a folder or a hub id, in floating point")
     sub.add_argument("-o", "--output", required=True, metavar="OUT", help="the folder to make")
-    sub.add_argument("--alpha", type=float, default=0.5, help="migration strength of eq. 4: 0 to 1")
     sub.add_argument(
         "--dataset", default="mit-han-lab/pile-val-backup", metavar="NAME_OR_FILE",
         help="calibration text: .txt, .jsonl, .parquet or .csv, or a hub data set NAME[:CONFIG][@SPLIT]",
@@ -78,6 +95,15 @@ def _source_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="which samples are drawn")
     sub.add_argument("--device-map", default="auto", metavar="MAP", help="where accelerate puts the model")
     sub.add_argument("--quiet", action="store_true", help="no progress, no summary")
+
+
+def _alpha(text: str) -> float | str:
+    return text if text in ("auto", "grid") else float(text)
+
+
+def _share(text: str) -> float:
+    """0.1 of "0.1" and of "10%"."""
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
 
 
 def _source_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,7 +127,11 @@ def _calibrate(args: argparse.Namespace) -> int:
         weights=args.weights or weights,
         activations=args.activations or activations,
         smoothing=not args.no_smoothing,
+        max_fallback=args.max_fallback,
+        budget_ppl=args.budget_ppl,
+        static_range=args.static_range,
         ignore=frozenset(args.ignore),
+        quantize_lm_head=args.quantize_lm_head,
         **_source_options(args),
     )
     return _finish(args, manifest, f"serve it:  vllm serve {args.output} --quantization smoothquant")
@@ -132,8 +162,10 @@ def _finish(args: argparse.Namespace, manifest: dict[str, Any], hint: str) -> in
 
 
 def _summary(manifest: dict[str, Any]) -> str:
+    fallen = manifest.get("fallen_back")
     sizes = [
         f"{len(manifest['quantized'])} linear layers in INT8" if manifest["quantized"] else "floating point",
+        *([f"{len(fallen)} layers fell back"] if fallen else []),
         f"{sum(group['smoothed'] for group in manifest['groups'])} groups smoothed",
         f"logits moved {manifest['gate']['logits']['change']:.1e} by smoothing",
     ]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
+from vllm.logprobs import Logprob
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.platforms import current_platform
 
 from vllm_smoothquant.linear import SmoothQuantLinearMethod
@@ -23,6 +25,55 @@ if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
 else:
     from vllm.v1.worker.gpu_worker import Worker
+
+
+# Of the baseline's distribution over the vocabulary this many of the likeliest words are kept, and the rest as one.
+LIKELIEST = 256
+
+
+class Agreement:
+    """How far one model's distributions of the next token are from another's, prompt by prompt in the same order.
+
+        KL = sum over words w of p(w) log(p(w) / q(w))     p the baseline's, q this model's; in nats, mean over tokens
+
+    The words are the baseline's LIKELIEST, and all others as one: joining words can only lower KL, and these are few.
+    """
+
+    def __init__(self, baseline: list[dict[str, torch.Tensor]] | None) -> None:
+        self.baseline = baseline
+        self.kept: list[dict[str, torch.Tensor]] = []
+        self.divergence: list[torch.Tensor] = []
+        self.agrees: list[torch.Tensor] = []
+
+    def see(self, logits: torch.Tensor | None) -> None:
+        """logits [rows, words]: of a prompt where there are several rows, else of the token that is generated."""
+        if logits is None or len(logits) < 2:
+            return
+        logprobs = logits.detach().float().log_softmax(-1)
+        if self.baseline is None:
+            top = logprobs.topk(min(LIKELIEST, logprobs.shape[1]))
+            self.kept.append({"words": top.indices.to("cpu", torch.int32), "logprobs": top.values.cpu()})
+            return
+        before = self.baseline[len(self.divergence)]
+        words = before["words"].to(logprobs.device, torch.int64)
+        p, q = with_rest(before["logprobs"].to(logprobs.device)), with_rest(logprobs.gather(1, words))
+        self.divergence.append((p.exp() * (p - q)).sum(-1).cpu())
+        self.agrees.append((words[:, 0] == logprobs.argmax(-1)).cpu())
+
+    def result(self) -> dict[str, float] | None:
+        """kl_divergence in nats per token; top1_agreement: share of tokens whose likeliest word is the baseline's."""
+        if not self.divergence:
+            return None
+        return {
+            "kl_divergence": float(torch.cat(self.divergence).double().mean()),
+            "top1_agreement": float(torch.cat(self.agrees).double().mean()),
+        }
+
+
+def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
+    """[rows, words] with the logarithm of what is left of 1 as another column; of float32's epsilon if nothing is."""
+    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).eps)
+    return torch.cat([logprobs, rest.log()], dim=1)
 
 
 class MeasuredWorker(Worker):
@@ -35,6 +86,20 @@ class MeasuredWorker(Worker):
 
     def memory_of_weights(self) -> int:
         return self.weights_added
+
+    def watch_prompts(self, keep: str | None, compare: str | None) -> None:
+        """From now on each prompt's logits are kept in the file `keep`, or compared with those in `compare`."""
+        self.agreement = Agreement(None if compare is None else torch.load(compare))
+        self.keep = keep
+        (processor,) = (m for m in self.get_model().modules() if isinstance(m, LogitsProcessor))
+        self.hook = processor.register_forward_hook(lambda module, args, logits: self.agreement.see(logits))
+
+    def unwatch_prompts(self) -> dict[str, float] | None:
+        """What came of it; None on a rank that has no logits, and where nothing was compared."""
+        self.hook.remove()
+        if self.keep is not None and self.agreement.kept:
+            torch.save(self.agreement.kept, self.keep)
+        return self.agreement.result()
 
     def kernels(self) -> list[str]:
         """What computes our quantised layers, by the names of vllm_smoothquant/kernels.py."""
@@ -52,16 +117,38 @@ def held_bytes() -> int:
     return int(status["RssAnon"].split()[0]) * 1024
 
 
-def score(llm: LLM, windows: list[list[int]]) -> tuple[float, int]:
-    """(perplexity, scored tokens)."""
+def prompt_logprobs(llm: LLM, prompts: list[list[int]], *, together: bool = True) -> list[list[Logprob]]:
+    """Of each token of each prompt but the first, which has nothing before it."""
     parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=w) for w in windows], parameters)
-    logprobs = []
-    for window, output in zip(windows, outputs, strict=True):
-        # Position 0 has nothing before it: vLLM gives None there.
-        for token, candidates in zip(window[1:], output.prompt_logprobs[1:], strict=True):
-            logprobs.append(candidates[token].logprob)
-    return math.exp(-statistics.fmean(logprobs)), len(logprobs)
+    asked = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+    outputs = llm.generate(asked, parameters) if together else [llm.generate([a], parameters)[0] for a in asked]
+    return [
+        [candidates[token] for token, candidates in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+        for ids, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def score(llm: LLM, windows: list[list[int]], *, keep: str | None, compare: str | None) -> dict[str, float]:
+    """perplexity, scored_tokens and, with `compare`, the agreement with the model whose logits are in that file."""
+    watched = keep is not None or compare is not None
+    if watched:
+        llm.collective_rpc("watch_prompts", args=(keep, compare))
+    # Watched, one window at a time: the order of the logits is then the order of the windows.
+    logprobs = [p.logprob for found in prompt_logprobs(llm, windows, together=not watched) for p in found]
+    answer: dict[str, float] = {"perplexity": math.exp(-statistics.fmean(logprobs)), "scored_tokens": len(logprobs)}
+    for agreement in llm.collective_rpc("unwatch_prompts") if watched else []:
+        answer |= agreement or {}
+    return answer
+
+
+def last_word(llm: LLM, passages: list[dict[str, Any]]) -> dict[str, float]:
+    """last_word_accuracy, as calibration/last_word.py defines it."""
+    found = prompt_logprobs(llm, [p["ids"] for p in passages])
+    right = [
+        all(p.rank == 1 for p in logprobs[-passage["target"] :])
+        for passage, logprobs in zip(passages, found, strict=True)
+    ]
+    return {"last_word_accuracy": statistics.fmean(right), "passages": len(right)}
 
 
 def decode_speed(
@@ -94,7 +181,9 @@ def main() -> None:
         "kernels": sorted(set().union(*llm.collective_rpc("kernels"))),
     }
     if request["score"]:
-        answer["perplexity"], answer["scored_tokens"] = score(llm, request["windows"])
+        answer |= score(llm, request["windows"], keep=request["keep"], compare=request["compare"])
+    if request["passages"]:
+        answer |= last_word(llm, request["passages"])
     if request["decode"]:
         answer["decode_tokens_per_second"] = decode_speed(llm, request["windows"], **request["decode"])
     answer_file.write_text(json.dumps(answer))

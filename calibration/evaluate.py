@@ -1,6 +1,9 @@
-"""Perplexity, memory and speed of checkpoints, measured through vLLM: what is served is what is measured.
+"""Quality, memory and speed of checkpoints, measured through vLLM: what is served is what is measured.
 
     perplexity = exp(-mean log p(token_i | the tokens before it in its window))
+
+and beside it, against the baseline's own probabilities, KL divergence and how often both think the same word likeliest
+(_engine.py), and how often the last word of a passage is guessed (last_word.py).
 
 Windows have a fixed length, start with the tokenizer's own first token where it has one (BOS), and are the same for
 every model compared. A window's first token has nothing before it and is not scored. Each model runs in an engine of
@@ -24,6 +27,8 @@ from vllm_smoothquant.checkpoint import SmoothQuantError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .last_word import Passage
+
 # The usual text for perplexities; the calibration set is not it.
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1@test"
 # Generation measured for speed: this many prompts of this many tokens at once, each continued by this many.
@@ -43,6 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=128, metavar="N", help="how many windows to score")
     parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens in each window")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which windows are drawn")
+    parser.add_argument(
+        "--passages",
+        type=int,
+        default=0,
+        metavar="N",
+        help="guess the last word of so many passages",
+    )
+    parser.add_argument(
+        "--passage-tokens", type=int, default=512, metavar="N", help="tokens that such a passage may have at most"
+    )
     parser.add_argument("--dtype", default="auto", metavar="TYPE", help="of activations, as vLLM's --dtype")
     parser.add_argument(
         "--score-dtype", metavar="TYPE", help="another one for the perplexity alone: float32 where the CPU has no BF16"
@@ -66,21 +81,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     windows, text = token_windows(
         models, source, text_column=args.text_column, samples=args.samples, seq_len=args.seq_len, seed=args.seed
     )
+    passages = guessing(models[0], args, source) if args.passages else []
     engine = {"dtype": args.dtype, "enforce_eager": args.enforce_eager, **args.engine}
     score_dtype = args.score_dtype or args.dtype
     rows: list[dict[str, Any]] = []
-    for model in models:
-        print(f"evaluate: {model}", file=sys.stderr, flush=True)
-        row = {"model": model, "baseline": model == args.baseline}
-        decode = None if args.no_speed else DECODE
-        if score_dtype == args.dtype:
-            row |= measure(model, windows, decode=decode, **engine)
-        else:
-            row |= measure(model, windows, decode=None, **engine | {"dtype": score_dtype})
-            del row["memory_bytes"]  # in a dtype the model is not served in
-            if decode is not None:
-                row |= measure(model, windows, score=False, decode=decode, **engine)
-        rows.append(row)
+    with tempfile.TemporaryDirectory(prefix="smoothquant-") as folder:
+        logits = str(Path(folder) / "baseline.pt")
+        for model in models:
+            print(f"evaluate: {model}", file=sys.stderr, flush=True)
+            row = {"model": model, "baseline": model == args.baseline}
+            decode = None if args.no_speed else DECODE
+            quality: dict[str, Any] = {"passages": passages}
+            if args.baseline:
+                quality["keep" if row["baseline"] else "compare"] = logits
+            if score_dtype == args.dtype:
+                row |= measure(model, windows, decode=decode, **quality, **engine)
+            else:
+                row |= measure(model, windows, decode=None, **quality, **engine | {"dtype": score_dtype})
+                del row["memory_bytes"]  # in a dtype the model is not served in
+                if decode is not None:
+                    row |= measure(model, windows, score=False, decode=decode, **engine)
+            rows.append(row)
     linear = linear_layers(models)
     for row in rows:
         row.update(weight_bytes(row["model"], linear))
@@ -92,13 +113,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def format_table(result: Mapping[str, Any]) -> str:
     """`run`'s result for people."""
-    header = ["model", "perplexity", "change", "on disk", "linear", "in memory", "decode"]
+    header = ["model", "perplexity", "change", "KL", "top-1", "last word", "on disk", "linear", "in memory", "decode"]
     rows, text, decode, engine = result["models"], result["text"], result["decode"], result["engine"]
     cells = [
         [
             Path(row["model"]).name,
             f"{row['perplexity']:.3f}",
             f"{row['perplexity_change']:+.2%}" if "perplexity_change" in row else "",
+            f"{row['kl_divergence']:.4f}" if "kl_divergence" in row else "",
+            f"{row['top1_agreement']:.1%}" if "top1_agreement" in row else "",
+            f"{row['last_word_accuracy']:.1%}" if "last_word_accuracy" in row else "",
             _mib(row["disk_bytes"]),
             _mib(row["linear_bytes"]),
             _mib(row["memory_bytes"]) if "memory_bytes" in row else "",
@@ -106,7 +130,10 @@ def format_table(result: Mapping[str, Any]) -> str:
         ]
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    # A column that nobody asked for is left out.
+    columns = [c for c in zip(header, *cells, strict=True) if any(c[1:])]
+    header, *cells = (list(line) for line in zip(*columns, strict=True))
+    widths = [max(map(len, column)) for column in columns]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
         for line in [header, ["-" * width for width in widths], *cells]
@@ -114,6 +141,8 @@ def format_table(result: Mapping[str, Any]) -> str:
     lines += [
         f"perplexity: {text['windows']} windows of {text['seq_len']} tokens of {text['source']}, "
         f"{rows[0]['scored_tokens']} tokens scored, dtype {engine['score_dtype']}",
+        *(["KL: nats per token from the baseline's distribution; top-1: the same likeliest token"] * ("KL" in header)),
+        *([f"last word: guessed, of {rows[0].get('passages')} passages"] * ("last word" in header)),
         "on disk: all weight files; linear: the tensors of the layers that are INT8 in a checkpoint given here",
         "in memory: what loading the weights added to the process that holds them",
         f"decode: {decode['batch']} prompts at once, {decode['new_tokens']} new tokens each, median of "
@@ -133,18 +162,23 @@ def measure(
     windows: Sequence[Sequence[int]],
     *,
     score: bool = True,
+    passages: Sequence["Passage"] = (),
+    keep: str | None = None,
+    compare: str | None = None,
     decode: Mapping[str, int] | None = DECODE,
     timeout: float | None = None,
     **engine: Any,
 ) -> dict[str, Any]:
     """What a fresh vLLM engine says of `model`: memory_bytes of all weights, kernels that compute quantised layers,
-    with `score` perplexity and scored_tokens, with `decode` decode_tokens_per_second.
+    with `score` perplexity and scored_tokens, with `passages` last_word_accuracy, with `decode`
+    decode_tokens_per_second; keep: a file for this model's probabilities; compare: the file that another call kept, for
+    kl_divergence and top1_agreement with that call's model.
 
     `engine` are arguments of vLLM's LLM(). Raises SmoothQuantError where vLLM cannot run the model,
     subprocess.TimeoutExpired after `timeout` seconds; no process is left in any case.
     """
     _require_vllm()
-    longest = max(map(len, windows))
+    longest = max(len(ids) for ids in [*windows, *(p["ids"] for p in passages)])
     if decode is not None:
         longest = max(longest, decode["prompt_tokens"] + decode["new_tokens"])
     # kv_cache_memory_bytes: without it vLLM takes nearly all the machine's memory for the cache, whatever the model.
@@ -153,6 +187,9 @@ def measure(
         "model": str(model),
         "windows": [list(window) for window in windows],
         "score": score,
+        "passages": list(passages),
+        "keep": keep,
+        "compare": compare,
         "decode": decode,
         "engine": arguments,
     }
@@ -214,6 +251,18 @@ def token_windows(
     return windows, {
         "source": source, "windows": len(windows), "seq_len": seq_len, "seed": seed, "tokens_sha256": drawn.sha256
     }  # fmt: skip
+
+
+def guessing(model: str, args: argparse.Namespace, source: str) -> list["Passage"]:
+    """The passages whose last word is to be guessed."""
+    from transformers import AutoTokenizer
+
+    from .last_word import load_passages
+
+    return load_passages(
+        source, AutoTokenizer.from_pretrained(model), text_column=args.text_column, passages=args.passages,
+        max_tokens=args.passage_tokens, seed=args.seed,
+    )  # fmt: skip
 
 
 def leading_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -16,7 +16,7 @@ is the gate's business (gate.py).
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -61,8 +61,9 @@ class Reader:
 class Group:
     """One source and every linear layer that reads its foldable channels.
 
-    kind: "norm" or "linear". rules: parameter -> key of probe.NORM_RULES ("norm"); empty for "linear", whose output
-    rows and bias are divided. foldable: bool [channels]; the scale of the others stays 1.
+    kind: "norm", "linear" or "input". rules: parameter -> key of probe.NORM_RULES ("norm"); empty for "linear", whose
+    output rows and bias are divided, and for "input", which nothing divides before the readers themselves do, at run
+    time. foldable: bool [channels]; the scale of the others stays 1.
     """
 
     source: str
@@ -90,11 +91,15 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Graph:
-    """What `discover` found. groups in the order their sources ran, linears in the order they ran."""
+    """What `discover` found. groups in the order their sources ran, linears in the order they ran.
+
+    inputs: linear layers that read one and the same tensor (q, k and v), together; each that ran is in one of them.
+    """
 
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
     linears: tuple[Linear, ...]
+    inputs: tuple[tuple[str, ...], ...]
 
     def linear(self, name: str) -> Linear:
         """The linear layer `name`; SmoothQuantError if it did not run."""
@@ -102,6 +107,22 @@ class Graph:
             if linear.name == name:
                 return linear
         raise SmoothQuantError(name, expected="a linear layer that ran", got="none of that name", do="check the name")
+
+    def with_inputs(self, names: Collection[str]) -> "Graph":
+        """Also a group of kind "input" for each tensor read by layers of `names` of which no channel is foldable.
+
+        Its source is called by its first reader. Readers beside `names` see the tensor as it is.
+        """
+        groups = []
+        for reading in self.inputs:
+            linears = [self.linear(name) for name in reading if name in names]
+            if linears and all(linear.uncovered == linear.in_features for linear in linears):
+                channels = linears[0].in_features
+                each, once = torch.arange(channels), torch.ones(channels, dtype=torch.int64)
+                readers = tuple(Reader(linear.name, each, once, linear.transposed) for linear in linears)
+                everything = torch.ones(channels, dtype=torch.bool)
+                groups.append(Group(f"input of {linears[0].name}", "input", {}, channels, everything, readers))
+        return replace(self, groups=(*self.groups, *groups))
 
 
 def discover(model: nn.Module, input_ids: torch.Tensor, keep: Collection[str] = ()) -> Graph:
@@ -155,6 +176,8 @@ class _Watch:
         self.trace = Trace(model)
         self.ran: set[str] = set()
         self.inputs: dict[str, torch.Tensor] = {}  # linear -> labels of its input channels, [in_features]
+        self.readers: list[list[str]] = []  # linears that read one tensor
+        self.last_read: torch.Tensor | None = None  # held, so that its memory is not used again
         self.norm_shapes: dict[str, torch.Size] = {}
         self.owners: dict[int, list[str]] = {}
         for name, module in self.modules.items():
@@ -210,6 +233,11 @@ class _Watch:
             self.trace.pin(rows, name, "its input channels come from different places at different positions")
             columns = torch.zeros_like(columns)
         columns = columns.cpu()
+        if name not in self.inputs:
+            last = self.last_read
+            same = last is not None and last.shape == x.shape and last.data_ptr() == x.data_ptr()
+            self.readers[-1].append(name) if same else self.readers.append([name])
+        self.last_read = x
         known = self.inputs.setdefault(name, columns)
         if not torch.equal(known, columns):
             for ids in (known, columns):
@@ -297,7 +325,7 @@ class _Watch:
                 for r in readers:
                     covered[r.name] |= r.channel_of >= 0
         linears = tuple(self._linear(name, covered[name]) for name in self.inputs)
-        return Graph(tuple(groups), tuple(refusals), linears)
+        return Graph(tuple(groups), tuple(refusals), linears, tuple(map(tuple, self.readers)))
 
     def _linear(self, name: str, covered: torch.Tensor) -> Linear:
         weight = own_parameters(self.modules[name])["weight"]

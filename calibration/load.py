@@ -78,6 +78,19 @@ def check_source(name: str) -> None:
         )
 
 
+def untie_head(name: str, model: PreTrainedModel) -> None:
+    """Give the output head of `model` a weight of its own, to be rounded while the embeddings stay as they are."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        raise SmoothQuantError(
+            "--quantize-lm-head", expected="a model with an output head", got=f"none in {name}", do="leave it out"
+        )
+    if head.weight is embeddings.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
 def check_finite(name: str, model: torch.nn.Module) -> None:
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():

@@ -44,6 +44,13 @@ def watching_absmax(model: torch.nn.Module, names: Iterable[str]) -> Iterator[di
         last.clear()
 
 
+def decoder_of(model: torch.nn.Module, names: Iterable[str]) -> torch.nn.Module:
+    """The smallest part of `model` that takes input_ids and contains the layers `names`: with or without its head."""
+    decoder: torch.nn.Module = getattr(model, "base_model", model)
+    inside = {id(m) for m in decoder.modules()}
+    return decoder if all(id(model.get_submodule(name)) in inside for name in names) else model
+
+
 def observe(
     model: torch.nn.Module, names: list[str], input_ids: torch.Tensor, *, batch_size: int = 4, quiet: bool = False
 ) -> dict[str, torch.Tensor]:
@@ -52,9 +59,7 @@ def observe(
     The language-model head is not run unless it is to be observed: on a small model it is a fifth of the work.
     Errors (SmoothQuantError): a layer no sample reached, or NaN / infinity in its input.
     """
-    decoder = getattr(model, "base_model", model)
-    inside = {id(m) for m in decoder.modules()}
-    runs = decoder if all(id(model.get_submodule(n)) in inside for n in names) else model
+    runs = decoder_of(model, names)
     device = next(model.parameters()).device
     with torch.no_grad(), fast_arithmetic(model), watching_absmax(model, names) as absmax:
         bar = tqdm(total=len(input_ids), desc="observe", unit="sample", disable=True if quiet else None)

@@ -1,4 +1,4 @@
-"""SmoothQuant, in the paper's order: load, observe, smooth, prove, quantize, export.
+"""SmoothQuant, in the paper's order: load, observe, plan (smooth), prove, quantize, export.
 
     s_j = max|X_j|^alpha / max|W_j|^(1-alpha)        Y = (X diag(s)^-1) (diag(s) W)        (Xiao et al., 2022, eq. 3-4)
 
@@ -28,9 +28,10 @@ from vllm_smoothquant.checkpoint import (
 
 from . import data, export, gate, quantize
 from .arithmetic import compute_dtype
-from .graph import Graph, discover
-from .load import Source, check_source, load
+from .graph import discover
+from .load import Source, check_source, load, untie_head
 from .observers import observe
+from .plan import Choice, Plan, Watched, make_plan
 from .smooth import Smoothing, smooth_groups
 
 # The paper's three levels (table 2): weights, activations.
@@ -48,16 +49,12 @@ GATE_SHAPE = (4, 64)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that was watched: what calibrate and smooth have in common."""
+    """A model that was loaded and watched. kept: linear layer -> why it stays in floating point."""
 
     source: Source
     samples: data.Samples
-    names: list[str]
     kept: dict[str, str]
-    graph: Graph
-    absmax: dict[str, torch.Tensor]
-    smoothing: Smoothing
-    gate: dict[str, Any]
+    watched: Watched
 
 
 def calibrate(
@@ -66,57 +63,52 @@ def calibrate(
     *,
     weights: str = "channel",
     activations: str = "token",
-    alpha: float = 0.5,
+    alpha: float | str = 0.5,
     smoothing: bool = True,
+    max_fallback: float = 0.0,
+    budget_ppl: float | None = None,
+    static_range: str = "absmax",
     dataset: str = data.DEFAULT_DATASET,
     text_column: str = "text",
     samples: int = 512,
     seq_len: int = 512,
     seed: int = 0,
     ignore: frozenset[str] = frozenset(),
+    quantize_lm_head: bool = False,
     device_map: str = "auto",
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write a smoothed INT8 checkpoint of `model` (folder or hub id) into the new folder `output`; return its manifest.
 
-    weights: "channel" or "tensor"; activations: "token", "tensor" (both dynamic) or "static"; alpha in [0, 1] is the
-    migration strength of eq. 4; smoothing=False rounds the model as it is, the baseline to compare with.
-    Errors are SmoothQuantError, and leave nothing behind.
+    weights: "channel" or "tensor"; activations: "token", "tensor" (both dynamic) or "static". alpha, max_fallback,
+    budget_ppl, static_range: see plan.Choice; smoothing=False rounds the model as it is, the baseline to compare with.
+    quantize_lm_head unties a tied head first. Errors are SmoothQuantError, and leave nothing behind.
     """
+    scheme = as_scheme(weights, activations)
+    choice = Choice(alpha if smoothing else None, max_fallback, budget_ppl, static_range)
+    choice.check()
+    export.check_output(Path(output))
+    ready = prepare(
+        model, dataset=dataset, text_column=text_column, samples=samples, seq_len=seq_len, seed=seed, ignore=ignore,
+        quantize_lm_head=quantize_lm_head, device_map=device_map, quiet=quiet,
+    )  # fmt: skip
+    lap = _stopwatch(quiet)
+    plan = make_plan(ready.watched, scheme, choice, quiet=quiet)
+    lap("plan")
+    proof = prove(ready, plan.smoothing)
+    lap("gate")
+    manifest = write_checkpoint(ready, plan, proof, Path(output))
+    lap("quantize and export")
+    return manifest
+
+
+def as_scheme(weights: str, activations: str) -> Scheme:
+    """The scheme of the command line's words."""
     if activations not in ACTIVATIONS:
         raise SmoothQuantError(
             "--activations", expected=" or ".join(ACTIVATIONS), got=repr(activations), do="choose one"
         )
-    scheme = Scheme(Weights.from_dict({"num_bits": 8, "strategy": weights}, "--weights"), ACTIVATIONS[activations])
-    export.check_output(Path(output))
-    ready = prepare(
-        model, alpha=alpha if smoothing else None, dataset=dataset, text_column=text_column, samples=samples,
-        seq_len=seq_len, seed=seed, ignore=ignore, device_map=device_map, quiet=quiet,
-    )  # fmt: skip
-    return write_checkpoint(ready, scheme, Path(output), quiet=quiet)
-
-
-def write_checkpoint(ready: Prepared, scheme: Scheme, output: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Round what `prepare` made under `scheme` into the new folder `output`; returns the manifest.
-
-    One preparation serves any number of schemes: they differ only in how they round.
-    """
-    lap = _stopwatch(quiet)
-    model = ready.source.model
-    with export.staging(output) as folder:
-        with torch.inference_mode():
-            export.write_tensors(folder, _quantized_tensors(ready, scheme))
-        config = QuantizationConfig(
-            scheme.weights,
-            scheme.input_activations,
-            # vLLM's own models go by the file's names, its Transformers backend by the module's; mostly they are one.
-            ignore=frozenset(n for name in ready.kept for n in (name, export.hub_module_name(model, name))),
-        )
-        export.write_config(folder, model, ready.source.tokenizer, config.to_dict())
-        manifest = _manifest(ready, folder, quantization_config=config.to_dict())
-        export.write_json(folder / MANIFEST, manifest)
-    lap("quantize and export")
-    return manifest
+    return Scheme(Weights.from_dict({"num_bits": 8, "strategy": weights}, "--weights"), ACTIVATIONS[activations])
 
 
 def smooth(
@@ -133,35 +125,41 @@ def smooth(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write the smoothed floating-point `model`, same function, own dtype, into the new folder `output`."""
+    if not (isinstance(alpha, int | float) and 0 <= alpha <= 1):
+        raise SmoothQuantError("--alpha", expected="a number in [0, 1]", got=str(alpha), do="0.5 is the paper's")
     export.check_output(Path(output))
     ready = prepare(
-        model, alpha=alpha, dataset=dataset, text_column=text_column, samples=samples, seq_len=seq_len, seed=seed,
-        ignore=frozenset(), device_map=device_map, quiet=quiet, power_of_two=True,
+        model, dataset=dataset, text_column=text_column, samples=samples, seq_len=seq_len, seed=seed,
+        ignore=frozenset(), device_map=device_map, quiet=quiet,
     )  # fmt: skip
+    watched = ready.watched
+    # Powers of two: the model's own 16-bit weights stay exact, bit for bit.
+    alphas = {group.source: alpha for group in watched.graph.groups if group.kind != "input"}
+    smoothing = smooth_groups(watched.model, watched.graph, watched.absmax, alphas, power_of_two=True)
+    proof = prove(ready, smoothing)
     with export.staging(Path(output)) as folder:
-        ready.smoothing.apply_(ready.source.model)
+        smoothing.apply_(ready.source.model)
         ready.source.model.save_pretrained(folder)
         ready.source.tokenizer.save_pretrained(folder)
-        manifest = _manifest(ready, folder)
+        manifest = _manifest(ready, folder, smoothing, proof)
         export.write_json(folder / MANIFEST, manifest)
     return manifest
 
 
 def prepare(
-    model: str, *, alpha: float | None, dataset: str, text_column: str, samples: int, seq_len: int, seed: int,
-    ignore: frozenset[str], device_map: str, quiet: bool, power_of_two: bool = False,
+    model: str, *, dataset: str, text_column: str, samples: int, seq_len: int, seed: int, ignore: frozenset[str],
+    device_map: str, quiet: bool, quantize_lm_head: bool = False,
 ) -> Prepared:  # fmt: skip
-    """Load, observe, smooth, prove: all that calibrate does before it rounds, with the same arguments.
+    """Load and observe: all that calibrate does before it decides anything, with the same arguments.
 
-    alpha None means no smoothing: every factor is 1. power_of_two: factors rounded so that floating point is exact.
+    One preparation serves any number of plans.
     """
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise SmoothQuantError("--alpha", expected="a number in [0, 1]", got=str(alpha), do="0.5 is the paper's")
     lap = _stopwatch(quiet)
-
     check_source(model)
     source = load(model, device_map)
-    names, kept = quantize.choose_linears(source.model, ignore)
+    if quantize_lm_head:
+        untie_head(model, source.model)
+    names, kept = quantize.choose_linears(source.model, ignore, lm_head=quantize_lm_head)
     lap("load")
     drawn = data.load_samples(
         dataset, source.tokenizer, text_column=text_column, samples=samples, seq_len=seq_len, seed=seed
@@ -173,12 +171,44 @@ def prepare(
     readers = {reader.name for group in graph.groups for reader in group.readers}
     absmax = observe(source.model, sorted({*names, *readers}), drawn.input_ids, quiet=quiet)
     lap("observe")
-    smoothing = smooth_groups(source.model, graph, absmax, alpha, power_of_two=power_of_two)
-    lap("smooth")
-    batches = drawn.input_ids[: GATE_SHAPE[0], : GATE_SHAPE[1]].split(2)
-    report = gate.check(source.model, smoothing, graph, list(batches))
-    lap("gate")
-    return Prepared(source, drawn, names, kept, graph, absmax, smoothing, report)
+    return Prepared(
+        source, drawn, kept, Watched(source.model, graph.with_inputs(names), names, absmax, drawn.input_ids)
+    )
+
+
+def prove(ready: Prepared, smoothing: Smoothing) -> dict[str, Any]:
+    """The gate's report; SmoothQuantError where `smoothing` changes the function."""
+    batches = ready.samples.input_ids[: GATE_SHAPE[0], : GATE_SHAPE[1]].split(2)
+    model = ready.source.model
+    # What a layer divides at run time it multiplies by the same factor: nothing before or beside it is touched.
+    return gate.check(model, smoothing.folded(model), ready.watched.graph, list(batches))
+
+
+def write_checkpoint(ready: Prepared, plan: Plan, proof: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Round by `plan`, whose smoothing has its `proof`, into the new folder `output`; returns the manifest."""
+    model = ready.source.model
+    kept = ready.kept | {name: f"fell back: {why}" for name, why in plan.fallen.items() if name not in plan.schemes}
+    with export.staging(output) as folder:
+        with torch.inference_mode():
+            export.write_tensors(folder, _quantized_tensors(ready, plan))
+        config = QuantizationConfig(
+            plan.scheme.weights,
+            plan.scheme.input_activations,
+            overrides={
+                export.hub_module_name(model, name): scheme.input_activations
+                for name, scheme in plan.schemes.items()
+                if scheme != plan.scheme
+            },
+            smoothed=frozenset(export.hub_module_name(model, name) for name in plan.smoothing.runtime),
+            # vLLM's own models go by the file's names, its Transformers backend by the module's; mostly they are one.
+            ignore=frozenset(n for name in kept for n in (name, export.hub_module_name(model, name))),
+        )
+        export.write_config(folder, model, ready.source.tokenizer, config.to_dict())
+        manifest = _manifest(ready, folder, plan.smoothing, proof) | {
+            "kept": kept, "quantized": list(plan.schemes), "quantization_config": config.to_dict(), **_measured(plan),
+        }  # fmt: skip
+        export.write_json(folder / MANIFEST, manifest)
+    return manifest
 
 
 def _stopwatch(quiet: bool) -> Callable[[str], None]:
@@ -202,29 +232,29 @@ def check_positions(source: Source, seq_len: int) -> None:
         )
 
 
-def _quantized_tensors(ready: Prepared, scheme: Scheme) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint, block by block: INT8 where chosen, smoothed or untouched elsewhere."""
-    model, smoothing = ready.source.model, ready.smoothing
-    names = set(ready.names)
+def _quantized_tensors(ready: Prepared, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the checkpoint, block by block: INT8 where planned, smoothed or untouched elsewhere."""
+    model, smoothing = ready.source.model, plan.smoothing
     for block in export.source_tensors(model):
         plain = {}
         for key, tensor in block.items():
             owner, _, suffix = key.rpartition(".")
             smoothed = smoothing.parameters(model, owner).get(suffix) if owner in smoothing.modules else None
-            if owner in names and suffix == "weight":
+            if owner in plan.schemes and suffix == "weight":
                 linear = model.get_submodule(owner)
                 weight = tensor.float() if smoothed is None else smoothed
-                factor = smoothing.input_factor(owner)
-                absmax = ready.absmax[owner] if factor is None else ready.absmax[owner] / factor
                 name = export.hub_module_name(model, owner)
-                for part, value in quantize.quantize_linear(name, linear, weight, absmax, scheme).items():
+                parts = quantize.quantize_linear(name, linear, weight, plan.input_ranges[owner], plan.schemes[owner])
+                if owner in smoothing.runtime:
+                    parts["smoothing_factor"] = smoothing.runtime[owner]
+                for part, value in parts.items():
                     yield f"{name}.{part}", value
             else:
                 plain[key] = tensor if smoothed is None else smoothed.to(tensor.dtype)
         yield from export.hub_names(model, plain).items()
 
 
-def _manifest(ready: Prepared, folder: Path, **more: Any) -> dict[str, Any]:
+def _manifest(ready: Prepared, folder: Path, smoothing: Smoothing, proof: dict[str, Any]) -> dict[str, Any]:
     """What made this checkpoint: enough to make the same bytes again."""
     return {
         "format_version": 1,
@@ -241,12 +271,24 @@ def _manifest(ready: Prepared, folder: Path, **more: Any) -> dict[str, Any]:
             "seq_len": ready.samples.input_ids.shape[1],
             "seed": ready.samples.seed,
         },
-        "groups": [ready.smoothing.describe(group) for group in ready.graph.groups],
-        "not_folded": [str(refusal) for refusal in ready.graph.refusals],
-        "gate": ready.gate,
-        "quantized": ready.names if "quantization_config" in more else [],
+        "groups": [smoothing.describe(group) for group in ready.watched.graph.groups],
+        "not_folded": [str(refusal) for refusal in ready.watched.graph.refusals],
+        "gate": proof,
+        "quantized": [],
         "kept": ready.kept,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "files": export.file_hashes(folder),
-        **more,
+    }
+
+
+def _measured(plan: Plan) -> dict[str, Any]:
+    """What decided: alphas, fallbacks, errors. Errors as search.py defines them."""
+    found = plan.found
+    return {
+        "alphas": dict(plan.alphas),
+        "fallen_back": dict(plan.fallen),
+        "simulated_perplexity": plan.perplexities,
+        "errors": {}
+        if found is None
+        else {name: {"as_served": error, "per_token": found.per_token[name]} for name, error in found.errors.items()},
     }

@@ -18,10 +18,13 @@ LINEAR_TYPES = (nn.Linear, Conv1D)
 SIZE_MULTIPLE = 16
 
 
-def choose_linears(model: nn.Module, ignore: frozenset[str]) -> tuple[list[str], dict[str, str]]:
+def choose_linears(
+    model: nn.Module, ignore: frozenset[str], *, lm_head: bool = False
+) -> tuple[list[str], dict[str, str]]:
     """(names to quantise in module order, name -> reason of every linear layer that stays in floating point).
 
-    Errors (SmoothQuantError): a name in `ignore` that is no linear layer; nothing left to quantise.
+    lm_head: quantise the output head as well. Errors (SmoothQuantError): a name in `ignore` that is no linear layer;
+    a head that cannot be quantised although asked for; nothing left to quantise.
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, LINEAR_TYPES)}
     for name in sorted(ignore - linears.keys()):
@@ -41,7 +44,7 @@ def choose_linears(model: nn.Module, ignore: frozenset[str]) -> tuple[list[str],
         out_features, in_features = weight_shape(module)
         if name in ignore:
             return "asked for by --ignore"
-        if module is head:
+        if module is head and not lm_head:
             return "language-model head"
         if any(name.startswith(block) for block in experts):
             return "in a mixture-of-experts block"
@@ -53,6 +56,9 @@ def choose_linears(model: nn.Module, ignore: frozenset[str]) -> tuple[list[str],
 
     kept = {name: why for name, m in linears.items() if (why := reason(name, m)) is not None}
     chosen = [name for name in linears if name not in kept]
+    if lm_head and not any(linears[name] is head for name in chosen):
+        why = next((why for name, why in kept.items() if linears[name] is head), "it is no linear layer")
+        raise SmoothQuantError("--quantize-lm-head", expected="a head that can be INT8", got=why, do="leave it out")
     if not chosen:
         raise SmoothQuantError(
             type(model).__name__, expected="linear layers to quantise", got="none", do="check the model and --ignore"
@@ -73,11 +79,11 @@ def weight_shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def quantize_linear(
-    name: str, linear: nn.Module, weight: torch.Tensor, absmax: torch.Tensor, scheme: Scheme
+    name: str, linear: nn.Module, weight: torch.Tensor, input_range: float, scheme: Scheme
 ) -> dict[str, torch.Tensor]:
     """Suffix -> tensor of the quantised layer, without its bias.
 
-    weight: smoothed float32 in the module's own layout; absmax: float32 [in] of its smoothed input.
+    weight: smoothed float32 in the module's own layout; input_range: |x / s| that a static input_scale maps to 127.
     Errors (SmoothQuantError): a weight or a scale that is not finite.
     """
     if not torch.isfinite(weight).all():
@@ -89,5 +95,5 @@ def quantize_linear(
     # A Conv1D layer keeps its layout in the file: vLLM's loaders of such models transpose every weight they read.
     tensors = {"weight": q.t().contiguous() if transposed else q, "weight_scale": scale}
     if not scheme.input_activations.dynamic:
-        tensors["input_scale"] = int8.absmax_scale(absmax.max().reshape(1))
+        tensors["input_scale"] = int8.absmax_scale(torch.tensor([input_range]))
     return tensors

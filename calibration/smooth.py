@@ -108,6 +108,7 @@ class Smoothing:
 
     factors: source -> float32 [channels], what the source's output is divided by, the norms' rounding included.
     modules: names of all modules whose parameters change. transposed: linear layer -> whether its weight is [in, out].
+    runtime: linear layer -> float32 [in], what it must divide its input by itself, because nothing before it does.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, factors: Mapping[str, torch.Tensor]) -> None:
@@ -117,6 +118,7 @@ class Smoothing:
         self._norms: dict[str, dict[str, torch.Tensor]] = {}
         self._inputs: dict[str, torch.Tensor] = {}
         self._outputs: dict[str, torch.Tensor] = {}
+        self.runtime: dict[str, torch.Tensor] = {}
         self.transposed = {linear.name: linear.transposed for linear in graph.linears}
         for group in graph.groups:
             if group.source in factors:
@@ -135,8 +137,10 @@ class Smoothing:
             )
         if group.kind == "norm":
             s, self._norms[group.source] = _fold_norm(model.get_submodule(group.source), group.rules, s)
-        else:
+        elif group.kind == "linear":
             self._outputs[group.source] = s
+        else:
+            self.runtime |= dict.fromkeys((reader.name for reader in group.readers), s)
         self.factors[group.source] = s
         for reader in group.readers:
             mapped = reader.channel_of >= 0
@@ -187,6 +191,10 @@ class Smoothing:
                         )
                     if write:
                         owned[parameter].data.copy_(stored)
+
+    def folded(self, model: nn.Module) -> "Smoothing":
+        """The part of this plan that is done before the model runs."""
+        return self.only(model, {group.source for group in self.graph.groups if group.kind != "input"})
 
     def only(self, model: nn.Module, sources: Collection[str]) -> "Smoothing":
         """The part of this plan that belongs to `sources`."""

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from calibration import __main__ as cli
 from calibration import export, observers
-from calibration.pipeline import ACTIVATIONS, calibrate, prepare, smooth, write_checkpoint
+from calibration.pipeline import as_scheme, calibrate, prepare, prove, smooth, write_checkpoint
+from calibration.plan import Choice, make_plan
 from calibration.reference import load_reference
 from tests import tiny, zoo
-from vllm_smoothquant.checkpoint import MANIFEST, QuantizationConfig, Scheme, SmoothQuantError
+from vllm_smoothquant.checkpoint import MANIFEST, QuantizationConfig, SmoothQuantError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "bloom")
 
@@ -96,13 +97,16 @@ def test_smoothing_brings_the_checkpoint_nearer_to_the_original(name, models, te
 def test_static_scale_is_the_range_of_the_smoothed_activation(models, text, tmp_path):
     """Computed from the original's ranges and the factors; here the smoothed model is observed anew."""
     ready = prepare(
-        str(models("llama")), alpha=0.5, dataset=str(text), text_column="text", samples=tiny.SAMPLES,
+        str(models("llama")), dataset=str(text), text_column="text", samples=tiny.SAMPLES,
         seq_len=tiny.SEQ_LEN, seed=0, ignore=frozenset(), device_map="auto", quiet=True,
     )  # fmt: skip
-    write_checkpoint(ready, Scheme(input_activations=ACTIVATIONS["static"]), tmp_path / "out", quiet=True)
+    plan = make_plan(ready.watched, as_scheme("channel", "static"), Choice())
+    write_checkpoint(ready, plan, prove(ready, plan.smoothing), tmp_path / "out")
     stored = tensors(tmp_path / "out")
-    ready.smoothing.apply_(ready.source.model)
-    for name, absmax in observers.observe(ready.source.model, ready.names, ready.samples.input_ids, quiet=True).items():
+    plan.smoothing.apply_(ready.source.model)
+    for name, absmax in observers.observe(
+        ready.source.model, ready.watched.names, ready.samples.input_ids, quiet=True
+    ).items():
         # The smoothed model rounds W * s and x / s again in float32, layer after layer.
         torch.testing.assert_close(stored[f"{name}.input_scale"][0], absmax.max() / 127, rtol=1e-4, atol=0)
 
@@ -266,9 +270,11 @@ def test_bad_models(make, message, models, text, tmp_path, capsys):
 
 
 BAD_OPTIONS = {
-    "alpha above": (["--alpha", "1.5"], "--alpha: expected a number in [0, 1], got 1.5"),
+    "alpha above": (["--alpha", "1.5"], "--alpha: expected a number in [0, 1], auto or grid, got 1.5"),
     "alpha below": (["--alpha", "-0.1"], "--alpha"),
     "alpha nan": (["--alpha", "nan"], "--alpha"),
+    "fallback above": (["--max-fallback", "150%"], "--max-fallback: expected a share from 0 to 100 %"),
+    "budget alone": (["--budget-ppl", "1.5%"], "--budget-ppl: expected layers that may fall back"),
     "level and activations": (["--level", "O3", "--activations", "token"], "--activations"),
     "data set missing": (["--dataset", "/nowhere.jsonl"], "/nowhere.jsonl: expected a readable file"),
     "column missing": (["--text-column", "note"], "a text column 'note'"),

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calibration.pipeline import ACTIVATIONS, prepare, write_checkpoint
+from calibration.pipeline import as_scheme, prepare, prove, write_checkpoint
+from calibration.plan import Choice, make_plan
 from calibration.reference import load_reference
 from tests import engine
-from vllm_smoothquant.checkpoint import Scheme, Weights
 
 SCHEMES = list(product(("channel", "tensor"), ("token", "tensor", "static")))
 # One prompt: dynamic per-tensor scales couple the prompts of a batch, and the reference would have to batch alike.
@@ -55,13 +55,15 @@ def test_every_scheme_of_a_real_model_is_served_as_the_reference_computes(smollm
     not: static is several times as far as per-token. A mean over 49152 words at some twenty places: a quarter of slack.
     """
     ready = prepare(
-        str(smollm2), alpha=0.5, dataset=str(calibration_file), text_column="text", samples=4, seq_len=128, seed=0,
+        str(smollm2), dataset=str(calibration_file), text_column="text", samples=4, seq_len=128, seed=0,
         ignore=frozenset(), device_map="auto", quiet=True,
     )  # fmt: skip
-    folders = []
+    folders, proof = [], None
     for weights, activations in SCHEMES:
         folders.append(tmp_path / f"{weights}-{activations}")
-        write_checkpoint(ready, Scheme(Weights(weights), ACTIVATIONS[activations]), folders[-1], quiet=True)
+        plan = make_plan(ready.watched, as_scheme(weights, activations), Choice())
+        proof = proof or prove(ready, plan.smoothing)  # the same factors for all: alpha 0.5
+        write_checkpoint(ready, plan, proof, folders[-1])
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompts = [tokenizer(TEXT)["input_ids"]]
     served = engine.logprobs_of(folders, prompts, vocabulary=True)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from calibration import __main__ as cli
 from calibration import evaluate
 from calibration.pipeline import calibrate
+from calibration.reference import load_reference
 from tests import tiny
 from vllm_smoothquant.checkpoint import SmoothQuantError
 
@@ -181,9 +182,33 @@ def test_a_model_vllm_cannot_run_is_one_line(model, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_last_word_is_guessed_if_all_its_tokens_are_the_likeliest(model):
+    """Passages that end with what PyTorch's model says next, and one that does not."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    passages = []
+    for seed in range(4):
+        ids = torch.randint(3, 250, (1, 20), generator=torch.Generator().manual_seed(seed))
+        passages.append({"ids": network.generate(ids, max_new_tokens=3, do_sample=False)[0].tolist(), "target": 3})
+    passages[1]["ids"][-2] += 1
+    answer = evaluate.measure(model, [[5, 6, 7]], passages=passages, decode=None, **ENGINE)
+    assert (answer["last_word_accuracy"], answer["passages"]) == (0.75, 4)
+
+
+@pytest.mark.slow
 def test_perplexity_is_pytorchs(model, int8, text, capsys):
-    """The command on a float32 model and its INT8 checkpoint; the model's own figure recomputed from its logits."""
-    argv = ["evaluate", str(int8), "--baseline", str(model), "--text", str(text), "--samples", "4", "--seq-len", "32"]
+    """The command on a float32 model and its INT8 checkpoint; all figures recomputed from logits of PyTorch models."""
+    argv = [
+        "evaluate",
+        str(int8),
+        "--baseline",
+        str(model),
+        "--text",
+        str(text),
+        "--samples",
+        "4",
+        "--seq-len",
+        "32",
+    ]
     assert cli.main([*argv, "--dtype", "float32", "--enforce-eager", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     baseline, quantized = result["models"]
@@ -198,6 +223,13 @@ def test_perplexity_is_pytorchs(model, int8, text, capsys):
     assert baseline["scored_tokens"] == 4 * 31
     assert quantized["perplexity_change"] == quantized["perplexity"] / baseline["perplexity"] - 1
     assert abs(quantized["perplexity_change"]) < 0.2
+    # The vocabulary has 256 words: all are kept. Rounding flips aside, vLLM serves what the reference computes.
+    with torch.no_grad():
+        p, q = (m[:, :-1].float().log_softmax(-1) for m in (logits, load_reference(int8)(ids).logits))
+    assert quantized["kl_divergence"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.05)
+    agreement = float((p.argmax(-1) == q.argmax(-1)).float().mean())
+    assert quantized["top1_agreement"] == pytest.approx(agreement, abs=2 / (4 * 31))
+    assert "kl_divergence" not in baseline
     assert (baseline["kernels"], len(quantized["kernels"])) == ([], 1)
     for figures in (baseline, quantized):
         assert figures["decode_tokens_per_second"] > 0

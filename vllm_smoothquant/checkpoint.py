@@ -300,8 +300,10 @@ def header_faults(config: "QuantizationConfig", tensors: Headers) -> Iterator[Sm
             yield fault(f"{name}.weight", "int8 [out, in]", _describe(tensors, f"{name}.weight"))
             continue
         rows, columns = shape
-        if tensors.get(f"{name}.weight_scale", ("", ()))[1] == (columns, 1):
-            rows, columns = columns, rows  # GPT-2's Conv1D keeps [in, out]
+        # GPT-2's Conv1D keeps [in, out], which shows in whatever has one entry for each of either.
+        shapes = [tensors.get(f"{name}.{suffix}", ("", ()))[1] for suffix in ("weight_scale", "smoothing_factor")]
+        if shapes[0] == (columns, 1) or (shapes[0] == (1,) and shapes[1] == (rows,)):
+            rows, columns = columns, rows
         specs = scheme.tensors(rows, columns)
         if name in config.smoothed:
             specs["smoothing_factor"] = (torch.float32, (columns,))
