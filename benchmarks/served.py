@@ -1,6 +1,6 @@
 """benchmarks/served.json: which architectures of tests/zoo.py vLLM's CPU backend serves in INT8, and how exactly.
 
-`python -m benchmarks.served [NAME ...]`. Each tiny model is calibrated (default scheme, alpha auto), served by vLLM's own
+`python -m benchmarks.served [NAME ...]`. Each tiny model is calibrated (per token, alpha auto), served by vLLM's own
 implementation of its architecture in float32, and its log-probabilities of random prompts are compared with the plain
 reference on the same files (calibration/reference.py). benchmarks/architectures.py puts the answers into its table. The
 last line printed is JSON.
