@@ -126,7 +126,7 @@ def budget(windows: list[list[int]], samples: int) -> dict[str, float]:
     """Part of the model that is rounded -> KL divergence; default scheme, auto; simulated."""
     ready = watch(samples)
     plan = planned(ready, "channel", "token", Choice("auto"), "all")
-    layers = simulate.layers_as_served(plan.schemes, plan.smoothing, plan.input_ranges)
+    layers = plan.layers()
     ids = torch.tensor(windows)
     exact = _logprobs(ready, ids, {})
     parts = {

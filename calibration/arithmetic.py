@@ -25,8 +25,12 @@ _NATIVE_ON_CPU: dict[torch.dtype, Callable[[], bool]] = {
 def compute_dtype(model: nn.Module) -> torch.dtype:
     """The model's own dtype, or float32 where this CPU can only emulate it."""
     parameter = next(model.parameters())
-    native = parameter.device.type != "cpu" or _NATIVE_ON_CPU.get(parameter.dtype, lambda: True)()
-    return parameter.dtype if native else torch.float32
+    return parameter.dtype if is_native(parameter.dtype, parameter.device.type) else torch.float32
+
+
+def is_native(dtype: torch.dtype, device: str) -> bool:
+    """Whether `device` ("cpu", "cuda") multiplies matrices of `dtype` in hardware."""
+    return device != "cpu" or _NATIVE_ON_CPU.get(dtype, lambda: True)()
 
 
 def fast_arithmetic(model: nn.Module) -> AbstractContextManager[None]:

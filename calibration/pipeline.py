@@ -288,7 +288,5 @@ def _measured(plan: Plan) -> dict[str, Any]:
         "alphas": dict(plan.alphas),
         "fallen_back": dict(plan.fallen),
         "simulated_perplexity": plan.perplexities,
-        "errors": {}
-        if found is None
-        else {name: {"as_served": error, "per_token": found.per_token[name]} for name, error in found.errors.items()},
+        "errors": {} if found is None else found.errors,
     }

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from vllm_smoothquant.checkpoint import InputActivations, Scheme, SmoothQuantError
+from vllm_smoothquant.checkpoint import Scheme, SmoothQuantError
 
-from . import search, simulate
+from . import fallback, search, simulate
+from .fallback import Move
 from .graph import Graph
-from .search import GRID, PER_TOKEN, Alpha, Found, Move
+from .search import GRID, Alpha, Found
+from .simulate import Served
 from .smooth import Smoothing, smooth_groups
 
 # Tokens that searches and simulations run on: enough for a mean over tokens, little beside calibration itself.
@@ -103,6 +105,10 @@ class Plan:
     found: Found | None = None
     perplexities: dict[str, float] = field(default_factory=dict)
 
+    def layers(self) -> dict[str, Served]:
+        """What each quantised layer will compute."""
+        return simulate.layers_as_served(self.schemes, self.smoothing, self.input_ranges)
+
 
 def make_plan(watched: Watched, scheme: Scheme, choice: Choice, *, quiet: bool = False) -> Plan:
     """How to serve `watched` by `scheme` as `choice` asks. The same inputs give the same plan.
@@ -120,9 +126,10 @@ def make_plan(watched: Watched, scheme: Scheme, choice: Choice, *, quiet: bool =
             watched, scheme, schemes, grid, static_range=choice.static_range, perplexities=perplexities, quiet=quiet
         )
 
-    # Ranked with every input scaled per token: a layer must not be blamed for what another did before it.
-    ranked = _search(watched, schemes, grid, choice.static_range, hand_on=PER_TOKEN, quiet=quiet)
-    moves = search.rank_moves(watched.graph, ranked, schemes, int(choice.max_fallback * len(schemes)))
+    before = _plan(watched, scheme, schemes, grid, static_range=choice.static_range, quiet=quiet)
+    moves = fallback.rank_moves(
+        watched.model, watched.graph, before.layers(), watched.input_ids, int(choice.max_fallback * len(schemes))
+    )
 
     def after(count: int) -> Plan:
         return _plan(
@@ -145,10 +152,7 @@ def best_for_all(watched: Watched, scheme: Scheme, static_range: str) -> tuple[f
 
 def perplexity(watched: Watched, plan: Plan | None = None) -> float:
     """Of the model on some of the calibration text, as `plan` will have it served; without one, as it is."""
-    layers = None
-    if plan is not None:
-        layers = simulate.layers_as_served(plan.schemes, plan.smoothing, plan.input_ranges)
-    return math.exp(simulate.loss(watched.model, watched.some_ids, layers))
+    return math.exp(simulate.loss(watched.model, watched.some_ids, None if plan is None else plan.layers()))
 
 
 def _fewest(watched: Watched, after: Callable[[int], Plan], most: int, budget: float) -> Plan:
@@ -183,8 +187,8 @@ def _plan(
 ) -> Plan:  # fmt: skip
     """The plan after `moves`; with several alphas to choose from, chosen under what they make of the layers."""
     fallen = {name: move.to for move in moves for name in move.names}
-    changed = {name: Scheme(scheme.weights, PER_TOKEN) for name, to in fallen.items() if to == search.TOKEN}
-    schemes = {name: changed.get(name, s) for name, s in schemes.items() if fallen.get(name) != search.FLOAT}
+    changed = {name: Scheme(scheme.weights, fallback.PER_TOKEN) for name, to in fallen.items() if to == fallback.TOKEN}
+    schemes = {name: changed.get(name, s) for name, s in schemes.items() if fallen.get(name) != fallback.FLOAT}
     clips = static_range != "absmax" and any(not s.input_activations.dynamic for s in schemes.values())
     found = _search(watched, schemes, grid, static_range, quiet=quiet) if len(grid) > 1 or moves or clips else None
     groups = watched.graph.groups
@@ -203,10 +207,9 @@ def _plan(
 
 
 def _search(
-    watched: Watched, schemes: Mapping[str, Scheme], grid: tuple[Alpha, ...], static_range: str, *,
-    hand_on: InputActivations | None = None, quiet: bool,
-) -> Found:  # fmt: skip
+    watched: Watched, schemes: Mapping[str, Scheme], grid: tuple[Alpha, ...], static_range: str, *, quiet: bool
+) -> Found:
     return search.search(
         watched.model, watched.graph, watched.absmax, schemes, watched.some_ids, grid=grid, static_range=static_range,
-        hand_on=hand_on, quiet=quiet,
+        quiet=quiet,
     )  # fmt: skip

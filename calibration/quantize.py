@@ -21,7 +21,7 @@ SIZE_MULTIPLE = 16
 def choose_linears(
     model: nn.Module, ignore: frozenset[str], *, lm_head: bool = False
 ) -> tuple[list[str], dict[str, str]]:
-    """(names to quantise in module order, name -> reason of every linear layer that stays in floating point).
+    """(names to quantise in module order, name -> reason of every linear layer or other matrix that stays as it is).
 
     lm_head: quantise the output head as well. Errors (SmoothQuantError): a name in `ignore` that is no linear layer;
     a head that cannot be quantised although asked for; nothing left to quantise.
@@ -55,6 +55,11 @@ def choose_linears(
         return None
 
     kept = {name: why for name, m in linears.items() if (why := reason(name, m)) is not None}
+    # vLLM may build as a linear layer what transformers does not: the router of a mixture of experts.
+    for name, module in model.named_modules():
+        matrix = dict(module.named_parameters(recurse=False)).get("weight")
+        if matrix is not None and matrix.dim() == 2 and not isinstance(module, (*LINEAR_TYPES, nn.Embedding)):
+            kept[name] = f"a matrix of {type(module).__name__}, which is no linear layer here"
     chosen = [name for name in linears if name not in kept]
     if lm_head and not any(linears[name] is head for name in chosen):
         why = next((why for name, why in kept.items() if linears[name] is head), "it is no linear layer")

@@ -1,4 +1,4 @@
-"""Choose alpha for every group, and which layers fall back, by what the runtime will compute.
+"""Choose alpha for every group by what the runtime will compute.
 
     error(layer) = sum over tokens t of |y_t - y^_t|^2 / |y_t|, over the sum of |y_t|
 
@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from vllm_smoothquant import int8
-from vllm_smoothquant.checkpoint import InputActivations, Scheme
+from vllm_smoothquant.checkpoint import Scheme
 
 from . import simulate
 from .arithmetic import fast_arithmetic
@@ -38,8 +38,6 @@ Alpha = float | None  # None: the group is not smoothed
 
 # 0.5 is the paper's choice, 0.75 to 0.9 what it takes for harder models.
 GRID: tuple[Alpha, ...] = (None, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-TOKEN, FLOAT = "token", "floating point"  # what a layer can fall back to
-PER_TOKEN = InputActivations("token", dynamic=True)
 # Tokens each alpha is tried on, spread evenly over all samples: a mean over tokens settles early.
 ROWS = 1024
 # Where static scales can end: at the observed absmax, at this percentile of |x / s|, or at the best of these shares of
@@ -55,24 +53,14 @@ RUNTIME_GAIN = 0.75
 class Found:
     """alphas: source -> the best. trials: source -> error of its readers, summed, under each alpha of the grid.
 
-    errors: layer -> error as served. per_token: layer -> what it would be with a scale for each token.
+    errors: layer -> error as served.
     clips: static layer -> share of the observed absmax that its scale maps to 127; what is beyond is cut off.
     """
 
     alphas: dict[str, Alpha] = field(default_factory=dict)
     trials: dict[str, dict[Alpha, float]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-    per_token: dict[str, float] = field(default_factory=dict)
     clips: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Move:
-    """Layers that read one tensor and fall back together. gain: how much smaller their errors become, summed."""
-
-    names: tuple[str, ...]
-    to: str
-    gain: float
 
 
 def search(
@@ -84,16 +72,14 @@ def search(
     *,
     grid: Sequence[Alpha] = GRID,
     static_range: str = "absmax",
-    hand_on: InputActivations | None = None,
     quiet: bool = False,
 ) -> Found:
     """The best alpha of every group of `graph` when the layers `schemes` are served by their scheme.
 
     absmax: layer -> float32 [in], as for eq. 4. input_ids: int64 [samples, tokens], run as one batch. grid: of several
-    that are equally good the first is taken. static_range: one of RANGES. hand_on: how inputs are scaled for what later
-    layers see; None: as served.
+    that are equally good the first is taken. static_range: one of RANGES.
     """
-    state = _Search(model, graph, absmax, schemes, hand_on, grid, static_range)
+    state = _Search(model, graph, absmax, schemes, grid, static_range)
     runs = decoder_of(model, schemes)
     bar = tqdm(total=len(schemes), desc="search", unit="layer", disable=True if quiet else None)
     with torch.no_grad(), fast_arithmetic(model), state.hooks(bar):
@@ -109,12 +95,11 @@ class _Search:
         graph: Graph,
         absmax: Mapping[str, torch.Tensor],
         schemes: Mapping[str, Scheme],
-        hand_on: InputActivations | None,
         grid: Sequence[Alpha],
         static_range: str,
     ) -> None:
         self.model, self.absmax, self.schemes = model, absmax, schemes
-        self.hand_on, self.grid, self.static_range = hand_on, grid, static_range
+        self.grid, self.static_range = grid, static_range
         self.together = {name: [n for n in reading if n in schemes] for reading in graph.inputs for name in reading}
         self.found = Found()
         self.factors: dict[str, torch.Tensor] = {}
@@ -157,17 +142,12 @@ class _Search:
         if not self.schemes[name].input_activations.dynamic and name not in self.found.clips:
             self.clip(self.together[name], x)
         served = self.served(name)
-        per_token = replace(served, scheme=replace(served.scheme, input_activations=PER_TOKEN))
-        y = self.exact(name, x)
-        self.found.errors[name] = self.error(name, x, y, served)
-        self.found.per_token[name] = (
-            self.error(name, x, y, per_token) if served != per_token else self.found.errors[name]
-        )
+        self.found.errors[name] = self.error(name, x, self.exact(name, x), served)
         if name in self.sources and served.scheme.weights.strategy == "tensor":
             self.divided[name] = _rows(x)
         if module is self.head:
             return None
-        return simulate.output(module, x, per_token if self.hand_on == PER_TOKEN else served)
+        return simulate.output(module, x, served)
 
     def choose(self, group: Group, first: str, x: torch.Tensor) -> None:
         """Try every alpha of the grid on the readers of `group` that read `x` as layer `first` does."""
@@ -247,7 +227,7 @@ class _Search:
         )
 
     def error(self, name: str, x: torch.Tensor, y: torch.Tensor, served: Served) -> float:
-        """Sum over rows t of `x` of |y_t - y^_t|^2 / |y_t|, over the sum of |y_t|; rows that give 0 are left out."""
+        """relative_error of layer `name` on the rows of `x`; y: what they give exactly."""
         activations = served.scheme.input_activations
         rows = simulate.divided_input(_rows(x), served)
         # Only a dynamic per_tensor scale depends on the rows that are left out here.
@@ -257,10 +237,14 @@ class _Search:
         weight, weight_scale = int8.quantize_weight(
             simulate.weight_matrix(module, served), served.scheme.weights.strategy
         )
-        wrong = (y - simulate.multiply(rows, scale, weight, weight_scale, served)).square().sum(dim=-1)
-        size = y.norm(dim=-1)
-        some = size > 0
-        return float((wrong[some] / size[some]).double().sum() / size.double().sum()) if bool(some.any()) else 0.0
+        return relative_error(y, simulate.multiply(rows, scale, weight, weight_scale, served))
+
+
+def relative_error(y: torch.Tensor, other: torch.Tensor) -> float:
+    """Sum over rows t of |y_t - other_t|^2 / |y_t|, over the sum of |y_t|; rows that are 0 are left out."""
+    wrong, size = (y - other).square().sum(dim=-1), y.norm(dim=-1)
+    some = size > 0
+    return float((wrong[some] / size[some]).double().sum() / size.double().sum()) if bool(some.any()) else 0.0
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -268,24 +252,3 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     if x.dim() < 3:
         return x[:: max(1, len(x) // ROWS)]
     return x[:, :: max(1, x.shape[0] * x.shape[1] // ROWS)]
-
-
-def rank_moves(graph: Graph, found: Found, schemes: Mapping[str, Scheme], budget: int) -> tuple[Move, ...]:
-    """What falls back, the move that lowers the error most first, until `budget` layers have.
-
-    Layers that read one tensor go together, because vLLM runs them as one. A layer whose error is mostly that of its
-    scale for the whole tensor goes to a scale for each token; where that would not halve it, to floating point.
-    """
-    moves = []
-    for reading in graph.inputs:
-        names = tuple(name for name in reading if name in schemes)
-        error = sum(found.errors[name] for name in names)
-        per_token = sum(found.per_token[name] for name in names)
-        to = TOKEN if per_token <= error / 2 else FLOAT
-        if error > 0:
-            moves.append(Move(names, to, error - per_token if to == TOKEN else error))
-    chosen: list[Move] = []
-    for move in sorted(moves, key=lambda move: -move.gain):
-        if sum(len(m.names) for m in chosen) + len(move.names) <= budget:
-            chosen.append(move)
-    return tuple(chosen)

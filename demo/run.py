@@ -9,7 +9,6 @@ figures. Every step is what a user would type.
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -19,15 +18,15 @@ from typing import Any
 
 import torch
 from openai import OpenAI
-from torch.backends.cpu import get_cpu_capability
 
 from calibration import evaluate
+from calibration.arithmetic import is_native
 from demo import assets
 from demo.server import vllm_serve
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
-# x86 without AVX-512 multiplies BF16 ten times slower than float32. There: fewer samples, perplexities in float32.
-SLOW_BF16 = not torch.cuda.is_available() and platform.machine() == "x86_64" and "AVX512" not in get_cpu_capability()
+# Emulated, BF16 is ten times slower than float32. There: fewer samples, perplexities in float32.
+SLOW_BF16 = not is_native(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
 SAMPLES, WINDOWS = (16, 16) if SLOW_BF16 else (64, 32)
 CALIBRATION = ["--samples", str(SAMPLES), "--seq-len", "512"]
 # Weights rounded as they are, activations rounded as they come: these samples only pass through, and change nothing.

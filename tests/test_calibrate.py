@@ -23,15 +23,6 @@ from vllm_smoothquant.checkpoint import MANIFEST, QuantizationConfig, SmoothQuan
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "bloom")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On matrices this small a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return tiny.save_text(tmp_path_factory.mktemp("text") / "text.jsonl")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration import search, simulate
+from calibration import fallback, search, simulate
 from calibration.graph import discover
 from calibration.observers import observe
 from calibration.pipeline import as_scheme, calibrate, prepare, prove, write_checkpoint
@@ -67,7 +67,7 @@ def test_the_simulation_computes_what_the_checkpoint_does(name, scheme, ready, t
     write_checkpoint(made, plan, prove(made, plan.smoothing), tmp_path / "out")
     ids = zoo.tokens(2)[:1]  # one sample: a dynamic scale for the whole tensor is the reference's whole batch
     exact = logits(model, ids)
-    layers = simulate.layers_as_served(plan.schemes, plan.smoothing, plan.input_ranges)
+    layers = plan.layers()
     with simulate.serving(model, layers):
         simulated = logits(model, ids)
     reference = logits(load_reference(tmp_path / "out"), ids)
@@ -135,10 +135,17 @@ def test_the_grid_for_all_takes_the_smallest_perplexity():
 def test_static_layers_with_an_outlier_fall_back_to_a_scale_for_each_token():
     watched = watch("llama", spike=1000)
     plan = make_plan(watched, as_scheme("channel", "static"), Choice(None, 2 / 14), quiet=True)
-    assert dict(plan.fallen) == {f"model.layers.{i}.mlp.down_proj": search.TOKEN for i in (0, 1)}
+    assert dict(plan.fallen) == {f"model.layers.{i}.mlp.down_proj": fallback.TOKEN for i in (0, 1)}
     without = make_plan(watched, as_scheme("channel", "static"), Choice(None), quiet=True)
     own = perplexity(watched)
     assert abs(perplexity(watched, plan) - own) < abs(perplexity(watched, without) - own)
+
+
+def test_a_layer_that_adds_nothing_need_not_fall_back():
+    watched = watch("llama", spike=1000)
+    watched.model.model.layers[0].mlp.down_proj.weight.data *= 1e-4
+    plan = make_plan(watched, as_scheme("channel", "static"), Choice(None, 1 / 14), quiet=True)
+    assert set(plan.fallen) == {"model.layers.1.mlp.down_proj"}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
@@ -153,7 +160,7 @@ def test_no_more_fall_back_than_may_and_what_reads_together_goes_together(share)
 def test_dynamic_layers_fall_back_to_floating_point():
     watched = watch("llama")
     plan = make_plan(watched, as_scheme("tensor", "token"), Choice(0.5, 0.2), quiet=True)
-    assert set(plan.fallen.values()) == {search.FLOAT}
+    assert set(plan.fallen.values()) == {fallback.FLOAT}
     assert set(plan.schemes) == set(watched.names) - set(plan.fallen)
 
 
@@ -230,7 +237,7 @@ def test_fallbacks_are_overrides_in_the_checkpoint(ready, tmp_path):
         dataset=made.samples.dataset, samples=tiny.SAMPLES, seq_len=tiny.SEQ_LEN, quiet=True,
     )  # fmt: skip
     config = QuantizationConfig.from_dict(manifest["quantization_config"])
-    per_token = {name for name, to in manifest["fallen_back"].items() if to == search.TOKEN}
+    per_token = {name for name, to in manifest["fallen_back"].items() if to == fallback.TOKEN}
     assert set(config.overrides) == per_token
     assert set(manifest["fallen_back"]) - per_token <= config.ignore
     assert manifest["alphas"]
