@@ -49,8 +49,8 @@ def main() -> None:
     OUTPUT.write_text(
         f"# Where the time goes\n\nWritten by `{COMMAND} --samples {args.samples}`; not by hand. {describe()}\n\n"
         f"SmolLM2-135M-Instruct, {args.samples} x 512 tokens, seconds; one run each. Discovery and gate do not grow "
-        f"with the samples: here they add {share:.0%} to the rest. Auto takes {totals[auto] / totals[fixed]:.1f} times as "
-        "long as a fixed alpha; its search does not grow with the samples either.\n\n"
+        f"with the samples: here they add {share:.0%} to the rest. Auto takes {totals[auto] / totals[fixed]:.1f} "
+        "times as long as a fixed alpha; its search does not grow with the samples either.\n\n"
         f"| stage | {' | '.join(found)} |\n|---|{'---|' * len(found)}\n{rows}"
         f"| all | {' | '.join(f'{total:.1f}' for total in totals.values())} |\n"
     )
