@@ -169,7 +169,14 @@ def _summary(manifest: dict[str, Any]) -> str:
         f"{sum(group['smoothed'] for group in manifest['groups'])} groups smoothed",
         f"logits moved {manifest['gate']['logits']['change']:.1e} by smoothing",
     ]
-    return ", ".join(sizes)
+    text = ", ".join(sizes)
+    if manifest["sinks"]:
+        worst = max(manifest["sinks"], key=lambda sink: sink["times_median"])
+        text += (
+            f"\nsink tokens in {len(manifest['sinks'])} inputs, at worst {worst['times_median']:.0f} times the median token "
+            f"({', '.join(worst['layers'])}): static scales need --max-fallback there"
+        )
+    return text
 
 
 def _calm_libraries() -> None:

@@ -32,6 +32,7 @@ from .graph import discover
 from .load import Source, check_source, load, untie_head
 from .observers import observe
 from .plan import Choice, Plan, Watched, make_plan
+from .sinks import find_sinks
 from .smooth import Smoothing, smooth_groups
 
 # The paper's three levels (table 2): weights, activations.
@@ -49,12 +50,13 @@ GATE_SHAPE = (4, 64)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that was loaded and watched. kept: linear layer -> why it stays in floating point."""
+    """A model that was loaded and watched. kept: layer -> why it stays in floating point. sinks: as sinks.py finds."""
 
     source: Source
     samples: data.Samples
     kept: dict[str, str]
     watched: Watched
+    sinks: list[dict[str, Any]]
 
 
 def calibrate(
@@ -170,10 +172,13 @@ def prepare(
     lap("discover")
     readers = {reader.name for group in graph.groups for reader in group.readers}
     absmax = observe(source.model, sorted({*names, *readers}), drawn.input_ids, quiet=quiet)
+    sinks = find_sinks(
+        source.model,
+        ([name for name in reading if name in names] for reading in graph.inputs), drawn.input_ids, source.tokenizer,
+    )  # fmt: skip
     lap("observe")
-    return Prepared(
-        source, drawn, kept, Watched(source.model, graph.with_inputs(names), names, absmax, drawn.input_ids)
-    )
+    watched = Watched(source.model, graph.with_inputs(names), names, absmax, drawn.input_ids)
+    return Prepared(source, drawn, kept, watched, sinks)
 
 
 def prove(ready: Prepared, smoothing: Smoothing) -> dict[str, Any]:
@@ -273,6 +278,7 @@ def _manifest(ready: Prepared, folder: Path, smoothing: Smoothing, proof: dict[s
         },
         "groups": [smoothing.describe(group) for group in ready.watched.graph.groups],
         "not_folded": [str(refusal) for refusal in ready.watched.graph.refusals],
+        "sinks": ready.sinks,
         "gate": proof,
         "quantized": [],
         "kept": ready.kept,

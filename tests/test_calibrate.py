@@ -102,6 +102,22 @@ def test_static_scale_is_the_range_of_the_smoothed_activation(models, text, tmp_
         torch.testing.assert_close(stored[f"{name}.input_scale"][0], absmax.max() / 127, rtol=1e-4, atol=0)
 
 
+def test_a_tied_head_gets_a_weight_of_its_own_in_int8(models, text, tmp_path):
+    source = models("llama-tied")
+    assert json.loads((source / "config.json").read_text())["tie_word_embeddings"]
+    manifest = run(source, tmp_path / "out", text, quantize_lm_head=True, alpha="auto")
+    assert "lm_head" in manifest["quantized"]
+    assert "lm_head" not in manifest["quantization_config"]["ignore"]
+    assert not json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
+    stored, before = tensors(tmp_path / "out"), tensors(source)
+    assert stored["lm_head.weight"].dtype == torch.int8
+    assert torch.equal(stored["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        ours, exact = (m(token_ids()).logits for m in (load_reference(tmp_path / "out"), original))
+    assert relative_error(ours, exact) < 0.1  # 8 bits: each layer adds about a percent
+
+
 def test_smooth_changes_weights_and_not_one_bit_of_the_function(models, text, tmp_path):
     smooth(str(models("opt")), tmp_path / "out", dataset=str(text), samples=tiny.SAMPLES, seq_len=tiny.SEQ_LEN)
     with torch.no_grad():

@@ -1,0 +1,68 @@
+"""Tokens whose activations dwarf all others': attention sinks, which ruin a scale that they share with the rest.
+
+    peak_t = max over channels |X[t, channel]|         a sink: peak_t > TIMES * median over tokens of peak
+
+They are few (mostly the first token, or a line break), and thousands of times larger than the rest in the inputs of a
+few layers. Found by one forward pass over a few samples; told in the manifest, so that one sees which layers need a
+scale for each token, or none.
+
+Source: Sun et al., Massive Activations in Large Language Models (arXiv 2402.17762).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .arithmetic import fast_arithmetic
+from .observers import decoder_of
+
+TIMES = 20
+SAMPLES = 4
+
+
+def find_sinks(
+    model: nn.Module, inputs: Iterable[Sequence[str]], input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """For each tensor with a sink: the layers that read it, how many times the median peak its largest is, the tokens.
+
+    inputs: layers that read one tensor, together. input_ids: int64 [samples, tokens], of which SAMPLES are run.
+    first_token: share of the sinks that begin a sample. tokens: the commonest among them, as text.
+    """
+    ids = input_ids[:SAMPLES]
+    peaks: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            low, high = torch.aminmax(args[0].detach(), dim=-1)
+            peaks[name] = torch.maximum(-low, high).float().cpu()
+
+        return model.get_submodule(name).register_forward_pre_hook(hook)
+
+    readers = {names[0]: list(names) for names in inputs if names}
+    handles = [watch(name) for name in readers]
+    try:
+        with torch.no_grad(), fast_arithmetic(model):
+            decoder_of(model, readers)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = []
+    for name, peak in peaks.items():
+        if peak.shape != ids.shape:
+            continue  # routed tokens, say: no position to name
+        sinks = peak > TIMES * peak.median()
+        if sinks.any():
+            common = Counter(ids[sinks].tolist()).most_common(3)
+            found.append(
+                {
+                    "layers": readers[name],
+                    "times_median": float(peak.max() / peak.median()),
+                    "first_token": float(sinks[:, 0].sum() / sinks.sum()),
+                    "tokens": [tokenizer.decode([token]) for token, _ in common],
+                }
+            )
+    return found

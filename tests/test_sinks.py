@@ -1,0 +1,26 @@
+"""A token that dwarfs the others is named; without one nothing is."""
+
+import torch
+
+from calibration.sinks import TIMES, find_sinks
+from tests import tiny, zoo
+
+
+def test_the_token_and_the_layers_are_named():
+    model = zoo.build("llama")
+    ids = torch.randint(30, 200, (4, 24), generator=torch.Generator().manual_seed(0))
+    inputs = [["model.layers.0.mlp.down_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]]
+    assert find_sinks(model, inputs, ids, tiny.tokenizer()) == []
+
+    def shout(module, args):
+        x = args[0].clone()
+        x[:, 0, 5] = 1000 * x.abs().max()
+        return (x,)
+
+    handle = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(shout)
+    ids[:, 0] = 70
+    (sink,) = find_sinks(model, inputs, ids, tiny.tokenizer())
+    handle.remove()
+    assert sink["layers"] == ["model.layers.0.mlp.down_proj"]
+    assert sink["times_median"] > TIMES
+    assert (sink["first_token"], sink["tokens"]) == (1.0, [tiny.tokenizer().decode([70])])
