@@ -173,8 +173,8 @@ def _summary(manifest: dict[str, Any]) -> str:
     if manifest["sinks"]:
         worst = max(manifest["sinks"], key=lambda sink: sink["times_median"])
         text += (
-            f"\nsink tokens in {len(manifest['sinks'])} inputs, at worst {worst['times_median']:.0f} times the median token "
-            f"({', '.join(worst['layers'])}): static scales need --max-fallback there"
+            f"\nsink tokens in {len(manifest['sinks'])} inputs, at worst {worst['times_median']:.0f} times the median "
+            f"token ({', '.join(worst['layers'])}): static scales need --max-fallback there"
         )
     return text
 
