@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     _source_arguments(sub)
     sub.add_argument("--alpha", type=float, default=0.5, help="migration strength of eq. 4: 0 to 1")
 
+    sub = add("verify", _verify, "Look for everything that is wrong with CHECKPOINT, without running it.")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder that calibrate wrote")
+
     from . import evaluate
 
     sub = add("evaluate", _evaluate, "Measure perplexity through vLLM, of one or several checkpoints and a baseline.")
@@ -142,6 +145,20 @@ def _smooth(args: argparse.Namespace) -> int:
     from .pipeline import smooth
 
     return _finish(args, smooth(args.model, args.output, **_source_options(args)), "same function, floating point")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    _calm_libraries()
+    from .verify import verify
+
+    verdict = verify(args.checkpoint)
+    if args.json:
+        print(json.dumps({"checkpoint": args.checkpoint, **verdict.to_dict()}, ensure_ascii=False))
+    else:
+        for fault in verdict.faults:
+            print(f"smoothquant: {fault}", file=sys.stderr)
+        print(f"{args.checkpoint}: {len(verdict.faults)} faults; in order: {', '.join(verdict.checked) or 'nothing'}")
+    return 1 if verdict.faults else 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:

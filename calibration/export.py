@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from vllm_smoothquant.checkpoint import MANIFEST, SmoothQuantError
 
 from .load import sha256
 
@@ -159,4 +159,5 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    return {f.name: sha256(f) for f in sorted(folder.glob("*.safetensors"))}
+    """Name -> sha256 of every file but the manifest, which holds them."""
+    return {f.name: sha256(f) for f in sorted(folder.iterdir()) if f.is_file() and f.name != MANIFEST}

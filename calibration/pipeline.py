@@ -210,6 +210,11 @@ def write_checkpoint(ready: Prepared, plan: Plan, proof: dict[str, Any], output:
         )
         export.write_config(folder, model, ready.source.tokenizer, config.to_dict())
         manifest = _manifest(ready, folder, plan.smoothing, proof) | {
+            "inputs": [
+                [export.hub_module_name(model, name) for name in reading if name in plan.schemes]
+                for reading in ready.watched.graph.inputs
+                if any(name in plan.schemes for name in reading)
+            ],
             "kept": kept, "quantized": list(plan.schemes), "quantization_config": config.to_dict(), **_measured(plan),
         }  # fmt: skip
         export.write_json(folder / MANIFEST, manifest)

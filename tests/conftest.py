@@ -11,7 +11,7 @@ import torch
 
 from demo import assets
 
-TINY = ("test_calibrate", "test_gate", "test_graph", "test_plan", "test_reference", "test_smooth")
+TINY = ("test_calibrate", "test_gate", "test_graph", "test_plan", "test_reference", "test_smooth", "test_verify")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -234,17 +234,7 @@ def read_headers(folder: str | Path) -> Headers:
     found: Headers = {}
     home: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-        except (OSError, ValueError, struct.error) as error:
-            raise SmoothQuantError(
-                str(path), expected="a safetensors file", got=str(error), do="copy or export the checkpoint again"
-            ) from error
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
+        for name, entry in _read_header(path).items():
             if name in home:
                 raise SmoothQuantError(
                     str(path),
@@ -252,10 +242,10 @@ def read_headers(folder: str | Path) -> Headers:
                     got=f"a second copy, after {home[name]}",
                     do="remove the file that does not belong to this checkpoint",
                 )
-            found[name], home[name] = (entry["dtype"], tuple(entry["shape"])), path.name
+            found[name], home[name] = entry, path.name
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        for name, file_name in json.loads(index.read_text())["weight_map"].items():
+        for name, file_name in _weight_map(index).items():
             if home.pop(name, None) != file_name:
                 raise SmoothQuantError(
                     str(index), expected=f"{name} in {file_name}", got="nothing there", do="copy the missing file"
@@ -268,6 +258,41 @@ def read_headers(folder: str | Path) -> Headers:
                 do="export the checkpoint again",
             )
     return found
+
+
+def _read_header(path: Path) -> Headers:
+    """The header of one file: its length, then its tensors. Nothing it says is believed before it is checked."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError(f"a header of {length} bytes in a file of {path.stat().st_size}")
+            header = json.loads(file.read(length))
+        entries = {name: (e["dtype"], tuple(e["shape"])) for name, e in header.items() if name != "__metadata__"}
+        for name, (dtype, shape) in entries.items():
+            if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in shape):
+                raise ValueError(f"{name}: dtype {dtype!r}, shape {list(shape)}")
+        return entries
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise SmoothQuantError(
+            str(path),
+            expected="a safetensors file",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            do="copy or export the checkpoint again",
+        ) from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        return {str(name): str(file_name) for name, file_name in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SmoothQuantError(
+            str(index),
+            expected="an object with a weight_map",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            do="copy or export the checkpoint again",
+        ) from error
 
 
 def header_faults(config: "QuantizationConfig", tensors: Headers) -> Iterator[SmoothQuantError]:

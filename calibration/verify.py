@@ -1,0 +1,231 @@
+"""`smoothquant verify`: everything that can be wrong with a checkpoint, listed, without running it.
+
+Checked, each only if what it needs can be read: config.json and its quantization_config; the manifest; the sha256 of
+every file against the manifest; every tensor's name, dtype and shape against the format and against the architecture,
+built without memory; every value: scales finite and above zero, integers as rounding leaves them, the rest finite;
+layers that read one tensor sharing their input_scale.
+
+A rounded row has its largest weight at 127 or -127, and -128 nowhere (int8.py): what differs was not rounded so, or was
+damaged. Hashes tell damage from change of mind; values tell what a manifest made anew would hide.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vllm_smoothquant import int8
+from vllm_smoothquant.checkpoint import (
+    MANIFEST,
+    Headers,
+    QuantizationConfig,
+    SmoothQuantError,
+    header_faults,
+    read_headers,
+)
+
+from . import export
+from .load import sha256
+
+SCALES = ("weight_scale", "input_scale", "smoothing_factor")
+# A row with more than this share of its weights at the end of the range was clipped: of normally distributed weights
+# one in a hundred rows of 16 has two there, and none a quarter.
+SATURATED = 0.25
+
+
+@dataclass
+class Verdict:
+    """faults: every one found. checked: what was looked at, in words, for the summary."""
+
+    faults: list[SmoothQuantError] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        keys = ("where", "expected", "got", "do")
+        return {"faults": [{k: getattr(f, k) for k in keys} for f in self.faults], "checked": self.checked}
+
+
+def verify(checkpoint: str | Path) -> Verdict:
+    """Look at the folder `checkpoint`. Nothing in it is executed, and no file outside it is read."""
+    folder, verdict = Path(checkpoint), Verdict()
+
+    def attempt(what: str, check: Callable[[], Iterator[SmoothQuantError]]) -> None:
+        before = len(verdict.faults)
+        try:
+            verdict.faults += check()
+        except SmoothQuantError as error:
+            verdict.faults.append(error)
+        if len(verdict.faults) == before:
+            verdict.checked.append(what)
+
+    found: dict[str, Any] = {}
+    attempt("files stay within the folder", lambda: _outside(folder))
+    if verdict.faults:
+        return verdict
+    attempt("quantization_config", lambda: _read_config(folder, found))
+    attempt("sha256 of every file", lambda: _hashes(folder, found))
+    attempt("safetensors headers", lambda: _read_tensors(folder, found))
+    if {"config", "headers"} <= found.keys():
+        attempt("names, dtypes and shapes by the format", lambda: header_faults(found["config"], found["headers"]))
+        attempt("names and shapes by the architecture", lambda: _architecture(folder, found))
+        if not verdict.faults:
+            attempt("every value", lambda: _values(folder, found))
+            attempt("layers that read one tensor agree", lambda: _together(folder, found))
+    return verdict
+
+
+def _fault(where: str, expected: str, got: str, do: str = "copy or export the checkpoint again") -> SmoothQuantError:
+    return SmoothQuantError(where, expected=expected, got=got, do=do)
+
+
+def _outside(folder: Path) -> Iterator[SmoothQuantError]:
+    if not folder.is_dir():
+        yield _fault(str(folder), "a checkpoint folder", "none", "check the path")
+        return
+    for path in sorted(folder.iterdir()):
+        # A hub cache links its files elsewhere; a copy, or `hf download --local-dir`, does not.
+        if not path.resolve().is_relative_to(folder.resolve()):
+            yield _fault(str(path), "a file in this folder", f"a link to {path.resolve()}", "copy the file itself")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _fault(str(path), "readable JSON", " ".join(str(error).split())[:200]) from error
+    if not isinstance(value, dict):
+        raise _fault(str(path), "a JSON object", type(value).__name__)
+    return value
+
+
+def _read_config(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
+    config = _json(folder / "config.json")
+    if "quantization_config" not in config:
+        yield _fault(
+            f"{folder}/config.json", "quantization_config", "none: a floating-point model", "calibrate it first"
+        )
+        return
+    found["config"] = QuantizationConfig.from_dict(config["quantization_config"])
+
+
+def _hashes(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
+    manifest = found["manifest"] = _json(folder / MANIFEST)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(isinstance(f, str) for item in files.items() for f in item):
+        raise _fault(f"{folder}/{MANIFEST}: files", "the sha256 of every file", repr(files)[:80])
+    here = {path.name: path for path in folder.iterdir() if path.is_file()}
+    for name in sorted(files.keys() | here.keys()):
+        if name not in here:
+            yield _fault(f"{folder}/{name}", "a file, by the manifest", "none")
+        elif name in files:
+            if sha256(here[name]) != files[name]:
+                yield _fault(f"{folder}/{name}", f"sha256 {files[name][:16]}...", f"{sha256(here[name])[:16]}...")
+        elif name.endswith(".safetensors"):
+            # Anything else may have been added since: a README, a licence.
+            yield _fault(f"{folder}/{name}", "an entry in the manifest", "none", "remove the file that does not belong")
+    said = manifest.get("quantization_config")
+    if "config" in found and said != found["config"].to_dict():
+        yield _fault(f"{folder}/config.json: quantization_config", "what the manifest says", "something else")
+
+
+def _read_tensors(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
+    headers = read_headers(folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            yield _fault(str(path), "a safetensors file", str(error))
+            return
+    if not headers:
+        yield _fault(str(folder), "safetensors files", "none")
+        return
+    found["headers"] = headers
+
+
+def _architecture(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
+    """The model's own tensors, built on the meta device, against those of the files."""
+    headers: Headers = found["headers"]
+    try:
+        model_config = AutoConfig.from_pretrained(folder)
+        del model_config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        got = " ".join(str(error).split())[:200]
+        raise _fault(f"{folder}/config.json", "a causal language model transformers can build", got) from error
+    model.tie_weights()
+    state: dict[str, torch.Tensor] = {}
+    for block in export.source_tensors(model):
+        state |= export.hub_names(model, block)
+    extra = {f"{name.removesuffix('.weight')}.{suffix}" for name in state for suffix in SCALES}
+    for name in sorted(state.keys() | headers.keys()):
+        if name not in headers:
+            yield _fault(name, "a tensor in the checkpoint", "none")
+        elif name not in state:
+            if name not in extra:
+                yield _fault(name, "a tensor of this architecture", "one it does not have")
+        elif tuple(state[name].shape) != headers[name][1]:
+            yield _fault(name, f"shape {list(state[name].shape)}", str(list(headers[name][1])))
+
+
+def _values(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                yield from _value(name, file.get_tensor(name), found)
+
+
+def _value(name: str, tensor: torch.Tensor, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
+    suffix = name.rpartition(".")[2]
+    if tensor.is_floating_point():
+        good = torch.isfinite(tensor)
+        if suffix in SCALES:
+            good &= tensor > 0
+        if not good.all():
+            expected = "finite values" + (" above zero" if suffix in SCALES else "")
+            yield _fault(name, expected, f"{int((~good).sum())} others, the first {tensor[~good].flatten()[0].item()}")
+        return
+    if tensor.dtype != torch.int8:
+        return
+    if (tensor == int8.QMIN).any():
+        yield _fault(name, "integers from -127 to 127", "-128, which rounding does not give")
+    rows = tensor.to(torch.int16).abs()
+    ends = rows == int8.QMAX
+    if found["config"].weights.strategy == "tensor":
+        if not ends.any():
+            yield _fault(name, "its largest weight at 127", f"{int(rows.max())}: not rounded by its own range")
+        return
+    # A Conv1D keeps [in, out]. Where the number of scales does not tell it (a square), either way may be meant.
+    channels = found["headers"].get(f"{name}_scale", ("", tensor.shape[:1]))[1][0]
+    ways = [way for way in (ends, ends.t()) if len(way) == channels]
+    filled = [way.any(1) | (rows if way is ends else rows.t()).eq(0).all(1) for way in ways]
+    if not any(bool(each.all()) for each in filled):
+        short = min(int((~each).sum()) for each in filled) if filled else len(tensor)
+        yield _fault(name, "every channel's largest weight at 127", f"{short} that are not rounded by their own range")
+    full = min((float(way.float().mean(1).max()) for way in ways), default=0.0)
+    if min(tensor.shape) >= 16 and full > SATURATED:
+        yield _fault(name, f"at most {SATURATED:.0%} of a channel at the end of its range", f"{full:.0%}")
+
+
+def _together(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
+    """vLLM fuses layers that read one tensor: they must share what belongs to that tensor."""
+    headers: Headers = found["headers"]
+    names = [name for name in headers if name.endswith((".input_scale", ".smoothing_factor"))]
+    values: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            values |= {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118
+    for reading in found.get("manifest", {}).get("inputs", []):
+        for suffix in ("input_scale", "smoothing_factor"):
+            have = {name: values.get(f"{name}.{suffix}") for name in reading}
+            first, *others = have
+            for name in others:
+                a, b = have[first], have[name]
+                if (a is None) != (b is None) or (a is not None and b is not None and not torch.equal(a, b)):
+                    yield _fault(f"{name}.{suffix}", f"that of {first}, which reads the same tensor", "another")

@@ -1,0 +1,158 @@
+"""`smoothquant verify`: sound checkpoints pass, and every way we know to spoil one is named."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from calibration import __main__ as cli
+from calibration import export
+from calibration.pipeline import calibrate
+from calibration.verify import verify
+from tests import tiny
+from vllm_smoothquant.checkpoint import MANIFEST
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """name -> a checkpoint of that model, static so that it has every kind of tensor; made when first asked for."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    text = tiny.save_text(root / "text.jsonl")
+
+    def get(name: str, **options) -> Path:
+        folder = root / f"{name}-{'-'.join(map(str, options.values()))}"
+        if not folder.exists():
+            model = tiny.save(name, root / f"model-{folder.name}")
+            options = {"activations": "static", "alpha": "auto"} | options
+            calibrate(str(model), folder, dataset=str(text), samples=8, seq_len=32, quiet=True, **options)
+        return folder
+
+    return get
+
+
+@pytest.fixture
+def copy(checkpoints, tmp_path):
+    return Path(shutil.copytree(checkpoints("llama"), tmp_path / "copy"))
+
+
+def said(folder) -> str:
+    return "\n".join(map(str, verify(folder).faults))
+
+
+def rehash(folder: Path) -> None:
+    """A manifest made anew, so that values and shapes must tell."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"] = export.file_hashes(folder)
+    manifest["quantization_config"] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def edit(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file({k: v.contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
+    rehash(folder)
+
+
+@pytest.mark.parametrize("weights", ["channel", "tensor"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2", "opt", "llama-tied", "mixtral", "qwen3-moe", "falcon-7b"])
+def test_a_sound_checkpoint_has_no_fault(name, weights, checkpoints):
+    verdict = verify(checkpoints(name, weights=weights))
+    assert not verdict.faults, said(checkpoints(name, weights=weights))
+    assert len(verdict.checked) == 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), file=st.sampled_from(["model", "config"]))
+def test_a_flipped_bit_is_caught(where, bit, file, checkpoints):
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(shutil.copytree(checkpoints("llama"), Path(temporary) / "copy"))
+        path = folder / {"model": "model.safetensors", "config": "config.json"}[file]
+        data = bytearray(path.read_bytes())
+        data[int(where * len(data))] ^= 1 << bit
+        path.write_bytes(data)
+        assert path.name in said(folder)
+
+
+NAN, UP = float("nan"), "model.layers.1.mlp.up_proj"
+SPOILT = {
+    "scale NaN": (lambda s: s[f"{UP}.weight_scale"][3].fill_(NAN), f"{UP}.weight_scale: expected finite values above"),
+    "scale negative": (lambda s: s[f"{UP}.input_scale"].neg_(), f"{UP}.input_scale: expected finite values above zero"),
+    "norm infinite": (
+        lambda s: s["model.norm.weight"][0].fill_(torch.inf),
+        "model.norm.weight: expected finite values",
+    ),
+    "-128": (lambda s: s[f"{UP}.weight"][0, 0].fill_(-128), f"{UP}.weight: expected integers from -127"),
+    "row halved": (lambda s: s[f"{UP}.weight"][5].copy_(s[f"{UP}.weight"][5] // 2), "not rounded by their own range"),
+    "row clipped": (lambda s: s[f"{UP}.weight"][5].fill_(127), "of a channel at the end of its range"),
+    "tensor missing": (lambda s: s.pop(f"{UP}.weight_scale"), f"{UP}.weight_scale: expected F32"),
+    "norm missing": (lambda s: s.pop("model.norm.weight"), "model.norm.weight: expected a tensor in the checkpoint"),
+    "tensor too many": (lambda s: s.update(x=torch.ones(3)), "x: expected a tensor of this architecture"),
+    "misshapen": (lambda s: s.update({f"{UP}.weight": s[f"{UP}.weight"][:-16]}), f"{UP}.weight"),
+    "fused layers apart": (lambda s: s[f"{UP}.input_scale"].mul_(2), "which reads the same tensor"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), SPOILT.values(), ids=SPOILT)
+def test_what_a_new_manifest_would_hide_is_seen_in_the_values(change, message, copy):
+    edit(copy, change)
+    assert message in said(copy)
+
+
+def spoil_json(name, change):
+    def spoil(folder):
+        value = json.loads((folder / name).read_text())
+        change(value)
+        (folder / name).write_text(json.dumps(value))
+
+    return spoil
+
+
+OTHERWISE = {
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), MANIFEST),
+    "manifest no JSON": (lambda f: (f / MANIFEST).write_text("{"), "readable JSON"),
+    "manifest without hashes": (spoil_json(MANIFEST, lambda m: m.pop("files")), "the sha256 of every file"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config of another model": (spoil_json("config.json", lambda c: c.update(model_type="gpt2")), "config.json"),
+    "unknown key": (
+        spoil_json("config.json", lambda c: c["quantization_config"].update(extra=1)), "quantization_config.extra",
+    ),
+    "not quantised": (spoil_json("config.json", lambda c: c.pop("quantization_config")), "calibrate it first"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "a file, by the manifest"),
+    "truncated": (lambda f: (f / "model.safetensors").write_bytes(b"\x08" + bytes(11)), "model.safetensors"),
+    "a second shard": (lambda f: shutil.copy(f / "model.safetensors", f / "b.safetensors"), "b.safetensors"),
+    "a link outside": (lambda f: (f / "link.json").symlink_to("/etc/hostname"), "expected a file in this folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "message"), OTHERWISE.values(), ids=OTHERWISE)
+def test_files_that_do_not_belong_together(spoil, message, copy):
+    spoil(copy)
+    assert message in said(copy)
+
+
+def test_every_fault_is_listed_not_the_first_alone(copy):
+    def spoil(state):
+        state["model.norm.weight"][0] = NAN
+        state[f"{UP}.weight_scale"][3] = -1
+        state[f"{UP}.weight"][0, 0] = -128
+
+    edit(copy, spoil)
+    assert len(verify(copy).faults) == 3
+
+
+def test_the_command_says_it_and_exits_1(copy, capsys):
+    assert cli.main(["verify", str(copy)]) == 0
+    assert "0 faults" in capsys.readouterr().out
+    (copy / "config.json").unlink()
+    assert cli.main(["verify", str(copy), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["faults"]
+    assert cli.main(["verify", str(copy / "nowhere")]) == 1
+    assert "expected a checkpoint folder" in capsys.readouterr().err
