@@ -34,13 +34,10 @@ def load_passages(
     dataset: str, tokenizer: PreTrainedTokenizerBase, *, text_column: str, passages: int, max_tokens: int, seed: int
 ) -> list[Passage]:
     """`passages` passages of at most `max_tokens` tokens, drawn by `seed`. SmoothQuantError where the text is short."""
-    found = []
-    for index, text in enumerate(read_texts(dataset, text_column)["text"]):
-        for candidate in passages_of(text or ""):
-            found.append((index, candidate))
+    found = [passage for text in read_texts(dataset, text_column)["text"] for passage in passages_of(text or "")]
     random.Random(seed).shuffle(found)
     chosen: list[Passage] = []
-    for _, text in found:
+    for text in found:
         passage = tokenize(text, tokenizer)
         if passage is not None and len(passage["ids"]) <= max_tokens:
             chosen.append(passage)

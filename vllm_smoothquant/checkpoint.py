@@ -273,26 +273,25 @@ def _read_header(path: Path) -> Headers:
             if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in shape):
                 raise ValueError(f"{name}: dtype {dtype!r}, shape {list(shape)}")
         return entries
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise SmoothQuantError(
-            str(path),
-            expected="a safetensors file",
-            got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-            do="copy or export the checkpoint again",
-        ) from error
+    except _DAMAGE as error:
+        raise _damaged(path, "a safetensors file", error) from error
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         return {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SmoothQuantError(
-            str(index),
-            expected="an object with a weight_map",
-            got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-            do="copy or export the checkpoint again",
-        ) from error
+    except _DAMAGE as error:
+        raise _damaged(index, "an object with a weight_map", error) from error
+
+
+# What reading a damaged file can raise: it may be gone, cut short, no JSON, or JSON of another shape.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error)
+
+
+def _damaged(path: Path, expected: str, error: BaseException) -> SmoothQuantError:
+    got = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return SmoothQuantError(str(path), expected=expected, got=got, do="copy or export the checkpoint again")
 
 
 def header_faults(config: "QuantizationConfig", tensors: Headers) -> Iterator[SmoothQuantError]:
