@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -71,6 +71,7 @@ def test_a_sound_checkpoint_has_no_fault(name, weights, checkpoints):
 
 @settings(max_examples=60, deadline=None)
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), file=st.sampled_from(["model", "config"]))
+@example(where=0.2421875, bit=0, file="config")  # initializer_range 1.02: an error of huggingface_hub's own class
 def test_a_flipped_bit_is_caught(where, bit, file, checkpoints):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(shutil.copytree(checkpoints("llama"), Path(temporary) / "copy"))
