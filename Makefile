@@ -23,7 +23,8 @@ demo: $(STAMP)
 	@$(VENV)/bin/python -m demo.run
 
 test: $(STAMP)
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m demo.assets
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .

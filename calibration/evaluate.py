@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passage-tokens", type=int, default=512, metavar="N", help="tokens that such a passage may have at most"
     )
+    parser.add_argument(
+        "--tasks", type=lambda names: names.split(","), default=[], metavar="NAME,...",
+        help="tasks of lm-evaluation-harness as well (pip install lm-eval)",
+    )  # fmt: skip
+    parser.add_argument("--include-path", metavar="DIR", help="a folder with tasks of your own (YAML) for --tasks")
+    parser.add_argument("--limit", type=int, metavar="N", help="documents of each task")
     parser.add_argument("--dtype", default="auto", metavar="TYPE", help="of activations, as vLLM's --dtype")
     parser.add_argument(
         "--score-dtype", metavar="TYPE", help="another one for the perplexity alone: float32 where the CPU has no BF16"
@@ -101,6 +108,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 del row["memory_bytes"]  # in a dtype the model is not served in
                 if decode is not None:
                     row |= measure(model, windows, score=False, decode=decode, **engine)
+            if args.tasks:
+                more = {"include_path": args.include_path, "limit": args.limit}
+                row["tasks"] = run_tasks(model, args.tasks, **more, **engine)
             rows.append(row)
     linear = linear_layers(models)
     for row in rows:
@@ -130,6 +140,11 @@ def format_table(result: Mapping[str, Any]) -> str:
         ]
         for row in rows
     ]
+    for task, metrics in rows[0].get("tasks", {}).items():
+        for metric in metrics:
+            header.append(f"{task} {metric}")
+            for line, row in zip(cells, rows, strict=True):
+                line.append(f"{row['tasks'][task][metric]:.4f}")
     # A column that nobody asked for is left out.
     columns = [c for c in zip(header, *cells, strict=True) if any(c[1:])]
     header, *cells = (list(line) for line in zip(*columns, strict=True))
@@ -193,26 +208,53 @@ def measure(
         "decode": decode,
         "engine": arguments,
     }
+    return _apart("calibration._engine", request, timeout)
+
+
+def run_tasks(
+    model: str | Path, tasks: Sequence[str], *, include_path: str | None = None, limit: int | None = None, **engine: Any
+) -> dict[str, dict[str, float]]:
+    """Task -> metric -> value, by lm-evaluation-harness through a fresh vLLM engine.
+
+    tasks: its names, or paths of its YAML files; include_path: a folder of more of them; limit: documents of each.
+    """
+    _require_vllm()
+    if find_spec("lm_eval") is None:
+        raise SmoothQuantError(
+            "--tasks", expected="lm-evaluation-harness", got="no such package", do="pip install 'lm-eval>=0.4.9'"
+        )
+    request = {
+        "model": str(model),
+        "tasks": list(tasks),
+        "include_path": include_path,
+        "limit": limit,
+        "engine": {"kv_cache_memory_bytes": GiB, "seed": 0, **engine},
+    }
+    return _apart("calibration._tasks", request)
+
+
+def _apart(module: str, request: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
+    """What `python -m MODULE REQUEST ANSWER` answers; whichever way that ends, nothing of it keeps running."""
     with tempfile.TemporaryDirectory(prefix="smoothquant-") as folder:
         asked, answered, log = (Path(folder) / name for name in ("request.json", "answer.json", "log.txt"))
         asked.write_text(json.dumps(request))
         with log.open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "calibration._engine", str(asked), str(answered)],
+                [sys.executable, "-m", module, str(asked), str(answered)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=engine_environment(arguments),
+                env=engine_environment(request["engine"]),
                 start_new_session=True,
             )
             try:
                 code = process.wait(timeout)
             finally:
-                # The engine's workers are of its group: none is left, whichever way this ends.
+                # The engine's workers are of its group: none is left.
                 _kill_group(process)
         if code != 0:
             raise SmoothQuantError(
-                str(model), expected="a model that vLLM can run", got=_last_error(log.read_text(errors="replace")),
-                do=f"see what `vllm serve {model}` says",
+                request["model"], expected="a model that vLLM can run",
+                got=_last_error(log.read_text(errors="replace")), do=f"see what `vllm serve {request['model']}` says",
             )  # fmt: skip
         return json.loads(answered.read_text())
 

@@ -1,17 +1,33 @@
 """What several test modules share: the small real model of the demo, its text, and one INT8 checkpoint of it.
 
-A test that cannot get the model fails; none is skipped.
+A test that cannot get the model fails; none is skipped. `make test` runs one worker for each of two cores, each bound
+to its own: two that share both wait for each other's threads.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from demo import assets
 
 TINY = ("test_calibrate", "test_gate", "test_graph", "test_plan", "test_reference", "test_smooth", "test_verify")
+
+
+settings.register_profile("repeatable", derandomize=True)  # benchmarks/fuzz.py is the one that explores
+settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker of pytest-xdist, and all it starts, keeps to one core."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)

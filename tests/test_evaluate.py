@@ -236,3 +236,37 @@ def test_perplexity_is_pytorchs(model, int8, text, capsys):
         assert figures["memory_bytes"] > 0
     assert quantized["linear_bytes"] < 0.3 * baseline["linear_bytes"]  # of float32
     assert "llama-int8" in evaluate.format_table(result)
+
+
+@pytest.mark.slow
+def test_a_task_of_the_harness_is_scored_as_pytorch_scores_it(model, tmp_path):
+    docs = [
+        {"text": text, "choices": ["the sea", "of the town", "a house and"], "label": i % 3}
+        for i, text in enumerate(("he went to", "a part", "where once stood", "it is", "she saw", "in the north"))
+    ]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    task = {
+        "task": "endings", "dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "docs.jsonl")},
+        "test_split": "train", "output_type": "multiple_choice", "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "endings.yaml").write_text(json.dumps(task))  # JSON is YAML
+    found = evaluate.run_tasks(model, ["endings"], include_path=str(tmp_path), max_model_len=64, **ENGINE)
+
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tiny.tokenizer()
+
+    def loglikelihood(doc, choice):
+        ids, start = tokenizer(f"{doc['text']} {choice}").input_ids, len(tokenizer(doc["text"]).input_ids)
+        with torch.no_grad():
+            logprobs = network(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return sum(float(logprobs[at - 1, ids[at]]) for at in range(start, len(ids)))
+
+    right = [max(range(3), key=lambda i, d=doc: loglikelihood(d, d["choices"][i])) == doc["label"] for doc in docs]
+    assert found["endings"]["acc"] == sum(right) / len(docs)
+    assert 0 < sum(right) < len(docs)  # or the agreement would say little
+
+
+def test_without_the_harness_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    with pytest.raises(SmoothQuantError, match=r"--tasks: expected lm-evaluation-harness.*pip install 'lm-eval"):
+        evaluate.run_tasks("model", ["arc_easy"])
