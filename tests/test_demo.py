@@ -73,7 +73,7 @@ def test_a_damaged_package_is_refused(tmp_path, monkeypatch):
 
 def test_nothing_half_made_stays(tmp_path):
     def interrupted() -> None:
-        with assets._made(tmp_path / "model") as beside:
+        with assets.made(tmp_path / "model") as beside:
             beside.mkdir()
             (beside / "half").touch()
             raise KeyboardInterrupt

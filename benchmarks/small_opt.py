@@ -1,0 +1,76 @@
+"""A small OPT, trained here: the paper's own architecture (LayerNorm, biases, ReLU), which no package brings along.
+
+`python -m benchmarks.small_opt` makes it in .cache/ once and prints where; `--steps` says how long it trains. It learns
+from the articles that calibration sees; those that accuracy is measured on stay unseen. A few minutes on one core make
+no good language model, but its weights are learnt, not drawn.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from tqdm import tqdm
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+
+from demo import assets
+
+NAME = "OPT-2M"
+VOCABULARY, POSITIONS = 2048, 512
+STEPS, BATCH, LENGTH, LEARNING_RATE = 800, 8, 128, 2e-3
+END = "</s>"
+
+
+def model_dir(steps: int = STEPS) -> Path:
+    """A Hugging Face folder of the trained model in float32."""
+    target = assets.CACHE / f"{NAME}-{steps}"
+    if not target.is_dir():
+        with assets.made(target) as folder:
+            tokenizer = _tokenizer()
+            _train(tokenizer, steps).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return target
+
+
+def _texts() -> list[str]:
+    return [json.loads(line)["text"] for line in assets.calibration_text().read_text().splitlines()]
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(_texts(), vocab_size=VOCABULARY, special_tokens=[END], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END)
+
+
+def _train(tokenizer: PreTrainedTokenizerFast, steps: int) -> OPTForCausalLM:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=192, word_embed_proj_dim=192, num_hidden_layers=4, ffn_dim=768,
+        num_attention_heads=6, max_position_embeddings=POSITIONS, dropout=0.0, bos_token_id=0, eos_token_id=0,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = OPTForCausalLM(config)
+    ids = torch.tensor([token for text in _texts() for token in [0, *tokenizer(text).input_ids]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    draw = torch.Generator().manual_seed(0)
+    bar = tqdm(range(steps), desc="train", file=sys.stderr, mininterval=10)
+    for _ in bar:
+        starts = torch.randint(len(ids) - LENGTH, (BATCH,), generator=draw)
+        batch = torch.stack([ids[start : start + LENGTH] for start in starts])
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    print(model_dir(parser.parse_args().steps))
