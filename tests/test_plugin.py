@@ -329,10 +329,10 @@ TOKEN, TENSOR, STATIC = (Scheme(input_activations=handmade.ACTIVATIONS[a]) for a
         ("cpu", None, False, STATIC, "float32-integers"),
         ("cuda", 75, True, TOKEN, "vllm"),
         ("cuda", 90, True, STATIC, "vllm"),
-        ("cuda", 90, True, TENSOR, "cuda-tensor"),
-        ("cuda", 100, True, TOKEN, "vllm-triton"),
-        ("cuda", 120, True, STATIC, "vllm-triton"),
-        ("cuda", 120, True, TENSOR, "cuda-tensor"),
+        ("cuda", 90, True, TENSOR, "cutlass-tensor"),
+        ("cuda", 100, True, TOKEN, "triton"),
+        ("cuda", 120, True, STATIC, "triton"),
+        ("cuda", 120, True, TENSOR, "triton"),
     ],
 )
 def test_the_first_kernel_that_serves(
@@ -345,11 +345,18 @@ def test_the_first_kernel_that_serves(
     assert all(reason for name, reason in reasons[: [name for name, _ in reasons].index(served_by)])
 
 
-def test_no_kernel_is_an_error_with_every_reason() -> None:
+def test_no_kernel_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SmoothQuantError, match="no kernels for platform 'other'"):
         kernels.select_kernel(kernels.Request("layer", TOKEN, True, torch.bfloat16, "other"))
-    with pytest.raises(SmoothQuantError, match=r"vllm: .*; vllm-triton: .*; cuda-tensor: writes float16 or bfloat16"):
+    monkeypatch.setitem(kernels.CANDIDATES, "cuda", kernels.CANDIDATES["cuda"][:2])
+    with pytest.raises(SmoothQuantError, match=r"vllm: .*; cutlass-tensor: writes float16 or bfloat16"):
         kernels.select_kernel(kernels.Request("layer", TENSOR, True, torch.float32, "cuda", 90))
+
+
+@pytest.mark.parametrize("scheme", [TOKEN, TENSOR, STATIC])
+def test_cutlass_gets_no_sizes_it_does_not_take(scheme: Scheme) -> None:
+    request = kernels.Request("layer", scheme, True, torch.bfloat16, "cuda", 90, aligned=False)
+    assert [name for name, reason in kernels.explain_kernels(request) if reason is None] == ["triton"]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

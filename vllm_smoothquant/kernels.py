@@ -8,7 +8,8 @@ x [tokens, in] in the model's dtype; q_w int8 [out, in]; s_w float32 [out, 1] or
 A kernel gets the layer after loading (`prepare`: `weight` int8 [out, in], `weight_scale` as above, `input_scale` [1] or
 None), may lay the weight out anew but never keeps two copies of it, and computes y for two-dimensional x (`apply`).
 
-Sources: vllm/model_executor/kernels/linear/scaled_mm/{cpu,cutlass,triton}.py, 0.26 to 0.33.
+Sources: vllm/model_executor/kernels/linear/scaled_mm/{cpu,cutlass,triton}.py, 0.26 to 0.33, which
+packaging/check_vllm.py compares with what is used here. What was chosen for CUDA and why: docs/cuda.md.
 """
 
 import dataclasses
@@ -20,18 +21,18 @@ from typing import Any, ClassVar
 import torch
 
 from . import int8
-from .checkpoint import Scheme, SmoothQuantError
-from .ops import dynamic_tensor_scale, onednn_tensor_int8
+from .checkpoint import InputActivations, Scheme, SmoothQuantError
+from .ops import onednn_tensor_int8, quantize_per_token, real_rows, triton_int8_mm
 
 logger = logging.getLogger("vllm.smoothquant")  # under "vllm", so that VLLM_LOGGING_LEVEL and its handler apply
-
-# vLLM's kernels read these off the layer; the last two exist only for asymmetric activations, which we have none of.
-LAYER_TENSORS = ("weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a layer asks for. channelwise: s_w is [out, 1]. capability: 90 for compute capability 9.0; None off CUDA."""
+    """What a layer asks for. channelwise: s_w is [out, 1]. capability: 90 for compute capability 9.0; None off CUDA.
+
+    aligned: whether in and out of this rank are multiples of 16.
+    """
 
     layer: str
     scheme: Scheme
@@ -39,6 +40,7 @@ class Request:
     dtype: torch.dtype
     platform: str
     capability: int | None = None
+    aligned: bool = True
 
     @property
     def dynamic(self) -> bool:
@@ -49,19 +51,26 @@ class Request:
         return self.scheme.input_activations.strategy == "token"
 
 
-def request_here(layer: str, scheme: Scheme, channelwise: bool, dtype: torch.dtype) -> Request:
-    """The request of `layer` on the platform vLLM runs on."""
+def request_here(
+    layer: str, scheme: Scheme, channelwise: bool, dtype: torch.dtype, out_features: int, in_features: int
+) -> Request:
+    """The request of `layer` on the platform vLLM runs on; [out, in] is the weight of this rank."""
     from vllm.platforms import current_platform
 
     platform = "cuda" if current_platform.is_cuda() else "cpu" if current_platform.is_cpu() else "other"
     capability = current_platform.get_device_capability() if platform == "cuda" else None
-    return Request(layer, scheme, channelwise, dtype, platform, capability.to_int() if capability else None)
+    aligned = out_features % 16 == 0 and in_features % 16 == 0
+    return Request(layer, scheme, channelwise, dtype, platform, capability.to_int() if capability else None, aligned)
 
 
 class Kernel(ABC):
-    """One way to compute y. `name` is what explain_kernels and the debug log call it."""
+    """One way to compute y. `name` is what explain_kernels and the debug log call it.
+
+    smooths: whether `apply` divides x by the layer's smoothing_factor itself; else linear.py does it before.
+    """
 
     name: ClassVar[str]
+    smooths = False
 
     @staticmethod
     @abstractmethod
@@ -81,7 +90,10 @@ class Kernel(ABC):
 
 
 class VllmChoice(Kernel):
-    """vLLM's own INT8 kernels through its own chooser: per_token everywhere, static per_tensor on CUDA."""
+    """vLLM's own INT8 kernels through its own chooser: per_token everywhere, static per_tensor on CUDA.
+
+    Where it chooses CUTLASS, x is quantised by quantize_on_cuda and only the multiplication is vLLM's.
+    """
 
     name = "vllm"
 
@@ -93,11 +105,10 @@ class VllmChoice(Kernel):
             return "vLLM's AMX kernel never reads input_scale: static would silently become dynamic"
         if request.platform == "cpu" and not onednn_is_exact():
             return INEXACT
-        if (request.capability or 0) >= 100:
-            return "vLLM would choose CUTLASS, whose INT8 kernels stop below compute capability 10.0"
-        return None
+        return no_cutlass(request) if request.platform == "cuda" else None
 
     def __init__(self, request: Request) -> None:
+        from vllm import _custom_ops as vllm_ops
         from vllm.model_executor.kernels.linear import init_int8_linear_kernel
 
         self.kernel = init_int8_linear_kernel(
@@ -106,47 +117,29 @@ class VllmChoice(Kernel):
             input_symmetric=True,
             module_name=request.layer,
         )
+        self.activations = request.scheme.input_activations
+        # By name: Triton's class is a subclass of this one. --linear-backend may choose that or another.
+        self.smooths = type(self.kernel).__name__ == "CutlassInt8ScaledMMLinearKernel"
+        self.multiply = vllm_ops.cutlass_scaled_mm if self.smooths else None
 
     def prepare(self, layer: Any) -> None:
         self.kernel.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self.kernel.apply_weights(layer, x, bias)
+        if self.multiply is None:
+            return self.kernel.apply_weights(layer, x, bias)
+        integers, scale = quantize_on_cuda(layer, x, self.activations)
+        return self.multiply(integers, layer.weight, scale, layer.weight_scale, x.dtype, bias)
 
 
-class VllmTriton(VllmChoice):
-    """vLLM's Triton kernel, named outright: compute capability 10.0 and above. Not run by us: no such device."""
+class CutlassTensor(Kernel):
+    """Dynamic per_tensor on CUDA: absmax of the batch, quantise, CUTLASS; nothing waits for the host.
 
-    name = "vllm-triton"
-
-    @staticmethod
-    def rejects(request: Request) -> str | None:
-        if request.dynamic and not request.per_token:
-            return "vLLM has no kernel for dynamic per_tensor activations"
-        return None
-
-    def __init__(self, request: Request) -> None:
-        from vllm.model_executor.kernels.linear import Int8ScaledMMLinearLayerConfig, TritonInt8ScaledMMLinearKernel
-
-        facts = {
-            "is_channelwise": request.channelwise,
-            "is_static_input_scheme": not request.dynamic,
-            "input_symmetric": True,
-            "is_fused_module": False,  # 0.33 only; linear.py has expanded the scales of fused layers already
-        }
-        known = {f.name for f in dataclasses.fields(Int8ScaledMMLinearLayerConfig)}
-        config = Int8ScaledMMLinearLayerConfig(**{k: v for k, v in facts.items() if k in known})
-        self.kernel = TritonInt8ScaledMMLinearKernel(config, layer_param_names=LAYER_TENSORS)
-
-
-class CudaTensor(Kernel):
-    """Dynamic per_tensor on CUDA: absmax of the batch, quantise, GEMM; nothing waits for the host.
-
-    Not run by us: no CUDA device was at hand when this was written. One absmax couples all requests of a batch, and the
-    padding rows of a CUDA graph reach it: that is what the scheme means, and why per_token is the default.
+    One absmax couples all requests of a batch: that is what the scheme means, and why per_token is the default.
     """
 
-    name = "cuda-tensor"
+    name = "cutlass-tensor"
+    smooths = True
 
     @staticmethod
     def rejects(request: Request) -> str | None:
@@ -154,15 +147,14 @@ class CudaTensor(Kernel):
             return "only dynamic per_tensor activations"
         if request.dtype not in (torch.float16, torch.bfloat16):
             return f"writes float16 or bfloat16, not {request.dtype}"
-        return None
+        return no_cutlass(request)
 
     def __init__(self, request: Request) -> None:
         from vllm import _custom_ops as vllm_ops
-        from vllm.model_executor.layers.quantization.compressed_tensors.triton_scaled_mm import triton_scaled_mm
 
-        self.quantize = vllm_ops.scaled_int8_quant
-        # cutlass_scaled_mm takes Triton by itself where in or out is no multiple of 16. Both take the same arguments.
-        self.multiply = vllm_ops.cutlass_scaled_mm if (request.capability or 0) < 100 else triton_scaled_mm
+        _refuse_context_parallel(request)
+        self.activations = request.scheme.input_activations
+        self.multiply = vllm_ops.cutlass_scaled_mm
 
     def prepare(self, layer: Any) -> None:
         # [in, out], column-major, as both GEMMs want it: a view of the same storage.
@@ -170,9 +162,79 @@ class CudaTensor(Kernel):
         layer.weight_scale = torch.nn.Parameter(layer.weight_scale.data, requires_grad=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        scale = dynamic_tensor_scale(x)
-        integers, _, _ = self.quantize(x.contiguous(), scale)
+        integers, scale = quantize_on_cuda(layer, x, self.activations)
         return self.multiply(integers, layer.weight, scale, layer.weight_scale, x.dtype, bias)
+
+
+class Triton(CutlassTensor):
+    """vLLM's Triton GEMM, for all schemes: compute capability 10.0 and above, or sizes CUTLASS does not take."""
+
+    name = "triton"
+
+    @staticmethod
+    def rejects(request: Request) -> str | None:
+        return None
+
+    def __init__(self, request: Request) -> None:
+        if request.dynamic and not request.per_token:
+            _refuse_context_parallel(request)
+        self.activations = request.scheme.input_activations
+        self.multiply = triton_int8_mm
+
+
+def no_cutlass(request: Request) -> str | None:
+    """Why vLLM's CUTLASS INT8 GEMM cannot serve `request`; its `is_supported` says yes to all of these."""
+    if (request.capability or 0) >= 100:
+        return "CUTLASS's INT8 kernels stop below compute capability 10.0"
+    if not request.aligned:
+        return "CUTLASS wants in and out to be multiples of 16"
+    return None
+
+
+def _refuse_context_parallel(request: Request) -> None:
+    """Ranks that share a sequence see slots for their own tokens only: real_rows would take the rest for padding."""
+    from vllm.config import get_current_vllm_config
+
+    parallel = get_current_vllm_config().parallel_config
+    ranks = parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size
+    if ranks > 1:
+        raise SmoothQuantError(
+            request.layer,
+            expected="1 rank of context parallelism with dynamic per_tensor activations",
+            got=str(ranks),
+            do="serve without context parallelism, or calibrate with a scale per token",
+        )
+
+
+def quantize_on_cuda(layer: Any, x: torch.Tensor, activations: InputActivations) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [tokens, in] / smoothing_factor, rounded: int8 [tokens, in] and its float32 scale, [tokens, 1] or one element.
+
+    Compiled, it is plain torch: Inductor makes it part of the norm or the activation function before it, where an
+    operator would be a kernel of its own that reads and writes x once more. Eager, it is the fewest kernels there are.
+    """
+    from vllm import _custom_ops as vllm_ops
+
+    compiling = torch.compiler.is_compiling()
+    inverse = getattr(layer, "inverse_smoothing_factor", None)
+    per_token = activations.strategy == "token"
+    if per_token and not compiling and inverse is not None:
+        return quantize_per_token(x, inverse)
+    if inverse is not None:
+        x = x * inverse  # float32: rounded once, below
+    scale = None
+    if not activations.dynamic:
+        scale = layer.input_scale
+    elif not per_token:
+        # Padding rows of a CUDA graph hold whatever was there; NaN in a real row must reach the scale.
+        rows = torch.where(real_rows(layer.weight_scale, x.shape[0]), x.abs().amax(dim=1), 0)
+        scale = int8.absmax_scale(rows.amax().reshape(1))
+    elif compiling:
+        scale = int8.input_scale(x, "token")
+    if compiling:
+        assert scale is not None
+        return int8.quantize(x, scale), scale
+    integers, scale, _ = vllm_ops.scaled_int8_quant(x.contiguous(), scale)
+    return integers, scale
 
 
 class OneDnnTensor(Kernel):
@@ -276,7 +338,7 @@ def _warn_slow() -> None:
 
 CANDIDATES: dict[str, tuple[type[Kernel], ...]] = {
     "cpu": (VllmChoice, OneDnnTensor, Float32Integers),
-    "cuda": (VllmChoice, VllmTriton, CudaTensor),
+    "cuda": (VllmChoice, CutlassTensor, Triton),
 }
 
 

@@ -113,7 +113,9 @@ class SmoothQuantLinearMethod(LinearMethodBase):
         layer.register_parameter("azp_adj", None)
 
         channelwise = self.per_channel or shards > 1
-        self.kernel = select_kernel(request_here(self.prefix, self.scheme, channelwise, params_dtype))
+        self.kernel = select_kernel(
+            request_here(self.prefix, self.scheme, channelwise, params_dtype, out_features, input_size_per_partition)
+        )
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         self.config.check_all_names_met()
@@ -138,7 +140,7 @@ class SmoothQuantLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] in the model's dtype, bias [out] or None: y [..., out] in x's dtype."""
-        if self.smoothed:
+        if self.smoothed and not self.kernel.smooths:
             # The product is a float32 one, rounded to x's dtype once.
             x = (x * layer.inverse_smoothing_factor).to(x.dtype)
         y = self.kernel.apply(layer, x.reshape(-1, x.shape[-1]), bias)

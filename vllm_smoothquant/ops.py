@@ -2,16 +2,20 @@
 
     smoothquant::onednn_tensor_int8     y = (q_x @ q_w^T) * s_x * s_w^T + bias        s_x one number for all tokens
     smoothquant::widened_linear         y = x @ q_w^T        x float32 integers, q_w int8 [out, in], y float32
+    smoothquant::quantize_per_token     x * r -> q_x int8 [tokens, in], s_x [tokens, 1]        r float32 [in]
+    smoothquant::triton_int8_mm         y = (q_x @ q_w) * s_x * s_w^T + bias        q_w int8 [in, out], s_w [out, 1]
+    smoothquant::real_rows              bool [tokens]: True for tokens, False for the padding of a CUDA graph
 
-x [tokens, in] float32/bfloat16/float16; q_w int8 and s_w float32 live inside vLLM's oneDNN handler; s_x float32 [1], or
-None to measure it: s_x = absmax(x) / 127. Real = int * scale. Every operator has a fake implementation and mutates
-nothing, so `torch.library.opcheck` passes (tests/test_plugin.py).
+x [tokens, in] float32/bfloat16/float16; scales float32. In onednn_tensor_int8, q_w and s_w live inside vLLM's oneDNN
+handler and s_x is [1], or None to measure it: s_x = absmax(x) / 127. Real = int * scale. Every operator has a fake
+implementation and mutates nothing, so `torch.library.opcheck` passes (tests/test_plugin.py, tests/test_cuda.py).
 
 Importing this module registers the operators, once.
 """
 
 import torch
 
+from .checkpoint import SmoothQuantError
 from .int8 import absmax_scale
 
 NAMESPACE = "smoothquant"
@@ -72,6 +76,79 @@ def _widened_linear_fake(integers: torch.Tensor, weight: torch.Tensor) -> torch.
     return integers.new_empty(integers.shape[0], weight.shape[0])
 
 
+def _quantize_per_token(x: torch.Tensor, inverse_smoothing_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from .triton_quantize import quantize_per_token
+
+    return quantize_per_token(x, inverse_smoothing_factor)
+
+
+def _quantize_per_token_fake(
+    x: torch.Tensor, inverse_smoothing_factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+def _triton_int8_mm(
+    integers: torch.Tensor,
+    weight: torch.Tensor,
+    input_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    # vLLM's GEMM picks its tiles by the number of tokens in Python; traced, it would keep those of the first batch.
+    from vllm.model_executor.layers.quantization.compressed_tensors.triton_scaled_mm import triton_scaled_mm
+
+    if not integers.shape[0]:
+        return integers.new_empty(0, weight.shape[1], dtype=out_dtype)
+    return triton_scaled_mm(integers, weight, input_scale, weight_scale, out_dtype, bias)
+
+
+def _triton_int8_mm_fake(
+    integers: torch.Tensor,
+    weight: torch.Tensor,
+    input_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return integers.new_empty(integers.shape[0], weight.shape[1], dtype=out_dtype)
+
+
+def _capturing(like: torch.Tensor) -> bool:
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _real_rows(like: torch.Tensor, rows: int) -> torch.Tensor:
+    """like: any tensor of the device. vLLM gives every token of a batch a slot of the KV cache, and padding -1.
+
+    The mapping lies at one address for all batches and is written before each, so a CUDA graph that has captured this
+    reads what is true when it is replayed. A layer group without slots has -1 for tokens, too: one slot is enough.
+    """
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    found = get_forward_context().slot_mapping if is_forward_context_available() else None
+    # Layers of one group share a tensor. A list is two half batches at once, of which this is not told which one it is.
+    mappings = list({id(m): m for m in found.values()}.values()) if isinstance(found, dict) else []
+    if not mappings or any(m.shape != (rows,) for m in mappings):
+        if _capturing(like):
+            raise SmoothQuantError(
+                "dynamic per_tensor activations in a CUDA graph",
+                expected=f"vLLM's slot mapping of all {rows} rows, which tells tokens from padding",
+                got=f"{[list(m.shape) for m in mappings]}" if mappings else "none",
+                do="serve with --enforce-eager, or calibrate with a scale per token",
+            )
+        return torch.ones(rows, dtype=torch.bool, device=like.device)
+    real = mappings[0] >= 0
+    for mapping in mappings[1:]:
+        real = real | (mapping >= 0)
+    return real
+
+
+def _real_rows_fake(like: torch.Tensor, rows: int) -> torch.Tensor:
+    return like.new_empty(rows, dtype=torch.bool)
+
+
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -87,3 +164,9 @@ _define("onednn_tensor_int8", _onednn_tensor_int8, _onednn_tensor_int8_fake, "CP
 onednn_tensor_int8 = torch.ops.smoothquant.onednn_tensor_int8.default
 _define("widened_linear", _widened_linear, _widened_linear_fake, "CPU")
 widened_linear = torch.ops.smoothquant.widened_linear.default
+_define("quantize_per_token", _quantize_per_token, _quantize_per_token_fake, "CUDA")
+quantize_per_token = torch.ops.smoothquant.quantize_per_token.default
+_define("triton_int8_mm", _triton_int8_mm, _triton_int8_mm_fake, "CUDA")
+triton_int8_mm = torch.ops.smoothquant.triton_int8_mm.default
+_define("real_rows", _real_rows, _real_rows_fake, "CompositeExplicitAutograd")
+real_rows = torch.ops.smoothquant.real_rows.default

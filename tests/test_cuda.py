@@ -1,0 +1,209 @@
+"""The CUDA code as far as a machine without a GPU allows. What needs one is in tests/gpu."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_smoothquant import int8
+
+pytest.importorskip("vllm", reason="the plugin needs vLLM; `make venv` installs it")
+
+from vllm_smoothquant import kernels, ops
+from vllm_smoothquant.checkpoint import InputActivations, Scheme, SmoothQuantError
+
+ROOT = Path(__file__).parent.parent
+TENSOR = InputActivations("tensor", dynamic=True)
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+# --- vLLM ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_installed_vllm_has_what_we_use() -> None:
+    done = run("packaging/check_vllm.py", "--installed")
+    assert done.returncode == 0, done.stdout
+    assert "from vllm.model_executor.kernels.linear import init_int8_linear_kernel" in done.stdout
+
+
+def test_the_check_finds_what_is_missing(tmp_path: Path) -> None:
+    """A vLLM with nothing in it: every fact is one that does not hold, and none is skipped."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("")
+    (tmp_path / "vllm" / "_custom_ops.py").write_text("def scaled_int8_quant(input): ...\n")
+    done = run("packaging/check_vllm.py", "--installed", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.returncode == 1, done.stdout
+    assert "from vllm.platforms import current_platform: no such name" in done.stdout
+    assert "vllm_ops.scaled_int8_quant(2): 2 positional arguments, takes 1" in done.stdout
+    assert "CUTLASS is CUDA's first INT8 kernel" in done.stdout
+    held = [line for line in done.stdout.splitlines() if line.startswith("ok")]
+    assert len(held) < 5, held
+
+
+@pytest.mark.slow
+def test_every_scheme_on_vllms_cuda_python() -> None:
+    """All but the compiled operators: tests/cuda_route.py."""
+    done = run("tests/cuda_route.py")
+    assert done.returncode == 0, done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ok")]
+    # 3 activations, 2 weights, smoothed or not, 2 shapes, eager or compiled; and three facts besides.
+    assert len(lines) == 3 * 2 * 2 * 2 * 2 + 3, done.stdout
+
+
+# --- padding of CUDA graphs ------------------------------------------------------------------------------------------
+
+
+def slots(real: int, rows: int) -> torch.Tensor:
+    return torch.cat([torch.arange(real) + 16, torch.full((rows - real,), -1)])
+
+
+def with_slots(mapping: object, rows: int) -> torch.Tensor:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import set_forward_context
+
+    with set_forward_context(None, VllmConfig(), num_tokens=rows, slot_mapping=mapping):
+        return ops.real_rows(torch.ones(1), rows)
+
+
+def test_padding_is_what_no_layer_group_has_a_slot_for() -> None:
+    attention, mamba = slots(5, 8), torch.full((8,), -1)
+    assert with_slots({"a": attention, "b": attention, "c": mamba}, 8).tolist() == [True] * 5 + [False] * 3
+
+
+def test_without_slots_every_row_is_a_token() -> None:
+    """Profiling runs, the output head outside vLLM's forward context, inputs that are no batch of tokens."""
+    assert ops.real_rows(torch.ones(1), 3).all()
+    for mapping in (None, {"a": slots(5, 8)}, [{"a": slots(3, 3)}]):
+        assert with_slots(mapping, 3).all()
+
+
+def test_a_graph_that_cannot_tell_padding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_capturing", lambda like: True)
+    assert with_slots({"a": slots(2, 3)}, 3).tolist() == [True, True, False]
+    with pytest.raises(SmoothQuantError, match=r"slot mapping of all 3 rows.*got none; serve with --enforce-eager"):
+        with_slots(None, 3)
+
+
+def test_stale_rows_do_not_reach_the_scale() -> None:
+    """One compiled function, two batches: the mapping is read when it runs, not when it was compiled."""
+    from vllm.config import VllmConfig
+    from vllm.forward_context import set_forward_context
+
+    layer = torch.nn.Module()
+    layer.weight_scale = torch.ones(1)
+    x = torch.randn(8, 32)
+    x[5:] = torch.tensor([float("nan"), float("inf"), 1e30])[:, None]
+    mapping = slots(5, 8)
+    torch.compiler.reset()
+    function = torch.compile(lambda x: kernels.quantize_on_cuda(layer, x, TENSOR), fullgraph=True, backend="aot_eager")
+    for real in (5, 3):
+        mapping.copy_(slots(real, 8))
+        with set_forward_context(None, VllmConfig(), num_tokens=8, slot_mapping={"a": mapping}):
+            integers, scale = function(x)
+        assert torch.equal(scale, int8.input_scale(x[:real], "tensor"))
+        assert torch.equal(integers[:real], int8.quantize(x[:real], scale))
+
+
+def test_context_parallel_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    config = VllmConfig()
+    monkeypatch.setattr(config.parallel_config, "decode_context_parallel_size", 2)
+    request = kernels.Request("l", Scheme(input_activations=TENSOR), True, torch.bfloat16, "cuda", 90)
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(SmoothQuantError, match=r"1 rank of context .*got 2"),
+    ):
+        kernels.select_kernel(request)
+
+
+# --- fusion ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("activations", "smoothed"),
+    [(InputActivations(), True), (InputActivations("tensor", False), False)],
+    ids=["token-smoothed", "static"],
+)
+def test_inductor_makes_the_quantisation_a_part_of_the_norm(activations: InputActivations, smoothed: bool) -> None:
+    """One kernel for norm and quantisation; the same integers but where a value lies on a rounding tie.
+
+    Counted for the CPU, by the scheduler that also fuses for GPUs; tests/gpu counts there.
+    """
+    from torch._inductor.utils import run_and_get_code
+
+    layer = torch.nn.Module()
+    layer.input_scale = torch.tensor(0.03)
+    if smoothed:
+        layer.inverse_smoothing_factor = torch.rand(64) + 0.5
+    gain = torch.rand(64) + 0.5
+
+    def norm_and_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernels.quantize_on_cuda(layer, norm(x, gain), activations)
+
+    torch.compiler.reset()
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    (integers, scale), sources = run_and_get_code(torch.compile(norm_and_quantize, fullgraph=True), x)
+    assert "".join(sources).count("async_compile.cpp_pybinding(") == 1
+    expected = norm(x, gain) * (layer.inverse_smoothing_factor if smoothed else 1)
+    expected_scale = int8.input_scale(expected, "token") if activations.dynamic else layer.input_scale
+    assert torch.allclose(scale, expected_scale, rtol=1e-6)
+    different = integers != int8.quantize(expected, expected_scale)
+    assert different.float().mean() < 0.01
+    assert (integers.int() - int8.quantize(expected, expected_scale).int()).abs().max() <= 1
+
+
+def norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * gain
+
+
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_triton_kernel_is_the_reference_bit_for_bit(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    cases = []
+    # One step, not a power of two, a single element, two steps and a rest of one.
+    for tokens, n, dtype in (
+        (3, 64, torch.bfloat16),
+        (2, 100, torch.float16),
+        (4, 1, torch.float32),
+        (2, 4097, torch.bfloat16),
+    ):
+        cases.append((random(tokens, n).to(dtype), torch.rand(n, generator=generator) + 0.1))
+    odd = random(6, 33)
+    odd[1] = 0  # padding
+    odd[2] *= 1e-41  # too small for a scale
+    odd[3, 7] = float("nan")
+    odd[4, 7] = float("inf")
+    ties = torch.arange(-127, 128).float()[None] / 2  # halves: absmax 63.5, so every other value is a tie
+    apart = random(4, 80).bfloat16()[:, :40]
+    cases += [(odd, torch.ones(33)), (ties, torch.ones(255)), (apart, torch.rand(40, generator=generator))]
+    torch.save(cases, tmp_path / "in.pt")
+    done = run("-m", "tests.interpreted", str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout
+    answer = torch.load(tmp_path / "out.pt")
+    assert set(answer["opcheck"].values()) == {"SUCCESS"}, answer["opcheck"]
+    for (x, inverse), (integers, scale) in zip(cases, answer["results"], strict=True):
+        expected_scale = int8.input_scale(x.float() * inverse, "token")
+        assert torch.equal(scale.view(torch.int32) & 0x7FFFFFFF, expected_scale.view(torch.int32) & 0x7FFFFFFF)
+        known = expected_scale.isfinite().flatten()  # where it is not, the output will say so whatever the integers
+        assert torch.equal(integers[known], int8.quantize(x.float() * inverse, expected_scale)[known])
