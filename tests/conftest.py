@@ -11,7 +11,8 @@ import torch
 
 from demo import assets
 
-TINY = ("test_calibrate", "test_gate", "test_graph", "test_plan", "test_reference", "test_smooth", "test_verify")
+TINY = ("test_calibrate", "test_from_pretrained", "test_gate", "test_graph", "test_plan", "test_reference",
+        "test_smooth", "test_verify")  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
