@@ -30,6 +30,7 @@ from vllm_smoothquant.checkpoint import (
     size_faults,
 )
 
+from .against_source import compare
 from .architecture import SCALES, architecture_faults, build_empty
 from .load import sha256
 
@@ -42,18 +43,29 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 @dataclass
 class Verdict:
-    """faults: every one found. checked: what was looked at, in words, for the summary."""
+    """faults: every one found. checked: what was looked at, in words, for the summary.
+
+    layers: with a source, each quantised layer's `error` and `steps` (against_source.compare).
+    """
 
     faults: list[SmoothQuantError] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         keys = ("where", "expected", "got", "do")
-        return {"faults": [{k: getattr(f, k) for k in keys} for f in self.faults], "checked": self.checked}
+        return {
+            "faults": [{k: getattr(f, k) for k in keys} for f in self.faults],
+            "checked": self.checked,
+            "layers": self.layers,
+        }
 
 
-def verify(checkpoint: str | Path) -> Verdict:
-    """Look at the folder `checkpoint`. Nothing in it is executed, and no file outside it is read."""
+def verify(checkpoint: str | Path, source: str | None = None) -> Verdict:
+    """Look at the folder `checkpoint`. Nothing in it is executed, and no file outside it is read.
+
+    source: the model it was made of, a folder or a hub id, to compare with.
+    """
     folder, verdict = Path(checkpoint), Verdict()
 
     def attempt(what: str, check: Callable[[], Iterator[SmoothQuantError]]) -> None:
@@ -78,6 +90,9 @@ def verify(checkpoint: str | Path) -> Verdict:
         if not verdict.faults:
             attempt("every value", lambda: _values(folder, found))
             attempt("layers that read one tensor agree", lambda: _together(folder, found))
+        if source is not None and "manifest" in found and not verdict.faults:
+            manifest = found["manifest"]
+            attempt(f"every weight against {source}", lambda: compare(folder, source, manifest, verdict.layers))
     return verdict
 
 
