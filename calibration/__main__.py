@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("verify", _verify, "Look for everything that is wrong with CHECKPOINT, without running it.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder that calibrate wrote")
+    sub.add_argument("--source", metavar="MODEL", help="the model it was made of: compare every weight with it")
 
     from . import evaluate
 
@@ -151,13 +152,16 @@ def _verify(args: argparse.Namespace) -> int:
     _calm_libraries()
     from .verify import verify
 
-    verdict = verify(args.checkpoint)
+    verdict = verify(args.checkpoint, args.source)
     if args.json:
         print(json.dumps({"checkpoint": args.checkpoint, **verdict.to_dict()}, ensure_ascii=False))
     else:
         for fault in verdict.faults:
             print(f"smoothquant: {fault}", file=sys.stderr)
         print(f"{args.checkpoint}: {len(verdict.faults)} faults; in order: {', '.join(verdict.checked) or 'nothing'}")
+        if verdict.layers:
+            name, worst = max(verdict.layers.items(), key=lambda item: item[1]["error"])
+            print(f"rounded weights differ from the source's by {worst['error']:.2%} at worst, in {name}")
     return 1 if verdict.faults else 0
 
 

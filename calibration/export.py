@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from vllm_smoothquant.checkpoint import MANIFEST, SmoothQuantError
+from vllm_smoothquant.checkpoint import MANIFEST, TRANSFORMERS_WEIGHTS, SmoothQuantError
 
 from .load import sha256
 
@@ -150,6 +150,8 @@ def write_config(
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
+    config.pop("auto_map", None)  # it names code of the source's folder, which is not copied
+    config["transformers_weights"] = TRANSFORMERS_WEIGHTS
     config["quantization_config"] = quantization_config
     write_json(path, config)
 

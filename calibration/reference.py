@@ -61,8 +61,9 @@ def load_reference(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float3
             do=f"run `smoothquant calibrate {folder} -o OUT` first",
         )
     quantization = QuantizationConfig.from_dict(said)
-    # transformers must not look for a quantiser of that name.
+    # transformers must not look for a quantiser of that name, nor for its files: it is handed the tensors.
     del config.quantization_config
+    config.transformers_weights = None
 
     tensors = _read(folder)
     for fault in header_faults(quantization, read_headers(folder)):

@@ -27,7 +27,7 @@ from .probe import NORM_RULES, float_parameters, own_parameters
 FACTOR_RANGE = (1e-5, 1e5)
 
 # The factor that parameter p of a norm carries after its value became q: the inverse of NORM_RULES.
-_FACTOR_OF = {
+FACTOR_OF = {
     "p": lambda p, q: p / q,
     "1+p": lambda p, q: (1 + p) / (1 + q),
 }
@@ -232,7 +232,7 @@ def _fold_norm(
     first = next(name for name in params if rules[name] != "fixed")
     p, rule = params[first].float(), rules[first]
     q = NORM_RULES[rule](p, s).to(params[first].dtype).float()
-    carried = _FACTOR_OF[rule](p, q)
+    carried = FACTOR_OF[rule](p, q)
     exact = torch.isfinite(carried) & (carried > 0) & torch.isfinite(q) & (s != 1)
     s = torch.where(exact, carried, 1.0)
     folded = {name: NORM_RULES[rules[name]](value.float(), s) for name, value in params.items()}

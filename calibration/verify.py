@@ -9,7 +9,6 @@ A rounded row has its largest weight at 127 or -127, and -128 nowhere (int8.py):
 damaged. Hashes tell damage from change of mind; values tell what a manifest made anew would hide.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,41 +16,56 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_smoothquant import int8
 from vllm_smoothquant.checkpoint import (
     MANIFEST,
+    TRANSFORMERS_WEIGHTS,
     Headers,
     QuantizationConfig,
     SmoothQuantError,
     header_faults,
     read_headers,
+    read_json,
+    size_faults,
 )
 
-from . import export
+from .against_source import compare
+from .architecture import SCALES, architecture_faults, build_empty
 from .load import sha256
 
-SCALES = ("weight_scale", "input_scale", "smoothing_factor")
 # A row with more than this share of its weights at the end of the range was clipped: of normally distributed weights
 # one in a hundred rows of 16 has two there, and none a quarter.
 SATURATED = 0.25
+# What torch.load would unpickle. Nothing here ever reads one, and a checkpoint has none.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass
 class Verdict:
-    """faults: every one found. checked: what was looked at, in words, for the summary."""
+    """faults: every one found. checked: what was looked at, in words, for the summary.
+
+    layers: with a source, each quantised layer's `error` and `steps` (against_source.compare).
+    """
 
     faults: list[SmoothQuantError] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         keys = ("where", "expected", "got", "do")
-        return {"faults": [{k: getattr(f, k) for k in keys} for f in self.faults], "checked": self.checked}
+        return {
+            "faults": [{k: getattr(f, k) for k in keys} for f in self.faults],
+            "checked": self.checked,
+            "layers": self.layers,
+        }
 
 
-def verify(checkpoint: str | Path) -> Verdict:
-    """Look at the folder `checkpoint`. Nothing in it is executed, and no file outside it is read."""
+def verify(checkpoint: str | Path, source: str | None = None) -> Verdict:
+    """Look at the folder `checkpoint`. Nothing in it is executed, and no file outside it is read.
+
+    source: the model it was made of, a folder or a hub id, to compare with.
+    """
     folder, verdict = Path(checkpoint), Verdict()
 
     def attempt(what: str, check: Callable[[], Iterator[SmoothQuantError]]) -> None:
@@ -76,6 +90,9 @@ def verify(checkpoint: str | Path) -> Verdict:
         if not verdict.faults:
             attempt("every value", lambda: _values(folder, found))
             attempt("layers that read one tensor agree", lambda: _together(folder, found))
+        if source is not None and "manifest" in found and not verdict.faults:
+            manifest = found["manifest"]
+            attempt(f"every weight against {source}", lambda: compare(folder, source, manifest, verdict.layers))
     return verdict
 
 
@@ -87,34 +104,42 @@ def _outside(folder: Path) -> Iterator[SmoothQuantError]:
     if not folder.is_dir():
         yield _fault(str(folder), "a checkpoint folder", "none", "check the path")
         return
+    home = folder.resolve()
+    # A snapshot in the hub's cache links to its blobs, and nowhere else.
+    homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
     for path in sorted(folder.iterdir()):
-        # A hub cache links its files elsewhere; a copy, or `hf download --local-dir`, does not.
-        if not path.resolve().is_relative_to(folder.resolve()):
-            yield _fault(str(path), "a file in this folder", f"a link to {path.resolve()}", "copy the file itself")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _fault(str(path), "readable JSON", " ".join(str(error).split())[:200]) from error
-    if not isinstance(value, dict):
-        raise _fault(str(path), "a JSON object", type(value).__name__)
-    return value
+        try:
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:  # a link to nothing, or to itself
+            yield _fault(str(path), "a file", f"{type(error).__name__}: {error}")
+            continue
+        if not any(target.is_relative_to(where) for where in homes):
+            yield _fault(str(path), "a file in this folder", f"a link to {target}", "copy the file itself")
+        elif not (target.is_file() or target.is_dir()):
+            yield _fault(str(path), "a file", "a pipe or a device", "remove it")
+        elif target.suffix in PICKLES:
+            yield _fault(str(path), "safetensors", "a file of a format that can run code", "remove it")
 
 
 def _read_config(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "quantization_config" not in config:
         yield _fault(
             f"{folder}/config.json", "quantization_config", "none: a floating-point model", "calibrate it first"
         )
         return
     found["config"] = QuantizationConfig.from_dict(config["quantization_config"])
+    if config.get("transformers_weights") != TRANSFORMERS_WEIGHTS:
+        yield _fault(
+            f"{folder}/config.json: transformers_weights", repr(TRANSFORMERS_WEIGHTS),
+            repr(config.get("transformers_weights")), "put it there: without it transformers loads this silently wrong",
+        )  # fmt: skip
+    if "auto_map" in config:
+        yield _fault(f"{folder}/config.json: auto_map", "none: a checkpoint needs no code", repr(config["auto_map"]))
 
 
 def _hashes(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
-    manifest = found["manifest"] = _json(folder / MANIFEST)
+    manifest = found["manifest"] = read_json(folder / MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(isinstance(f, str) for item in files.items() for f in item):
         raise _fault(f"{folder}/{MANIFEST}: files", "the sha256 of every file", repr(files)[:80])
@@ -149,29 +174,9 @@ def _read_tensors(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantEr
 
 
 def _architecture(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
-    """The model's own tensors, built on the meta device, against those of the files."""
-    headers: Headers = found["headers"]
-    try:
-        model_config = AutoConfig.from_pretrained(folder)
-        del model_config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
-    except Exception as error:  # Of a damaged config transformers raises anything: its message is the fault reported.
-        got = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise _fault(f"{folder}/config.json", "a causal language model transformers can build", got) from error
-    model.tie_weights()
-    state: dict[str, torch.Tensor] = {}
-    for block in export.source_tensors(model):
-        state |= export.hub_names(model, block)
-    extra = {f"{name.removesuffix('.weight')}.{suffix}" for name in state for suffix in SCALES}
-    for name in sorted(state.keys() | headers.keys()):
-        if name not in headers:
-            yield _fault(name, "a tensor in the checkpoint", "none")
-        elif name not in state:
-            if name not in extra:
-                yield _fault(name, "a tensor of this architecture", "one it does not have")
-        elif tuple(state[name].shape) != headers[name][1]:
-            yield _fault(name, f"shape {list(state[name].shape)}", str(list(headers[name][1])))
+    for fault in size_faults(read_json(folder / "config.json"), found["headers"]):
+        raise fault
+    yield from architecture_faults(build_empty(folder), found["headers"])
 
 
 def _values(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:

@@ -6,7 +6,9 @@ is tested; elsewhere weights stay within what oneDNN adds up right, so that its 
 
 import ast
 import gc
+import logging
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -502,6 +504,19 @@ def test_another_vllm_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, ve
     finally:
         monkeypatch.undo()
         vllm_smoothquant.register()
+
+
+def test_another_vllm_is_told_in_a_line_at_registration_even_if_nothing_in_it_is_where_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines: list[str] = []
+    logger = logging.getLogger("vllm.smoothquant")
+    monkeypatch.setattr(logger, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr("vllm.version.__version__", "9.0")
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.quantization", None)
+    vllm_smoothquant.register()
+    assert lines[0] == "vllm-smoothquant is for vLLM >=0.26,<0.34, this is 9.0: SmoothQuant checkpoints are refused"
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1.dev12+gabcdef", "dev"])

@@ -118,7 +118,7 @@ def spoil_json(name, change):
 
 OTHERWISE = {
     "no manifest": (lambda f: (f / MANIFEST).unlink(), MANIFEST),
-    "manifest no JSON": (lambda f: (f / MANIFEST).write_text("{"), "readable JSON"),
+    "manifest no JSON": (lambda f: (f / MANIFEST).write_text("{"), "expected a JSON object"),
     "manifest without hashes": (spoil_json(MANIFEST, lambda m: m.pop("files")), "the sha256 of every file"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config of another model": (spoil_json("config.json", lambda c: c.update(model_type="gpt2")), "config.json"),

@@ -12,28 +12,40 @@ SUPPORTED_VLLM = ">=0.26,<0.34"
 def register() -> None:
     """Teach vLLM the quantisation method "smoothquant". vLLM calls it in every process; calling it again is harmless.
 
-    Outside SUPPORTED_VLLM other models go on working, and a SmoothQuant checkpoint is refused in one line.
+    Outside SUPPORTED_VLLM it says so in one line; other models go on working, and a SmoothQuant checkpoint is refused.
     """
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion, Version
-    from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.version import __version__
 
     from .checkpoint import QUANT_METHOD
 
+    logger = logging.getLogger("vllm.smoothquant")
     try:
         supported = Version(__version__) in SpecifierSet(SUPPORTED_VLLM, prereleases=True)
     except InvalidVersion:
         # A source tree without tags calls itself "dev"; whoever builds one knows which revision it is.
-        logging.getLogger("vllm.smoothquant").warning("vLLM %r has no readable version: not checked", __version__)
+        logger.warning("vLLM %r has no readable version: not checked", __version__)
         supported = True
 
     if supported:
+        from vllm.model_executor.layers.quantization import register_quantization_config
+
         from .config import SmoothQuantConfig
 
         register_quantization_config(QUANT_METHOD)(SmoothQuantConfig)
-    else:
+        return
+
+    logger.warning(
+        "vllm-smoothquant is for vLLM %s, this is %s: SmoothQuant checkpoints are refused", SUPPORTED_VLLM, __version__
+    )
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
+
         register_quantization_config(QUANT_METHOD)(_refusing(__version__))
+    except (ImportError, AttributeError, TypeError) as error:
+        # Of such a vLLM nothing is known. It would refuse every model if this did not return.
+        logger.warning("nor can they be refused by name: %s", error)
 
 
 def _refusing(version: str) -> type:

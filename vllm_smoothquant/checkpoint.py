@@ -10,29 +10,33 @@ A quantised linear layer `P` is stored as
 Everything that is not a quantised linear layer keeps its name, dtype and shape. docs/checkpoint_format.md says it in
 words.
 
-The calibration host writes by this file and the serving host reads by it: torch and the standard library only.
+The calibration host writes by this file and the serving host reads by it: torch, safetensors and the standard library.
 """
 
 import json
-import struct
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 QUANT_METHOD = "smoothquant"
 FORMAT_VERSION = 1
 MANIFEST = "smoothquant.json"
+# `transformers_weights` in config.json: the file that transformers shall read. Without it, transformers casts the
+# integers to floating point, drops the scales and warns. This is no file's name, so that it refuses, and quotes it.
+TRANSFORMERS_WEIGHTS = "INT8 for vLLM; transformers needs `import calibration.from_pretrained` (vllm-smoothquant) first"
 
 
 class SmoothQuantError(ValueError):
     """One fault, said in one line: where it is, what was expected, what was found, what to do next."""
 
     def __init__(self, where: str, *, expected: str, got: str, do: str) -> None:
-        super().__init__(f"{where}: expected {expected}, got {got}; {do}")
-        self.where, self.expected, self.got, self.do = where, expected, got, do
+        self.where, self.expected, self.got, self.do = map(_shown, (where, expected, got, do))
+        super().__init__(f"{self.where}: expected {self.expected}, got {self.got}; {self.do}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # vLLM's workers pickle their exceptions for the parent; by default __init__ would get the message alone.
@@ -41,6 +45,13 @@ class SmoothQuantError(ValueError):
 
 def _rebuild(cls: type[SmoothQuantError], where: str, expected: str, got: str, do: str) -> SmoothQuantError:
     return cls(where, expected=expected, got=got, do=do)
+
+
+def _shown(text: str) -> str:
+    """`text` fit for a terminal and one line, whatever a checkpoint has in its names: no control character, no end."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
 
 
 def _strict(value: Any, where: str, known: Mapping[str, Any], required: frozenset[str]) -> dict[str, Any]:
@@ -261,32 +272,45 @@ def read_headers(folder: str | Path) -> Headers:
 
 
 def _read_header(path: Path) -> Headers:
-    """The header of one file: its length, then its tensors. Nothing it says is believed before it is checked."""
+    """The header of one file, as the library says that will read the tensors: it checks offsets and sizes."""
+    if not path.is_file():
+        raise _damaged(path, "a safetensors file", ValueError("neither a file nor a link to one"))
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError(f"a header of {length} bytes in a file of {path.stat().st_size}")
-            header = json.loads(file.read(length))
-        entries = {name: (e["dtype"], tuple(e["shape"])) for name, e in header.items() if name != "__metadata__"}
-        for name, (dtype, shape) in entries.items():
-            if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in shape):
-                raise ValueError(f"{name}: dtype {dtype!r}, shape {list(shape)}")
-        return entries
-    except _DAMAGE as error:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            return {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+    except (OSError, SafetensorError) as error:
         raise _damaged(path, "a safetensors file", error) from error
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file_name, str) for file_name in weight_map.values()):
+        raise _damaged(index, "an object with a weight_map of file names", ValueError(repr(weight_map)[:80]))
+    return weight_map
+
+
+MAX_JSON_BYTES = 64 * 2**20  # the largest index we know of has 15 MB
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; SmoothQuantError where there is none, or where it says one thing twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            raise ValueError(f"a key twice, among {', '.join(sorted(value))}")
+        return value
+
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        return {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except _DAMAGE as error:
-        raise _damaged(index, "an object with a weight_map", error) from error
-
-
-# What reading a damaged file can raise: it may be gone, cut short, no JSON, or JSON of another shape.
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error)
+        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"no file, or one of more than {MAX_JSON_BYTES} bytes")
+        value = json.loads(path.read_bytes(), object_pairs_hook=once)
+        if not isinstance(value, dict):
+            raise ValueError(type(value).__name__)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, "a JSON object", error) from error
+    return value
 
 
 def _damaged(path: Path, expected: str, error: BaseException) -> SmoothQuantError:
@@ -341,6 +365,31 @@ def header_faults(config: "QuantizationConfig", tensors: Headers) -> Iterator[Sm
             if tensors.get(tensor) != (_SAFETENSORS_NAME[dtype_wanted], shape_wanted):
                 wanted = _describe({tensor: (_SAFETENSORS_NAME[dtype_wanted], shape_wanted)}, tensor)
                 yield fault(tensor, wanted, _describe(tensors, tensor))
+
+
+def size_faults(config: Mapping[str, Any], tensors: Headers) -> Iterator[SmoothQuantError]:
+    """Numbers of layers, heads, experts in config.json beyond what `tensors` can be: a library would try to build them.
+
+    Every layer has a tensor of its own, and everything else that is counted is a tensor or part of a dimension. Counts
+    are told by their names, as transformers' configurations choose them; positions are often counted without a tensor.
+    """
+    most = max((n for _, shape in tensors.values() for n in shape), default=0)
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from size_faults(value, tensors)
+        elif type(value) is int and _COUNT.search(key) and not _NO_COUNT.search(key):
+            bound = len(tensors) if "layer" in key else max(most, len(tensors))
+            if value > bound:
+                yield SmoothQuantError(
+                    f"config.json: {key}",
+                    expected=f"at most {bound}, by the checkpoint's tensors",
+                    got=str(value),
+                    do="check that config.json belongs to this checkpoint",
+                )
+
+
+_COUNT = re.compile(r"(^|_)(num|n)_|layers$")
+_NO_COUNT = re.compile(r"position|ctx|^max_")
 
 
 def _describe(tensors: Headers, name: str) -> str:

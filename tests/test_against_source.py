@@ -1,0 +1,158 @@
+"""`smoothquant verify --source`: the checkpoint is that model, smoothed and rounded, and nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calibration import __main__ as cli
+from calibration import export
+from calibration.pipeline import calibrate
+from calibration.verify import verify
+from tests import tiny
+from vllm_smoothquant.checkpoint import MANIFEST
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(model, options) -> (source, checkpoint), in bfloat16 as models come; made when first asked for."""
+    root = tmp_path_factory.mktemp("made")
+    text = tiny.save_text(root / "text.jsonl")
+
+    def get(name: str, **options) -> tuple[Path, Path]:
+        said = "-".join(f"{key}-{value}" for key, value in options.items())
+        source, folder = root / f"{name}-{said}", root / f"{name}-{said}-int8"
+        if not folder.exists():
+            tiny.save(name, source, torch.bfloat16)
+            calibrate(str(source), folder, dataset=str(text), samples=8, seq_len=32, quiet=True, **options)
+        return source, folder
+
+    return get
+
+
+@pytest.fixture
+def pair(made, tmp_path):
+    """A Llama with smoothed norms and values, and a copy of its checkpoint to spoil."""
+    source, folder = made("llama", activations="static")
+    return source, Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def said(source, folder) -> str:
+    return "\n".join(map(str, verify(folder, str(source)).faults))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"activations": "static"}),
+        ("llama", {"smoothing": False}),
+        ("qwen2", {"alpha": "auto", "max_fallback": 0.2}),
+        ("gpt2", {"weights": "tensor"}),
+        ("opt", {"weights": "tensor"}),
+        ("mixtral", {"activations": "static"}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
+)
+def test_a_checkpoint_is_its_source(name, options, made):
+    """Half a step, and what float32 makes of 127 of them; an error of 1 would be that of no weight at all."""
+    source, folder = made(name, **options)
+    verdict = verify(folder, str(source))
+    assert not verdict.faults, said(source, folder)
+    assert len(verdict.layers) == len(json.loads((folder / MANIFEST).read_text())["quantized"])
+    for layer in verdict.layers.values():
+        assert 0 < layer["error"] < 1
+        assert layer["steps"] <= 0.501
+
+
+def test_another_model_is_told_by_hash_and_weight(pair, tmp_path):
+    source, folder = pair
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    state = load_file(other / "model.safetensors")
+    state["model.layers.1.mlp.down_proj.weight"][3, 4] *= 2
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    faults = said(other, folder)
+    assert "weight files: expected sha256" in faults
+    assert "down_proj.weight: expected the source's weights, smoothed and rounded, got 1 of" in faults
+
+
+UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
+
+
+def one_off(tensor) -> None:
+    """One integer moved by one, where neither it nor its row's largest gives it away."""
+    row = tensor[7]
+    column = int((row.abs() < 60).nonzero()[0])
+    row[column] += 1
+
+
+TAMPERED = {
+    "one integer by one": (lambda s: one_off(s[f"{UP}.weight"]), f"{UP}.weight"),
+    "one integer by one, after a linear layer": (lambda s: one_off(s[f"{DOWN}.weight"]), f"{DOWN}.weight"),
+    "a scale by a thousandth": (lambda s: s[f"{DOWN}.weight_scale"][5].mul_(1.001), f"{DOWN}.weight"),
+    "a norm by one bit": (lambda s: s["model.layers.0.input_layernorm.weight"][9].mul_(1.01), "q_proj.weight"),
+    "an embedding": (lambda s: s["model.embed_tokens.weight"][9, 9].mul_(1.01), "model.embed_tokens.weight"),
+    "rows swapped": (
+        lambda s: s[f"{UP}.weight"].copy_(s[f"{UP}.weight"].roll(1, 0)), f"{UP}.weight",
+    ),
+}  # fmt: skip
+
+
+def remade(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"] = export.file_hashes(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert not verify(folder).faults  # nothing else shows it
+
+
+@pytest.mark.parametrize(("change", "where"), TAMPERED.values(), ids=TAMPERED)
+def test_a_tampered_weight_is_seen_although_the_manifest_was_made_anew(change, where, pair):
+    source, folder = pair
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    remade(folder)
+    assert where in said(source, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("config.json", "rms_norm_eps"), ("tokenizer_config.json", "eos_token"), ("config.json", "new")]
+)
+def test_a_tampered_configuration_is_seen_too(name, key, pair):
+    source, folder = pair
+    value = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(value | {key: 0.25}))
+    remade(folder)
+    assert f"{name}: {key}: expected" in said(source, folder)
+
+
+CLAIMS = {
+    "another source": (lambda m: m["source"].update(sha256={"model.safetensors": "0" * 64}), "by the manifest"),
+    "another dtype": (lambda m: m["source"].update(dtype="float32"), "source.dtype"),
+    "factors": (lambda m: m["groups"][0].update(factor_max=99.0), "factor_max"),
+    "a group less": (lambda m: m["groups"].pop(), "manifest: groups"),
+    "a layer less": (lambda m: m["quantized"].pop(), "manifest: quantized"),
+    "a reason": (lambda m: m["kept"].update(lm_head="because"), "manifest: kept: lm_head"),
+    "no groups": (lambda m: m.pop("groups"), "manifest: groups: expected a list"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CLAIMS.values(), ids=CLAIMS)
+def test_a_claim_that_does_not_hold_is_a_fault(change, message, pair):
+    source, folder = pair
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert message in said(source, folder)
+
+
+def test_the_command_tells_the_largest_error(pair, capsys):
+    source, folder = pair
+    assert cli.main(["verify", str(folder), "--source", str(source)]) == 0
+    assert "differ from the source's by" in capsys.readouterr().out
+    assert cli.main(["verify", str(folder), "--source", str(source), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"]
+    assert cli.main(["verify", str(folder), "--source", str(folder / "nowhere"), "--json"]) == 1
+    assert "nowhere" in json.loads(capsys.readouterr().out)["faults"][0]["where"]

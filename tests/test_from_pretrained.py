@@ -1,0 +1,144 @@
+"""transformers' from_pretrained on our checkpoints: right with `import calibration.from_pretrained`, else refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import calibration.from_pretrained  # noqa: F401 (what this module is about)
+from calibration.pipeline import calibrate
+from calibration.reference import load_reference
+from tests import tiny, zoo
+from vllm_smoothquant.checkpoint import TRANSFORMERS_WEIGHTS, SmoothQuantError
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """name -> a checkpoint of that model with every kind of tensor; made when first asked for."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    text = tiny.save_text(root / "text.jsonl")
+
+    def get(name: str, **options) -> Path:
+        folder = root / f"{name}-{'-'.join(map(str, options.values()))}"
+        if not folder.exists():
+            model = tiny.save(name, root / f"model-{folder.name}")
+            options = {"activations": "static", "alpha": "auto", "max_fallback": 0.2} | options
+            calibrate(str(model), folder, dataset=str(text), samples=8, seq_len=32, quiet=True, **options)
+        return folder
+
+    return get
+
+
+@pytest.fixture
+def copy(checkpoints, tmp_path):
+    return Path(shutil.copytree(checkpoints("llama"), tmp_path / "copy"))
+
+
+def test_without_our_import_it_is_refused_with_it_loaded(checkpoints):
+    """In a process of its own, where nothing is imported but what this code imports."""
+    code = """if True:
+        import sys
+        from transformers import AutoModelForCausalLM
+        try:
+            AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        except ValueError as error:
+            print(error)
+        assert "calibration" not in sys.modules
+        import calibration.from_pretrained
+        print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(checkpoints("llama"))], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    refusal, loaded = done.stdout.splitlines()
+    assert refusal.startswith("The transformers file in the config seems to be incorrect")
+    assert TRANSFORMERS_WEIGHTS in refusal
+    assert loaded == "Int8Linear"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"activations": "token", "weights": "tensor"}),
+        ("llama", {"activations": "tensor"}),
+        ("llama-tied", {"quantize_lm_head": True}),
+        ("gpt2", {}),
+        ("opt", {"alpha": 0.5}),
+        ("olmo2", {}),
+        ("mixtral", {}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())) or "static",
+)
+def test_it_computes_what_the_reference_computes(name, options, dtype, checkpoints):
+    """One arithmetic, in one order: to the last bit."""
+    folder = checkpoints(name, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert not any(info.values()), info
+    ids = torch.randint(3, zoo.VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, load_reference(folder, dtype)(ids).logits)
+
+
+def test_scales_stay_float32_whatever_the_model_becomes(checkpoints):
+    folder = checkpoints("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.named_buffers() if name.endswith("scale")}
+    model.to(torch.bfloat16)
+    assert before
+    for name, tensor in model.named_buffers():
+        assert name not in before or torch.equal(tensor, before[name])
+    assert model.model.norm.weight.dtype == torch.bfloat16
+
+
+def spoil(folder: Path, change) -> None:
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s[f"{UP}.weight_scale"][3].fill_(float("nan")), f"{UP}.weight_scale: expected finite values above"),
+        (lambda s: s.pop(f"{UP}.weight_scale"), f"{UP}.weight_scale: expected F32"),
+        (lambda s: s.pop("model.norm.weight"), "model.norm.weight: expected a tensor in the checkpoint"),
+        (lambda s: s.update(extra=torch.ones(2)), "extra: expected a tensor of this architecture"),
+        (lambda s: s.update({f"{UP}.weight": s[f"{UP}.weight"].float()}), f"{UP}.weight: expected int8"),
+    ],
+    ids=["NaN", "no scale", "no norm", "one too many", "not int8"],
+)
+def test_what_transformers_would_only_warn_of_is_refused(change, message, copy):
+    spoil(copy, change)
+    with pytest.raises(SmoothQuantError, match=message.replace(".", r"\.")):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_an_index_cannot_lead_outside_the_folder(copy, tmp_path):
+    outside = tmp_path / "outside.safetensors"
+    (copy / "model.safetensors").rename(outside)
+    for name in ("../outside.safetensors", str(outside)):
+        weight_map = dict.fromkeys(load_file(outside), name)
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        with pytest.raises(SmoothQuantError, match=r"outside\.safetensors: expected a file in this folder"):
+            AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_a_floating_point_model_is_not_quantised_on_the_way(tmp_path):
+    from calibration.from_pretrained import SmoothQuantConfig
+    from vllm_smoothquant.checkpoint import QuantizationConfig
+
+    folder = tiny.save("llama", tmp_path / "model")
+    with pytest.raises(SmoothQuantError, match="run `smoothquant calibrate MODEL -o OUT`"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=SmoothQuantConfig(QuantizationConfig()))
