@@ -78,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("verify", _verify, "Look for everything that is wrong with CHECKPOINT, without running it.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder that calibrate wrote")
 
+    sub = add("convert", _convert, "Write CHECKPOINT in another format: the same integers, other readers.")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, ours or in compressed-tensors' format")
+    sub.add_argument("-o", "--output", required=True, metavar="OUT", help="the folder to make")
+    sub.add_argument(
+        "--format", required=True, choices=("compressed-tensors", "smoothquant"),
+        help="compressed-tensors: served by stock vLLM and SGLang without this plugin; smoothquant: ours",
+    )  # fmt: skip
+
     from . import evaluate
 
     sub = add("evaluate", _evaluate, "Measure perplexity through vLLM, of one or several checkpoints and a baseline.")
@@ -159,6 +167,20 @@ def _verify(args: argparse.Namespace) -> int:
             print(f"smoothquant: {fault}", file=sys.stderr)
         print(f"{args.checkpoint}: {len(verdict.faults)} faults; in order: {', '.join(verdict.checked) or 'nothing'}")
     return 1 if verdict.faults else 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    _calm_libraries()
+    from .convert import convert
+
+    manifest = convert(args.checkpoint, args.output, args.format)
+    print(
+        json.dumps({"output": args.output, **manifest}, ensure_ascii=False)
+        if args.json
+        else f"{args.output}: {len(manifest['quantized'])} linear layers in INT8, in {args.format} format\n"
+        f"serve it:  vllm serve {args.output}"
+    )
+    return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:
