@@ -79,6 +79,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder that calibrate wrote")
     sub.add_argument("--source", metavar="MODEL", help="the model it was made of: compare every weight with it")
 
+    sub = add("convert", _convert, "Write CHECKPOINT in another format: the same integers, other readers.")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, ours or in compressed-tensors' format")
+    sub.add_argument("-o", "--output", required=True, metavar="OUT", help="the folder to make")
+    sub.add_argument(
+        "--format", required=True, choices=("compressed-tensors", "smoothquant"),
+        help="compressed-tensors: served by stock vLLM and SGLang without this plugin; smoothquant: ours",
+    )  # fmt: skip
+
+    sub = add("report", _report, "Show CHECKPOINT in one HTML page: outliers, smoothing, errors, fallbacks.")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder that calibrate wrote")
+    sub.add_argument("-o", "--output", metavar="FILE", help="the page to write (without: CHECKPOINT-report.html here)")
+    sub.add_argument("--png", metavar="DIR", help="a folder for the page's figures, as PNG")
+    sub.add_argument("--evaluation", metavar="FILE", help="what `evaluate --json` printed, to be shown with it")
+
+    add("doctor", _doctor, "Tell what this machine can do with INT8, which kernels would run, and what to do about it.")
+
     from . import evaluate
 
     sub = add("evaluate", _evaluate, "Measure perplexity through vLLM, of one or several checkpoints and a baseline.")
@@ -163,6 +179,40 @@ def _verify(args: argparse.Namespace) -> int:
             name, worst = max(verdict.layers.items(), key=lambda item: item[1]["error"])
             print(f"rounded weights differ from the source's by {worst['error']:.2%} at worst, in {name}")
     return 1 if verdict.faults else 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    _calm_libraries()
+    from .convert import convert
+
+    manifest = convert(args.checkpoint, args.output, args.format)
+    print(
+        json.dumps({"output": args.output, **manifest}, ensure_ascii=False)
+        if args.json
+        else f"{args.output}: {len(manifest['quantized'])} linear layers in INT8, in {args.format} format\n"
+        f"serve it:  vllm serve {args.output}"
+    )
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    _calm_libraries()
+    from .report import report
+
+    output = args.output or f"{os.path.basename(os.path.abspath(args.checkpoint))}-report.html"
+    done = report(args.checkpoint, output, png=args.png, evaluation=args.evaluation)
+    said = f"{output}: {done['bytes'] / 1e6:.1f} MB, {len(done['figures'])} figures; open it in a browser"
+    print(json.dumps(done, ensure_ascii=False) if args.json else said)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    _calm_libraries()
+    from .doctor import examine, format_report
+
+    facts = examine()
+    print(json.dumps(facts, ensure_ascii=False) if args.json else format_report(facts))
+    return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:

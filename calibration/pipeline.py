@@ -26,7 +26,7 @@ from vllm_smoothquant.checkpoint import (
     Weights,
 )
 
-from . import data, export, gate, quantize
+from . import channels, data, export, gate, quantize
 from .arithmetic import compute_dtype
 from .graph import discover
 from .load import Source, check_source, load, untie_head
@@ -209,6 +209,7 @@ def write_checkpoint(ready: Prepared, plan: Plan, proof: dict[str, Any], output:
             ignore=frozenset(n for name in kept for n in (name, export.hub_module_name(model, name))),
         )
         export.write_config(folder, model, ready.source.tokenizer, config.to_dict())
+        channels.write(folder, channels.collect(ready.watched, plan))
         manifest = _manifest(ready, folder, plan.smoothing, proof) | {
             "inputs": [
                 [export.hub_module_name(model, name) for name in reading if name in plan.schemes]

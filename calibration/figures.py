@@ -1,0 +1,180 @@
+"""The pictures of report.py: what every channel's largest magnitude was, before smoothing and after.
+
+Figure 4 of SmoothQuant (arXiv 2211.10438) shows one layer, tokens by channels. Here are all layers: a heat map for
+every kind of input, blocks by channels. Transparent, with grey letters: readable on a light page and on a dark one.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from PIL import Image
+
+from .channels import Channels
+
+GREY = "#808890"
+STYLE: Any = {
+    "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
+    "font.size": 11, "axes.titlesize": 11, "text.parse_math": False, "axes.spines.top": False,
+    "axes.spines.right": False,
+}  # fmt: skip
+COLOURS = "magma"
+LINES = ("#2f80ed", "#e8590c", "#12a150", "#b14aed", "#d6a100", "#e64980")
+DPI = 120
+# Wider than this, neighbouring channels are joined, the largest of them shown.
+COLUMNS = 1024
+# A layer whose largest channel is so many times its median one is named in the overview.
+STANDS_OUT = 100
+
+
+def kind_of(layers: Sequence[str]) -> str:
+    """What layers of all blocks have in common: "self_attn.q_proj, k_proj, v_proj"."""
+    inside = [re.sub(r"^.*?\.\d+\.", "", name) for name in layers]
+    first, *others = inside
+    parent = first.rpartition(".")[0]
+    return ", ".join([first, *(name.removeprefix(f"{parent}.") if parent else name for name in others)])
+
+
+def block_of(layers: Sequence[str]) -> str:
+    """The number of the block, or the name of a layer outside them."""
+    number = re.search(r"\.(\d+)\.", layers[0])
+    return number.group(1) if number else layers[0]
+
+
+def by_kind(channels: Sequence[Channels]) -> dict[str, list[Channels]]:
+    """Kind -> what was seen in every block, of one width each: others have no place in the same picture."""
+    kinds: dict[str, list[Channels]] = {}
+    for c in channels:
+        name = kind_of(c.layers)
+        if name in kinds and len(kinds[name][0].activations) != len(c.activations):
+            name = f"{name} ({len(c.activations)} channels)"
+        kinds.setdefault(name, []).append(c)
+    return kinds
+
+
+def joined(values: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
+    """[..., channels] -> [..., at most `columns`]: the largest of every run of neighbours."""
+    step = -(-values.shape[-1] // columns)
+    starts = np.arange(0, values.shape[-1], step)
+    return np.maximum.reduceat(values, starts, axis=-1)
+
+
+def outlier_ratio(values: np.ndarray) -> float:
+    """Largest channel over the median one; of those that are not silent."""
+    alive = values[values > 0]
+    return float(alive.max() / np.median(alive)) if len(alive) else 1.0
+
+
+def overview(channels: Sequence[Channels]) -> bytes:
+    """How far the largest channel of every input stands out, before and after: where the trouble is, at a glance."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.4), dpi=DPI)
+        before, after = figure.subplots(1, 2, sharey=True)
+        for colour, (kind, members) in zip(_cycle(), by_kind(channels).items(), strict=False):
+            for axes, pick in ((before, "activations"), (after, "smoothed_activations")):
+                ratios = [outlier_ratio(getattr(c, pick)) for c in members]
+                # A layer outside the blocks comes after them.
+                numbers = [block_of(c.layers) for c in members]
+                places = [int(n) if n.isdecimal() else len(channels) for n in numbers]
+                axes.plot(places, ratios, "o-", markersize=3.5, linewidth=1, color=colour, label=kind)
+                for place, number, ratio in zip(places, numbers, ratios, strict=True):
+                    if ratio >= STANDS_OUT:
+                        axes.plot([place], [ratio], "o", markersize=11, markerfacecolor="none", color=colour)
+                        axes.annotate(
+                            f"block {number[:20]}: {ratio:.0f}x", (place, ratio), xytext=(9, 3),
+                            textcoords="offset points", color=colour, weight="bold",
+                        )  # fmt: skip
+        for axes, title in ((before, "activations as they are"), (after, "after smoothing")):
+            axes.set(yscale="log", xlabel="block", title=title)
+            axes.margins(x=0.08, y=0.12)
+            axes.yaxis.set_major_formatter("{x:g}x")
+            axes.yaxis.set_minor_formatter("")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(axis="y", alpha=0.25)
+        before.set_ylabel("largest channel / median channel")
+        handles, labels = before.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)), frameon=False)
+        figure.set_layout_engine("constrained")
+        return _png(figure)
+
+
+def heat_maps(kind: str, members: Sequence[Channels]) -> bytes:
+    """Blocks by channels: activations and weights of `kind`, before and after, one colour scale for each pair."""
+    panels = (
+        ("max|X|, activations", [[c.activations for c in members], [c.smoothed_activations for c in members]]),
+        ("max|W|, weights", [[c.weights for c in members], [c.smoothed for c in members]]),
+    )
+    height = min(0.1 * len(members), 9.0) + 1.0
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(13, 2 * height + 0.6), dpi=DPI)
+        figure.suptitle(kind, weight="bold")
+        axes = figure.subplots(2, 2, sharex=True, sharey=True)
+        channels = len(members[0].activations)
+        for row, (title, pair) in zip(axes, panels, strict=True):
+            maps = [joined(np.stack(values)) for values in pair]
+            alive = np.concatenate([m[m > 0] for m in maps])
+            low, high = (float(alive.min()), float(alive.max())) if len(alive) else (1.0, 1.0)
+            # Six decades at most: what is smaller is black.
+            low = max(low, high * 1e-6)
+            norm = LogNorm(low, max(high, low * 1.001))
+            for ax, values, when in zip(row, maps, ("before", "after"), strict=True):
+                image = ax.imshow(
+                    np.maximum(values, low), norm=norm, cmap=COLOURS, aspect="auto", interpolation="nearest",
+                    extent=(0, channels, len(members) - 0.5, -0.5),
+                )  # fmt: skip
+                ax.set_title(f"{title}, {when}")
+            row[0].set_ylabel("block")
+            bar = figure.colorbar(image, ax=list(row), pad=0.01, fraction=0.03)
+            bar.locator = LogLocator(numticks=5)
+            bar.formatter = FuncFormatter(lambda x, _: f"{x:g}")
+            bar.minorticks_off()
+        numbers = [block_of(c.layers) for c in members]
+        ticks = range(0, len(numbers), max(1, -(-len(numbers) // 10)))
+        axes[0][0].set_yticks(list(ticks), [numbers[i][:20] for i in ticks])
+        for ax in axes[1]:
+            ax.set_xlabel("channel")
+        figure.set_layout_engine("constrained")
+        return _png(figure)
+
+
+def by_block(title: str, values: Mapping[str, float], *, log: bool) -> bytes:
+    """One number for every layer or group, by block, a line for each kind. values: its name -> the number."""
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for name, value in values.items():
+        number = re.search(r"\.(\d+)\.", name)
+        if number:
+            kinds.setdefault(kind_of([name]), []).append((int(number.group(1)), value))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.8), dpi=DPI)
+        axes = figure.subplots()
+        for i, (kind, points) in enumerate(kinds.items()):
+            style: dict[str, Any] = {"color": LINES[i % len(LINES)], "linestyle": ("-", "--", ":")[i // len(LINES) % 3]}
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1, label=kind, **style)
+        axes.set(xlabel="block", title=title, yscale="log" if log else "linear")
+        axes.grid(axis="y", alpha=0.25)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        if kinds:
+            figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        figure.set_layout_engine("constrained")
+        return _png(figure)
+
+
+def _cycle() -> list[str]:
+    return list(LINES) * 100
+
+
+def _png(figure: Figure) -> bytes:
+    """256 colours are enough for these pictures, and a third of the bytes."""
+    buffer, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", transparent=True)
+    image = Image.open(buffer).convert("RGBA")
+    image.quantize(256, method=Image.Quantize.FASTOCTREE).save(small, format="png", optimize=True)
+    return small.getvalue()

@@ -1,0 +1,193 @@
+"""`smoothquant convert`: compressed-tensors' readers compute what ours do, and what they cannot is refused."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from calibration import __main__ as cli
+from calibration import export
+from calibration.convert import COMPRESSED_TENSORS, REORDERED, convert
+from calibration.pipeline import calibrate
+from calibration.reference import load_reference
+from calibration.verify import verify
+from tests import engine, tiny
+from vllm_smoothquant.checkpoint import MANIFEST, SmoothQuantError
+
+# name -> how it was calibrated: every strategy; layers that fell back, and an output head.
+SCHEMES = {
+    "token": {},
+    "mixed": {"activations": "static", "max_fallback": 0.3, "quantize_lm_head": True},
+    "tensor-static": {"weights": "tensor", "activations": "static"},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """(name of the model, name in SCHEMES) -> a checkpoint of ours; made when first asked for."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    text = tiny.save_text(root / "text.jsonl")
+
+    def get(scheme: str, model: str = "llama", **options) -> Path:
+        folder = root / f"{model}-{scheme}-{len(options)}"
+        if not folder.exists():
+            source = tiny.save(model, root / f"source-{folder.name}")
+            options = SCHEMES[scheme] | options
+            calibrate(str(source), folder, dataset=str(text), samples=8, seq_len=32, quiet=True, **options)
+        return folder
+
+    return get
+
+
+def change(folder: Path, change_tensors) -> Path:
+    """`folder` with other values and a manifest made anew."""
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    save_file({name: change_tensors(name, tensor) for name, tensor in state.items()}, path, metadata={"format": "pt"})
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"] = export.file_hashes(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def quantization_config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_there_and_back_gives_the_same_checkpoint(checkpoints, tmp_path, scheme):
+    ours = checkpoints(scheme)
+    there, back = tmp_path / "there", tmp_path / "back"
+    convert(ours, there, COMPRESSED_TENSORS)
+    manifest = convert(there, back, "smoothquant")
+    assert manifest["converted_from"] == COMPRESSED_TENSORS
+    assert not verify(back).faults
+    assert json.loads((back / "config.json").read_text()) == json.loads((ours / "config.json").read_text())
+    before, after = (load_file(folder / "model.safetensors") for folder in (ours, back))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_compressed_tensors_own_reader_reads_the_same_numbers(checkpoints, tmp_path):
+    """transformers reads the export with compressed-tensors. Its activations are its own: absmax / 127.5 for dynamic
+    scales, where vLLM's and ours are absmax / 127."""
+    ours = checkpoints("tensor-static")
+    convert(ours, tmp_path / "out", COMPRESSED_TENSORS)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    theirs(torch.tensor([[1, 2]]))  # weights are decompressed when first used
+    state = load_file(ours / "model.safetensors")
+    names = [name.removesuffix(".weight") for name, tensor in state.items() if tensor.dtype == torch.int8]
+    assert len(names) == 14
+    for name in names:
+        layer = theirs.get_submodule(name)
+        assert torch.equal(layer.weight, state[f"{name}.weight"] * state[f"{name}.weight_scale"]), name
+        assert torch.equal(layer.input_scale, state[f"{name}.input_scale"]), name
+
+
+@pytest.mark.slow
+def test_stock_vllm_without_our_plugin_computes_the_same(checkpoints, tmp_path):
+    """In float32 around the integers, which are halved: oneDNN adds pairs of products in 16 bits on CPUs without VNNI,
+    and clips them where |weight| may exceed 64 (vllm_smoothquant/kernels.py). So it is right on any CPU, and equal but
+    for the order of sums; where that tips an activation over a rounding tie, the tokens after it differ."""
+    prompts = [list(range(i, i + 30)) for i in (3, 100)]
+    folder, ours = tmp_path / "there", tmp_path / "ours"
+    convert(checkpoints("mixed"), folder, COMPRESSED_TENSORS)
+    change(folder, lambda _, t: torch.div(t, 2, rounding_mode="trunc") if t.dtype == torch.int8 else t)
+    convert(folder, ours, "smoothquant")
+    model = load_reference(ours)
+    with torch.no_grad():
+        expected = [model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for ids in prompts]
+    served = engine.logprobs(folder, prompts, vocabulary=True, environment={"VLLM_PLUGINS": ""})
+    apart = (torch.cat(served) - torch.cat(expected)).abs().amax(-1)
+    print(f"at most {apart.max():.1e} apart")
+    assert (apart < 1e-5).float().mean() > 0.5
+
+
+def test_overrides_are_groups_of_their_own(checkpoints, tmp_path):
+    ours = checkpoints("mixed")
+    overrides = quantization_config(ours)["overrides"]
+    assert overrides
+    convert(ours, tmp_path / "out", COMPRESSED_TENSORS)
+    first, last = quantization_config(tmp_path / "out")["config_groups"].values()
+    assert set(first["targets"]) == overrides.keys()
+    assert first["input_activations"]["dynamic"] is True
+    assert last["targets"] == ["lm_head", "Linear"]
+    assert last["input_activations"]["dynamic"] is False
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "reason"),
+    [
+        ("llama", {"activations": "tensor"}, "dynamic per_tensor"),
+        ("gpt-neox", {"alpha": "auto", "activations": "static"}, "smoothing at run time"),
+        ("gpt2", {}, "Conv1D"),
+        ("bloom-tied", {"weights": "tensor"}, "rows stock vLLM reorders"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_with_the_reason(
+    checkpoints, tmp_path, capsys, monkeypatch, model, options, reason
+):
+    # Any gain at run time is enough, so that a random model has a layer that divides its own input.
+    monkeypatch.setattr("calibration.search.RUNTIME_GAIN", 2.0)
+    ours = checkpoints("token", model, **options)
+    command = ["convert", str(ours), "-o", str(tmp_path / "out"), "--format", COMPRESSED_TENSORS]
+    assert cli.main(command) == 1
+    assert reason in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_refused(checkpoints, tmp_path):
+    convert(checkpoints("token"), tmp_path / "there", COMPRESSED_TENSORS)
+    convert(tmp_path / "there", tmp_path / "ours", "smoothquant")
+    (tmp_path / "ours/model.safetensors").write_bytes(b"")
+    with pytest.raises(SmoothQuantError, match="sha256"):
+        convert(tmp_path / "ours", tmp_path / "out", COMPRESSED_TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["kv_cache_scheme"], {"num_bits": 8}),
+        (["config_groups", "group_0", "weights", "num_bits"], 4),
+        (["config_groups", "group_0", "weights", "symmetric"], False),
+        (["config_groups", "group_0", "weights", "group_size"], 128),
+        (["config_groups", "group_0", "input_activations"], None),
+        (["config_groups", "group_0", "input_activations", "strategy"], "group"),
+        (["config_groups", "group_0", "output_activations"], {"num_bits": 8}),
+        (["config_groups"], {}),
+    ],
+)
+def test_what_ours_cannot_hold_is_refused(checkpoints, tmp_path, path, value):
+    there = tmp_path / "there"
+    convert(checkpoints("token"), there, COMPRESSED_TENSORS)
+    config = json.loads((there / "config.json").read_text())
+    at = config["quantization_config"]
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    (there / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        SmoothQuantError, match=path[-1] if path[-1] in ("config_groups", "kv_cache_scheme") else "group_0"
+    ):
+        convert(there, tmp_path / "out", "smoothquant")
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+def test_scales_in_16_bits_and_zero_points_of_zero_are_taken(checkpoints, tmp_path):
+    """As llm-compressor writes them: scales in the model's dtype."""
+    there = tmp_path / "there"
+    convert(checkpoints("token"), there, COMPRESSED_TENSORS)
+    change(there, lambda name, t: t.bfloat16() if name.endswith("weight_scale") else t)
+    convert(there, tmp_path / "back", "smoothquant")
+    state = load_file(tmp_path / "back/model.safetensors")
+    assert {t.dtype for name, t in state.items() if name.endswith("weight_scale")} == {torch.float32}
+
+
+def test_reordered_layers_are_those_the_plugin_knows():
+    """Read, not imported: that module needs vLLM, and seconds."""
+    text = (Path(__file__).parent.parent / "vllm_smoothquant/repack.py").read_text()
+    assert ast.literal_eval(text.partition("REORDERED = ")[2].splitlines()[0]) == REORDERED
