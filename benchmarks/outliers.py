@@ -146,16 +146,15 @@ def measure(source: Path, planted: Path, args: argparse.Namespace) -> dict[str, 
             before=through_vllm(before, scheme, Choice(0.5), windows),
             after=through_vllm(after, scheme, Choice(0.5), windows),
         )
-    for name in ("O1, channel", "O3, channel"):
-        row(
-            f"{name}, auto",
-            before=through_vllm(before, LEVELS[name], Choice("auto"), windows),
-            after=through_vllm(after, LEVELS[name], Choice("auto"), windows),
-        )
     sweep = {}
     for alpha in SWEEP:
         sweep[alpha] = through_vllm(after, LEVELS["O3"], Choice(alpha), windows)
         print(f"O3, alpha {alpha}: {sweep[alpha]:.2f}", file=sys.stderr, flush=True)
+    row(
+        "O1, channel, auto",
+        before=through_vllm(before, LEVELS["O1, channel"], Choice("auto"), windows),
+        after=through_vllm(after, LEVELS["O1, channel"], Choice("auto"), windows),
+    )
     return {
         "command": f"{COMMAND} --windows {args.windows} --samples {args.samples}",
         "machine": describe(),

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from vllm_smoothquant.checkpoint import (
     MANIFEST,
     QUANT_METHOD,
+    TRANSFORMERS_WEIGHTS,
     Headers,
     InputActivations,
     QuantizationConfig,
@@ -32,9 +32,11 @@ from vllm_smoothquant.checkpoint import (
     Weights,
     header_faults,
     read_headers,
+    read_json,
 )
 
 from . import export
+from .architecture import build_empty
 from .quantize import LINEAR_TYPES
 from .verify import verify
 
@@ -53,7 +55,7 @@ def convert(checkpoint: str | Path, output: str | Path, to: str) -> dict[str, An
     Errors (SmoothQuantError): a faulty checkpoint, one that is in that format already, or one it cannot express.
     """
     folder, output = Path(checkpoint), Path(output)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method not in FORMATS or method == to:
@@ -72,6 +74,7 @@ def _to_compressed(folder: Path, output: Path, config: dict[str, Any]) -> dict[s
     ours = QuantizationConfig.from_dict(config["quantization_config"])
     check_expressible(folder, ours, headers, config)
     config["quantization_config"] = compressed_config(ours, headers)
+    config.pop("transformers_weights", None)  # transformers reads this format by itself
     with export.staging(output) as beside:
         for path in folder.iterdir():
             if path.is_file():
@@ -181,7 +184,7 @@ def _from_compressed(folder: Path, output: Path, config: dict[str, Any]) -> dict
     ours = QuantizationConfig(
         weights, most, overrides={name: s for name, s in schemes.items() if s != most}, ignore=frozenset(kept)
     )
-    config["quantization_config"] = ours.to_dict()
+    config |= {"quantization_config": ours.to_dict(), "transformers_weights": TRANSFORMERS_WEIGHTS}
     with export.staging(output) as beside:
         for path in folder.iterdir():
             if path.is_file() and ".safetensors" not in path.name:
@@ -265,10 +268,10 @@ def _finish(beside: Path, folder: Path, config: dict[str, Any], kept: list[str])
     """config.json and a manifest that knows it; what made the checkpoint stays told, where it was."""
     export.write_json(beside / "config.json", config)
     path = folder / MANIFEST
-    before = _read_json(path) if path.exists() else {"kept": dict.fromkeys(kept, "floating point in the source")}
+    before = read_json(path) if path.exists() else {"kept": dict.fromkeys(kept, "floating point in the source")}
     manifest = before | {
         "format_version": 1,
-        "converted_from": _read_json(folder / "config.json")["quantization_config"]["quant_method"],
+        "converted_from": read_json(folder / "config.json")["quantization_config"]["quant_method"],
         "quantized": _quantised(read_headers(beside)),
         "quantization_config": config["quantization_config"],
         "files": export.file_hashes(beside),
@@ -279,26 +282,10 @@ def _finish(beside: Path, folder: Path, config: dict[str, Any], kept: list[str])
 
 def _built(folder: Path) -> dict[str, torch.nn.Module]:
     """Name in files -> linear layer of the architecture, built without memory."""
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = build_empty(folder)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
     return {export.hub_module_name(model, name): module for name, module in linears.items() if not _expert(name)}
 
 
 def _say(activations: InputActivations) -> str:
     return f"{'dynamic' if activations.dynamic else 'static'} per_{activations.strategy}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise SmoothQuantError(
-            str(path), expected="readable JSON", got=" ".join(str(error).split())[:200], do="check the path"
-        ) from error
-    if not isinstance(value, dict):
-        raise SmoothQuantError(str(path), expected="a JSON object", got=type(value).__name__, do="check the path")
-    return value

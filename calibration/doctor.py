@@ -21,6 +21,7 @@ from .pipeline import ACTIVATIONS
 # What an x86 CPU says of itself -> what that is to INT8.
 INT8_FLAGS = {"amx_int8": "AMX", "avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX VNNI"}
 FLAGS = INT8_FLAGS | {"avx512f": "AVX-512", "avx2": "AVX2", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16"}
+SIZES = (4096, 4096)  # out and in of the layer that kernels are asked for: multiples of 16, as nearly all are
 ALLOCATORS = ("tcmalloc", "jemalloc")
 Facts = Mapping[str, Any]
 # (what must be so, what to say then)
@@ -194,7 +195,7 @@ def _kernels() -> dict[str, dict[str, Any]]:
         ) from error  # fmt: skip
     found = {}
     for name, activations in ACTIVATIONS.items():
-        request = request_here("a linear layer", Scheme(input_activations=activations), True, torch.bfloat16)
+        request = request_here("a linear layer", Scheme(input_activations=activations), True, torch.bfloat16, *SIZES)
         reasons = dict(explain_kernels(request))
         chosen = next((kernel for kernel, why in reasons.items() if why is None), None)
         passed = {kernel: why for kernel, why in reasons.items() if why is not None}
