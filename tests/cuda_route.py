@@ -110,8 +110,10 @@ def pretend_cuda(capability: tuple[int, int] = (9, 0)) -> None:
     vllm.platforms._current_platform = Platform()
 
 
-def layer_of(scheme: Any, smoothed: bool, shape: tuple[int, int]) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """vLLM's linear layer "l" [out, in] with random weights loaded, and what was loaded."""
+def layer_of(
+    scheme: Any, smoothed: bool, shape: tuple[int, int], dtype: torch.dtype = DTYPE, device: str = "cpu"
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """vLLM's linear layer "l" [out, in] on `device` with random weights loaded, and what was loaded, on the CPU."""
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
     from vllm_smoothquant import int8
@@ -123,16 +125,23 @@ def layer_of(scheme: Any, smoothed: bool, shape: tuple[int, int]) -> tuple[torch
     names = frozenset(["l"]) if smoothed else frozenset()
     config = SmoothQuantConfig(QuantizationConfig(scheme.weights, scheme.input_activations, smoothed=names))
     weight, scale = int8.quantize_weight(torch.randn(shape, generator=generator), scheme.weights.strategy)
-    found = {"weight": weight, "weight_scale": scale, "bias": torch.randn(out_features, generator=generator).to(DTYPE)}
+    found = {"weight": weight, "weight_scale": scale, "bias": torch.randn(out_features, generator=generator).to(dtype)}
     if not scheme.input_activations.dynamic:
         found["input_scale"] = torch.tensor([0.03])
     if smoothed:
         found["smoothing_factor"] = torch.rand(in_features, generator=generator) * 3 + 0.3
-    torch.set_default_dtype(DTYPE)  # as vLLM does while it builds and loads a model
+    torch.set_default_dtype(dtype)  # as vLLM does while it builds and loads a model
     try:
-        layer = ReplicatedLinear(
-            in_features, out_features, bias=True, params_dtype=DTYPE, quant_config=config, prefix="l", return_bias=False
-        )
+        with torch.device(device):
+            layer = ReplicatedLinear(
+                in_features,
+                out_features,
+                bias=True,
+                params_dtype=dtype,
+                quant_config=config,
+                prefix="l",
+                return_bias=False,
+            )
         for name, value in found.items():
             getattr(layer, name).weight_loader(getattr(layer, name), value)
         layer.quant_method.process_weights_after_loading(layer)

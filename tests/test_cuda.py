@@ -1,6 +1,7 @@
 """The CUDA code as far as a machine without a GPU allows. What needs one is in tests/gpu."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -207,3 +208,15 @@ def test_the_triton_kernel_is_the_reference_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(scale.view(torch.int32) & 0x7FFFFFFF, expected_scale.view(torch.int32) & 0x7FFFFFFF)
         known = expected_scale.isfinite().flatten()  # where it is not, the output will say so whatever the integers
         assert torch.equal(integers[known], int8.quantize(x.float() * inverse, expected_scale)[known])
+
+
+# --- what needs a GPU ------------------------------------------------------------------------------------------------
+
+
+def test_what_needs_a_gpu_is_collected_and_says_so() -> None:
+    from tests.gpu.conftest import REASON
+
+    done = run("-m", "pytest", "tests/gpu", "-rs", "--no-header", "-p", "no:cacheprovider", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d{2,} skipped in ", done.stdout, re.MULTILINE), done.stdout  # and nothing passed or failed
+    assert REASON in done.stdout
