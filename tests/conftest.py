@@ -11,8 +11,10 @@ import torch
 
 from demo import assets
 
-TINY = ("test_calibrate", "test_from_pretrained", "test_gate", "test_graph", "test_plan", "test_reference",
-        "test_smooth", "test_verify")  # fmt: skip
+TINY = (
+    "test_against_source", "test_calibrate", "test_from_pretrained", "test_fuzz", "test_gate", "test_graph",
+    "test_plan", "test_reference", "test_security", "test_smooth", "test_verify",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
