@@ -270,7 +270,7 @@ def token_windows(
     tokenizers = []
     for model in models:
         try:
-            tokenizers.append(AutoTokenizer.from_pretrained(model))
+            tokenizers.append(AutoTokenizer.from_pretrained(model, trust_remote_code=False))
         except (OSError, ValueError, KeyError) as error:
             got = " ".join(str(error).split())[:200]
             raise SmoothQuantError(
@@ -301,9 +301,10 @@ def guessing(model: str, args: argparse.Namespace, source: str) -> list["Passage
 
     from .last_word import load_passages
 
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     return load_passages(
-        source, AutoTokenizer.from_pretrained(model), text_column=args.text_column, passages=args.passages,
-        max_tokens=args.passage_tokens, seed=args.seed,
+        source, tokenizer, text_column=args.text_column, passages=args.passages, max_tokens=args.passage_tokens,
+        seed=args.seed,
     )  # fmt: skip
 
 

@@ -31,9 +31,9 @@ def load(name: str, device_map: str = "auto") -> Source:
     """
     check_source(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype="auto", device_map=device_map, output_loading_info=True
+            name, dtype="auto", device_map=device_map, output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SmoothQuantError(
@@ -59,7 +59,7 @@ def load(name: str, device_map: str = "auto") -> Source:
 def check_source(name: str) -> None:
     """Refuse what can be refused from the configuration alone, before any weight is read."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SmoothQuantError(
             name,

@@ -51,7 +51,7 @@ def load_reference(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float3
     Raises SmoothQuantError where a tensor is missing, superfluous or misshapen, or the folder is no such checkpoint.
     """
     folder = Path(checkpoint_dir)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     said = getattr(config, "quantization_config", None)
     if said is None:
         raise SmoothQuantError(

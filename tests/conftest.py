@@ -14,8 +14,10 @@ from hypothesis import settings
 
 from demo import assets
 
-TINY = ("test_calibrate", "test_from_pretrained", "test_gate", "test_graph", "test_plan", "test_reference",
-        "test_smooth", "test_verify")  # fmt: skip
+TINY = (
+    "test_against_source", "test_calibrate", "test_from_pretrained", "test_fuzz", "test_gate", "test_graph",
+    "test_plan", "test_reference", "test_security", "test_smooth", "test_verify",
+)  # fmt: skip
 
 
 settings.register_profile("repeatable", derandomize=True)  # benchmarks/fuzz.py is the one that explores

@@ -233,6 +233,7 @@ def _names(value: Any, where: str) -> frozenset[str]:
 
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]
+_SUFFIXES = ("weight", "weight_scale", "input_scale", "smoothing_factor", "bias")
 _SAFETENSORS_NAME = {torch.int8: "I8", torch.float32: "F32"}
 
 
@@ -338,6 +339,11 @@ def header_faults(config: "QuantizationConfig", tensors: Headers) -> Iterator[Sm
         for name in tensors
         if name.endswith(suffix)
     }
+    others: dict[str, list[str]] = {}
+    for tensor in tensors:
+        name, _, suffix = tensor.rpartition(".")
+        if name in quantised and suffix not in _SUFFIXES:
+            others.setdefault(name, []).append(tensor)
     for name in sorted(quantised | scaled):
         scheme = config.scheme(name)
         if scheme is None:
@@ -355,6 +361,8 @@ def header_faults(config: "QuantizationConfig", tensors: Headers) -> Iterator[Sm
         specs = scheme.tensors(rows, columns)
         if name in config.smoothed:
             specs["smoothing_factor"] = (torch.float32, (columns,))
+        for tensor in others.get(name, ()):
+            yield fault(tensor, "nothing: no tensor of this format", _describe(tensors, tensor))
         for suffix in ("weight_scale", "input_scale", "smoothing_factor"):
             tensor = f"{name}.{suffix}"
             if suffix not in specs:

@@ -7,6 +7,7 @@ QuantizationConfig are the same; 0.32 adds hooks we do not need.
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,16 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
-from .checkpoint import QUANT_METHOD, QuantizationConfig, Scheme, SmoothQuantError, header_faults, read_headers
+from .checkpoint import (
+    QUANT_METHOD,
+    QuantizationConfig,
+    Scheme,
+    SmoothQuantError,
+    header_faults,
+    read_headers,
+    read_json,
+    size_faults,
+)
 from .linear import SmoothQuantLinearMethod
 from .repack import RepeatingMapper, repeating_mapper
 
@@ -68,9 +78,14 @@ class SmoothQuantConfig(VllmQuantizationConfig):
         # A repository on the hub is not downloaded yet; then the checks at loading have to do.
         if os.path.isdir(model_name):
             headers = read_headers(model_name)
-            for fault in header_faults(self.config, headers):
+            if not headers:
+                raise SmoothQuantError(
+                    model_name, expected="safetensors files", got="none", do="copy or export the checkpoint again"
+                )
+            sizes = size_faults(read_json(Path(model_name, "config.json")), headers)
+            for fault in (*sizes, *header_faults(self.config, headers)):
                 raise fault
-            self.tensors = frozenset(headers) or None
+            self.tensors = frozenset(headers)
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
         """vLLM asks from 0.32 on, which is since when BLOOM's loader reorders scales, too."""
