@@ -32,12 +32,15 @@ from vllm_smoothquant.checkpoint import SmoothQuantError, read_json
 from . import export, gate
 from .graph import Graph, Group, discover
 from .load import Source, load, untie_head
+from .observers import observe
 from .quantize import choose_linears
 from .smooth import FACTOR_OF, Smoothing
 
 # Half a step, and what some roundings of float32 make of 127 steps: 127 * 16 * 2**-24.
 HALF = 0.5 + 2.0**-13
 UNIT = 2.0**-23
+# Sinks are a thousand times the other tokens, and random ones may not wake them.
+FAR = 1e4
 TRACE_SHAPE, GATE_SHAPE = (2, 16), (2, 64)
 
 
@@ -88,6 +91,7 @@ def compare(
     if sorted(r for r in inputs if r) != sorted(map(list, _claim(manifest, "inputs", list))):
         yield _fault("manifest: inputs", "the layers that read one tensor, as the source runs", "others")
     yield from _tensors(stored, smoothing, graph, width, layers)
+    yield from _ranges(stored, smoothing, ids)
     gate.check(model, smoothing.folded(model), graph, list(ids[: GATE_SHAPE[0]].split(1)))
     yield from _other_files(checkpoint, loaded)
 
@@ -165,15 +169,10 @@ class Stored:
                 q, scale = self.integers(reader.name)
                 columns = self.smoothed(reader.name, before)
                 edges = [(q - HALF) * scale / columns, (q + HALF) * scale / columns]
+                bottom, top = _narrow(torch.zeros(q.shape[1]), torch.full((q.shape[1],), torch.inf), *edges, dim=0)
                 mapped = reader.channel_of >= 0
-                for channel_low, channel_high, channel in zip(
-                    *_narrow(torch.zeros(q.shape[1]), torch.full((q.shape[1],), torch.inf), *edges, dim=0),
-                    reader.channel_of, strict=True,
-                ):  # fmt: skip
-                    if channel >= 0:
-                        low[channel] = max(low[channel], channel_low)
-                        high[channel] = min(high[channel], channel_high)
-                assert mapped.any()
+                low.scatter_reduce_(0, reader.channel_of[mapped], bottom[mapped], "amax")
+                high.scatter_reduce_(0, reader.channel_of[mapped], top[mapped], "amin")
         # Nothing bounds the factor of a channel whose weights are all zero, and nothing depends on it.
         free = ~group.foldable | ~torch.isfinite(high) | (low <= 0)
         apart = ~free & (low > high * (1 + 8 * UNIT))
@@ -244,6 +243,19 @@ def _tensors(
                 slack = 0.0 if exact else 2 * torch.finfo(got.dtype).eps + max(width.values())
                 if not bool(((got.float() - wanted.float()).abs() <= slack * wanted.float().abs()).all()):
                     yield _fault(name, "the source's values" if exact else "the source's values, smoothed", "others")
+
+
+def _ranges(stored: Stored, smoothing: Smoothing, ids: torch.Tensor) -> Iterator[SmoothQuantError]:
+    """Static ranges against what random tokens reach: only the calibration text can tell more."""
+    scales = {name: stored.tensors.get(f"{hub}.input_scale") for name, hub in stored.quantised.items()}
+    static = {name: float(scale) for name, scale in scales.items() if scale is not None}
+    absmax = observe(stored.model, sorted(static), ids, quiet=True) if static else {}
+    for name, scale in static.items():
+        factor = smoothing.input_factor(name)
+        reached = float((absmax[name].cpu() if factor is None else absmax[name].cpu() / factor).max())
+        if reached > 0 and not 1 / FAR < scale * int8.QMAX / reached < FAR:
+            where = f"{stored.quantised[name]}.input_scale"
+            yield _fault(where, f"about the range of random tokens, {reached:.3g}", f"{scale * int8.QMAX:.3g}")
 
 
 def _other_files(checkpoint: Path, source: Source) -> Iterator[SmoothQuantError]:

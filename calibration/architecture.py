@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from vllm_smoothquant.checkpoint import Headers, SmoothQuantError
 
 from . import export
+from .quantize import LINEAR_TYPES
 
 SCALES = ("weight_scale", "input_scale", "smoothing_factor")
 
@@ -50,3 +51,17 @@ def architecture_faults(model: PreTrainedModel, headers: Headers) -> Iterator[Sm
                 yield fault(name, "a tensor of this architecture", "one it does not have")
         elif tuple(state[name].shape) != headers[name][1]:
             yield fault(name, f"shape {list(state[name].shape)}", str(list(headers[name][1])))
+
+
+def unlisted(model: PreTrainedModel, headers: Headers, ignore: frozenset[str]) -> Iterator[SmoothQuantError]:
+    """Linear layers in floating point that `ignore` does not name: vLLM would take them for quantised."""
+    for name, module in model.named_modules():
+        if isinstance(module, LINEAR_TYPES) and name not in ignore:
+            for tensor in export.hub_names(model, {f"{name}.weight": torch.empty(16, 16)}):
+                if headers.get(tensor, ("", ()))[0] != "I8" and tensor.removesuffix(".weight") not in ignore:
+                    yield SmoothQuantError(
+                        "quantization_config.ignore",
+                        expected=f"{name}, which is in floating point",
+                        got="a list without it",
+                        do="add it, or calibrate the model again",
+                    )

@@ -31,7 +31,7 @@ from vllm_smoothquant.checkpoint import (
 )
 
 from .against_source import compare
-from .architecture import SCALES, architecture_faults, build_empty
+from .architecture import SCALES, architecture_faults, build_empty, unlisted
 from .load import sha256
 
 # A row with more than this share of its weights at the end of the range was clipped: of normally distributed weights
@@ -176,7 +176,9 @@ def _read_tensors(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantEr
 def _architecture(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
     for fault in size_faults(read_json(folder / "config.json"), found["headers"]):
         raise fault
-    yield from architecture_faults(build_empty(folder), found["headers"])
+    model = build_empty(folder)
+    yield from architecture_faults(model, found["headers"])
+    yield from unlisted(model, found["headers"], found["config"].ignore)
 
 
 def _values(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from calibration.pipeline import calibrate
 from calibration.verify import verify
-from tests import spoil, tiny
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from tests import spoil, tiny, zoo
+from vllm_smoothquant.checkpoint import SmoothQuantError, size_faults
 
 config = pytest.importorskip("vllm_smoothquant.config", reason="the plugin needs vLLM; `make venv` installs it")
 
@@ -63,3 +63,10 @@ def test_an_absurd_size_is_refused_before_anything_is_built(key, sound, tmp_path
     assert f"config.json: {key}: expected at most" in "\n".join(map(str, verify(folder).faults))
     with pytest.raises(SmoothQuantError, match=f"{key}: expected at most"):
         read_by_the_plugin(folder)
+
+
+@pytest.mark.parametrize("name", list(zoo.ZOO))
+def test_no_architecture_we_try_has_an_absurd_size(name):
+    model = zoo.build(name)
+    headers = {key: ("F32", tuple(tensor.shape)) for key, tensor in model.state_dict().items()}
+    assert not list(map(str, size_faults(model.config.to_dict(), headers)))
