@@ -4,8 +4,10 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_smoothquant.checkpoint import MANIFEST, SmoothQuantError
@@ -15,9 +17,12 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 a fault in the input or the model (one line on stderr), 2 wrong usage, 130 interrupted."""
-    args = _parser().parse_args(argv)
-    command: Command = args.command
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = argparse.Namespace(json="--json" in argv)
     try:
+        args = _parser(argv).parse_args(argv)
+        command: Command = args.command
+        args.said = argv
         return command(args)
     except SmoothQuantError as error:
         if args.json:
@@ -30,13 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser for `argv`: a recipe that it names gives the defaults of `calibrate`."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="smoothquant", description="SmoothQuant W8A8 INT8 checkpoints for vLLM.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+        # No abbreviations: what is short for one option today may be short for two tomorrow.
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=formatter, allow_abbrev=False)
         sub.set_defaults(command=command)
         sub.add_argument("--json", action="store_true", help="print one JSON object for machines")
         return sub
@@ -70,6 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("--quantize-lm-head", action="store_true", help="the output head in INT8 as well, untied first")
     sub.add_argument("--ignore", action="append", default=[], metavar="NAME", help="a linear layer to leave alone")
+    sub.add_argument(
+        "--push-to-hub", metavar="REPOSITORY", help="upload the checkpoint afterwards, to a private repository if new"
+    )
+
+    sub.add_argument("--recipe", metavar="FILE", help="options from a YAML file; what is said here as well wins")
+    sub.add_argument("--print-recipe", action="store_true", help="print these options as such a file, and do nothing")
+    sub.set_defaults(parser=sub)
+    _read_recipe(argv, sub)
 
     sub = add("smooth", _smooth, "Smooth MODEL and write it in floating point: the same function, fewer outliers.")
     _source_arguments(sub)
@@ -100,6 +115,21 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("evaluate", _evaluate, "Measure perplexity through vLLM, of one or several checkpoints and a baseline.")
     evaluate.add_arguments(sub)
     return parser
+
+
+def _read_recipe(argv: Sequence[str], sub: argparse.ArgumentParser) -> None:
+    if "calibrate" not in argv[:1]:
+        return
+    from . import recipe
+
+    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only.add_argument("--recipe")
+    only.add_argument("--print-recipe", action="store_true")
+    early, _ = only.parse_known_args(argv)
+    if early.recipe:
+        recipe.apply(early.recipe, sub)
+    if early.print_recipe:
+        recipe.relax(sub)
 
 
 def _source_arguments(sub: argparse.ArgumentParser) -> None:
@@ -133,6 +163,11 @@ def _source_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _calibrate(args: argparse.Namespace) -> int:
     _calm_libraries()
+    from . import recipe
+
+    if args.print_recipe:
+        print(recipe.dump(args, args.parser), end="")
+        return 0
     from .pipeline import LEVELS, calibrate
 
     weights, activations = LEVELS.get(args.level, ("channel", "token"))
@@ -141,6 +176,10 @@ def _calibrate(args: argparse.Namespace) -> int:
             "--activations", expected=f"{activations}, which --level {args.level} means", got=args.activations,
             do="give one of the two options",
         )  # fmt: skip
+    if args.push_to_hub:
+        from . import card
+
+        card.check_repository(args.push_to_hub)
     manifest = calibrate(
         args.model,
         args.output,
@@ -154,7 +193,12 @@ def _calibrate(args: argparse.Namespace) -> int:
         quantize_lm_head=args.quantize_lm_head,
         **_source_options(args),
     )
-    return _finish(args, manifest, f"serve it:  vllm serve {args.output} --quantization smoothquant")
+    # No part of what verify checks: it holds what was asked, the manifest what was done.
+    (Path(args.output) / recipe.RECIPE).write_text(recipe.dump(args, args.parser), encoding="utf-8")
+    hint = f"serve it:  vllm serve {args.output} --quantization smoothquant"
+    if args.push_to_hub:
+        hint += f"\nuploaded:  {card.push(Path(args.output), args.push_to_hub)}"
+    return _finish(args, manifest, hint)
 
 
 def _smooth(args: argparse.Namespace) -> int:
@@ -217,9 +261,17 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     _calm_libraries()
-    from . import evaluate
+    from . import evaluate, table
 
+    if args.table:
+        if not args.baseline:
+            raise SmoothQuantError("--table", expected="a model to compare with", got="none", do="add --baseline MODEL")
+        table.check(args.table)
     result = evaluate.run(args)
+    if args.table:
+        text = table.write(result, args.table, shlex.join(["smoothquant", *args.said]))
+        print(json.dumps(result, ensure_ascii=False) if args.json else text)
+        return 0
     print(json.dumps(result, ensure_ascii=False) if args.json else evaluate.format_table(result))
     return 0
 

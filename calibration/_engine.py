@@ -6,6 +6,8 @@ Nothing else imports this module: it needs vLLM.
 import ctypes
 import json
 import math
+import os
+import resource
 import statistics
 import sys
 import time
@@ -101,6 +103,12 @@ class MeasuredWorker(Worker):
             torch.save(self.agreement.kept, self.keep)
         return self.agreement.result()
 
+    def peak_memory(self) -> tuple[int, int]:
+        """(process, the most memory it ever held): on the GPU what torch reserved, else resident pages."""
+        if not current_platform.is_cpu():
+            return os.getpid(), torch.cuda.max_memory_reserved()
+        return os.getpid(), peak_resident()
+
     def kernels(self) -> list[str]:
         """What computes our quantised layers, by the names of vllm_smoothquant/kernels.py."""
         methods = (getattr(module, "quant_method", None) for module in self.get_model().modules())
@@ -115,6 +123,10 @@ def held_bytes() -> int:
     ctypes.CDLL(None).malloc_trim(0)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["RssAnon"].split()[0]) * 1024
+
+
+def peak_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def prompt_logprobs(llm: LLM, prompts: list[list[int]], *, together: bool = True) -> list[list[Logprob]]:
@@ -166,6 +178,32 @@ def decode_speed(
     return statistics.median(batch * new_tokens / (seconds(1 + new_tokens) - seconds(1)) for _ in range(repeats))
 
 
+def serving(
+    llm: LLM, windows: list[list[int]], *, prompt_tokens: int, new_tokens: int, batches: list[int], repeats: int
+) -> dict[str, float]:
+    """first_token_seconds of one prompt alone, tokens_per_second_batch_N of N together, peak_memory_bytes until then.
+
+    Medians of `repeats`. Asked of the engine itself: no HTTP, no queue. On a CPU the memory is that of all processes,
+    pages that two of them share counted twice.
+    """
+    prompt = [TokensPrompt(prompt_token_ids=windows[0][:prompt_tokens])]
+    seconds = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        seconds.append(time.perf_counter() - start)
+    answer = {"first_token_seconds": statistics.median(seconds[1:])}  # the first warms up
+    for batch in batches:
+        speed = decode_speed(
+            llm, windows, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+        )
+        answer[f"tokens_per_second_batch_{batch}"] = speed
+    peaks: dict[int, int] = dict(llm.collective_rpc("peak_memory"))
+    if current_platform.is_cpu():
+        peaks.setdefault(os.getpid(), peak_resident())
+    return answer | {"peak_memory_bytes": sum(peaks.values())}
+
+
 def main() -> None:
     request_file, answer_file = map(Path, sys.argv[1:])
     request = json.loads(request_file.read_text())
@@ -180,6 +218,9 @@ def main() -> None:
         "memory_bytes": sum(llm.collective_rpc("memory_of_weights")),
         "kernels": sorted(set().union(*llm.collective_rpc("kernels"))),
     }
+    # Before anything else: the logits of whole prompts, which no server holds, would be the peak.
+    if request["serve"]:
+        answer |= serving(llm, request["windows"], **request["serve"])
     if request["score"]:
         answer |= score(llm, request["windows"], keep=request["keep"], compare=request["compare"])
     if request["passages"]:

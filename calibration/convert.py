@@ -35,7 +35,7 @@ from vllm_smoothquant.checkpoint import (
     read_json,
 )
 
-from . import export
+from . import card, export
 from .architecture import build_empty
 from .quantize import LINEAR_TYPES
 from .verify import verify
@@ -77,7 +77,7 @@ def _to_compressed(folder: Path, output: Path, config: dict[str, Any]) -> dict[s
     config.pop("transformers_weights", None)  # transformers reads this format by itself
     with export.staging(output) as beside:
         for path in folder.iterdir():
-            if path.is_file():
+            if path.is_file() and path.name != card.CARD:
                 shutil.copyfile(path, beside / path.name)
         return _finish(beside, folder, config, [])
 
@@ -187,7 +187,7 @@ def _from_compressed(folder: Path, output: Path, config: dict[str, Any]) -> dict
     config |= {"quantization_config": ours.to_dict(), "transformers_weights": TRANSFORMERS_WEIGHTS}
     with export.staging(output) as beside:
         for path in folder.iterdir():
-            if path.is_file() and ".safetensors" not in path.name:
+            if path.is_file() and path.name != card.CARD and ".safetensors" not in path.name:
                 shutil.copyfile(path, beside / path.name)
         export.write_tensors(beside, _our_tensors(folder, ours))
         for fault in header_faults(ours, read_headers(beside)):
@@ -277,6 +277,10 @@ def _finish(beside: Path, folder: Path, config: dict[str, Any], kept: list[str])
         "files": export.file_hashes(beside),
     }  # fmt: skip
     export.write_json(beside / MANIFEST, manifest)
+    if "source" in manifest:
+        card.write(beside, manifest)  # how it is served has changed
+    elif (folder / card.CARD).exists():
+        shutil.copyfile(folder / card.CARD, beside / card.CARD)
     return manifest
 
 

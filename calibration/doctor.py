@@ -100,6 +100,16 @@ def examine() -> dict[str, Any]:
     return facts | {"advice": [text for applies, text in ADVICE if applies(facts)]}
 
 
+def machine() -> str:
+    """What a table of figures must say of where they come from."""
+    gpus = ", ".join(gpu["name"] for gpu in _gpus())
+    flags = [name for flag, name in FLAGS.items() if flag in _cpu_flags()]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (
+        f"{gpus + ', ' if gpus else ''}{cores} cores of {_cpu_name()} ({', '.join(flags)}); torch {torch.__version__}"
+    )
+
+
 def format_report(facts: Facts) -> str:
     """`examine`'s facts for people."""
     memory = facts["memory_bytes"]

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1@test"
 # Generation measured for speed: this many prompts of this many tokens at once, each continued by this many.
 DECODE = {"batch": 8, "prompt_tokens": 16, "new_tokens": 16, "repeats": 3}
+# What --table measures of a model as a server would run it.
+SERVE = {"prompt_tokens": 128, "new_tokens": 32, "batches": [1, 16], "repeats": 3}
 SMALL_HOST = 4  # cores
 GiB = 1 << 30
 
@@ -70,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--score-dtype", metavar="TYPE", help="another one for the perplexity alone: float32 where the CPU has no BF16"
     )
     parser.add_argument("--no-speed", action="store_true", help="perplexity and sizes only")
+    parser.add_argument(
+        "--table", metavar="DIR",
+        help="also peak memory, time to the first token, speed at batch 1 and 16; table.md, .json and .png into DIR",
+    )  # fmt: skip
     parser.add_argument("--enforce-eager", action="store_true", help="no compilation: starts faster, decodes slower")
     parser.add_argument(
         "--engine",
@@ -97,17 +103,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for model in models:
             print(f"evaluate: {model}", file=sys.stderr, flush=True)
             row = {"model": model, "baseline": model == args.baseline}
-            decode = None if args.no_speed else DECODE
+            decode = None if args.no_speed or args.table else DECODE
+            serve = SERVE if args.table else None
             quality: dict[str, Any] = {"passages": passages}
             if args.baseline:
                 quality["keep" if row["baseline"] else "compare"] = logits
             if score_dtype == args.dtype:
-                row |= measure(model, windows, decode=decode, **quality, **engine)
+                row |= measure(model, windows, decode=decode, serve=serve, **quality, **engine)
             else:
                 row |= measure(model, windows, decode=None, **quality, **engine | {"dtype": score_dtype})
                 del row["memory_bytes"]  # in a dtype the model is not served in
-                if decode is not None:
-                    row |= measure(model, windows, score=False, decode=decode, **engine)
+                if decode is not None or serve is not None:
+                    row |= measure(model, windows, score=False, decode=decode, serve=serve, **engine)
             if args.tasks:
                 more = {"include_path": args.include_path, "limit": args.limit}
                 row["tasks"] = run_tasks(model, args.tasks, **more, **engine)
@@ -118,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.baseline:
             row["perplexity_change"] = row["perplexity"] / rows[0]["perplexity"] - 1
     about = {"vllm": version("vllm"), **engine, "score_dtype": score_dtype}
-    return {"text": text, "engine": about, "decode": DECODE, "models": rows}
+    return {"text": text, "engine": about, "decode": DECODE, "serve": SERVE if args.table else None, "models": rows}
 
 
 def format_table(result: Mapping[str, Any]) -> str:
@@ -181,13 +188,14 @@ def measure(
     keep: str | None = None,
     compare: str | None = None,
     decode: Mapping[str, int] | None = DECODE,
+    serve: Mapping[str, Any] | None = None,
     timeout: float | None = None,
     **engine: Any,
 ) -> dict[str, Any]:
     """What a fresh vLLM engine says of `model`: memory_bytes of all weights, kernels that compute quantised layers,
     with `score` perplexity and scored_tokens, with `passages` last_word_accuracy, with `decode`
-    decode_tokens_per_second; keep: a file for this model's probabilities; compare: the file that another call kept, for
-    kl_divergence and top1_agreement with that call's model.
+    decode_tokens_per_second, with `serve` what _engine.serving says; keep: a file for this model's probabilities;
+    compare: the file that another call kept, for kl_divergence and top1_agreement with that call's model.
 
     `engine` are arguments of vLLM's LLM(). Raises SmoothQuantError where vLLM cannot run the model,
     subprocess.TimeoutExpired after `timeout` seconds; no process is left in any case.
@@ -196,6 +204,8 @@ def measure(
     longest = max(len(ids) for ids in [*windows, *(p["ids"] for p in passages)])
     if decode is not None:
         longest = max(longest, decode["prompt_tokens"] + decode["new_tokens"])
+    if serve is not None:
+        longest = max(longest, serve["prompt_tokens"] + serve["new_tokens"] + 1)
     # kv_cache_memory_bytes: without it vLLM takes nearly all the machine's memory for the cache, whatever the model.
     arguments = {"max_model_len": longest + 1, "max_num_seqs": 16, "kv_cache_memory_bytes": GiB, "seed": 0, **engine}
     request = {
@@ -206,6 +216,7 @@ def measure(
         "keep": keep,
         "compare": compare,
         "decode": decode,
+        "serve": serve,
         "engine": arguments,
     }
     return _apart("calibration._engine", request, timeout)

@@ -26,7 +26,7 @@ from vllm_smoothquant.checkpoint import (
     Weights,
 )
 
-from . import channels, data, export, gate, quantize
+from . import card, channels, data, export, gate, quantize
 from .arithmetic import compute_dtype
 from .graph import discover
 from .load import Source, check_source, load, untie_head
@@ -219,6 +219,7 @@ def write_checkpoint(ready: Prepared, plan: Plan, proof: dict[str, Any], output:
             "kept": kept, "quantized": list(plan.schemes), "quantization_config": config.to_dict(), **_measured(plan),
         }  # fmt: skip
         export.write_json(folder / MANIFEST, manifest)
+        card.write(folder, manifest)
     return manifest
 
 

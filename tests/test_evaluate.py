@@ -190,8 +190,15 @@ def test_a_last_word_is_guessed_if_all_its_tokens_are_the_likeliest(model):
         ids = torch.randint(3, 250, (1, 20), generator=torch.Generator().manual_seed(seed))
         passages.append({"ids": network.generate(ids, max_new_tokens=3, do_sample=False)[0].tolist(), "target": 3})
     passages[1]["ids"][-2] += 1
-    answer = evaluate.measure(model, [[5, 6, 7]], passages=passages, decode=None, **ENGINE)
+    serve = {"prompt_tokens": 8, "new_tokens": 8, "batches": [1, 2], "repeats": 3}
+    window = list(range(5, 25))
+    answer = evaluate.measure(model, [window], passages=passages, decode=None, serve=serve, **ENGINE)
     assert (answer["last_word_accuracy"], answer["passages"]) == (0.75, 4)
+    # And what a server would see of it, in the same engine.
+    assert 0 < answer["first_token_seconds"] < 10
+    assert answer["tokens_per_second_batch_1"] > 0
+    assert answer["tokens_per_second_batch_2"] > 0
+    assert answer["peak_memory_bytes"] > 100 << 20  # torch alone is that large
 
 
 @pytest.mark.slow

@@ -1,0 +1,139 @@
+"""The model card that calibrate writes, and its upload, with a hub that is not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from calibration import __main__ as cli
+from calibration import card
+from calibration.convert import convert
+from calibration.pipeline import calibrate
+from calibration.verify import verify
+from tests import tiny
+from vllm_smoothquant.checkpoint import MANIFEST
+
+SOURCE_CARD = (
+    "---\nlicense: other\nlicense_name: house\nlicense_link: LICENSE\nlanguage: [en, fr]\ntags: [x]\n---\n# Source\n"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny.save("llama", tmp_path_factory.mktemp("card") / "model")
+    (folder / "README.md").write_text(SOURCE_CARD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    return tiny.save_text(model.parent / "my-secret-notes.jsonl")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, text):
+    options = {"activations": "static", "alpha": "auto", "max_fallback": 0.2}
+    calibrate(str(model), model.parent / "out", dataset=str(text), samples=4, seq_len=32, quiet=True, **options)
+    return model.parent / "out"
+
+
+class Hub:
+    """Stands for huggingface_hub.HfApi: notes what it is asked."""
+
+    def __init__(self, calls: list, fails: str = "") -> None:
+        self.calls, self.fails = calls, fails
+
+    def __getattr__(self, name: str):
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            if name == self.fails:
+                raise OSError(f"{name}:\nno hub here")
+            return "https://hub/me/repo"
+
+        return call
+
+
+def test_metadata_as_the_hub_reads_it_and_the_licence_carried_over(checkpoint):
+    data = ModelCard.load(checkpoint / card.CARD).data.to_dict()
+    assert data["license"] == "other"
+    assert data["license_name"] == "house"
+    assert data["language"] == ["en", "fr"]
+    assert data["tags"] == card.TAGS
+    assert data["library_name"] == "vllm"
+    assert data["pipeline_tag"] == "text-generation"
+    assert "base_model" not in data  # a folder is no model of the hub
+
+
+def test_it_says_what_the_manifest_says_and_not_where_things_lay(checkpoint, model):
+    said = (checkpoint / card.CARD).read_text()
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    assert f"| linear layers in INT8 | {len(manifest['quantized'])} |" in said
+    assert "fixed by calibration" in said
+    assert "4 x 32 tokens of my-secret-notes.jsonl" in said
+    assert f"{manifest['gate']['logits']['change']:.1e}" in said
+    assert str(model.parent) not in said
+    assert "--quantization smoothquant" in said
+
+
+def test_the_same_manifest_gives_the_same_card_and_verify_does_not_mind_another(checkpoint, tmp_path):
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    card.write(tmp_path, manifest)
+    assert (tmp_path / card.CARD).read_bytes() == (checkpoint / card.CARD).read_bytes()
+    assert card.CARD not in manifest["files"]
+    assert not verify(checkpoint).faults
+
+
+def test_models_and_data_of_the_hub_are_named(checkpoint, tmp_path, monkeypatch):
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["source"]["model"] = "someone/a-model"
+    manifest["calibration"]["dataset"] = "someone/data:part@train"
+
+    def nowhere(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(card, "hf_hub_download", nowhere)
+    card.write(tmp_path, manifest)
+    loaded = ModelCard.load(tmp_path / card.CARD)
+    assert loaded.data.base_model == "someone/a-model"
+    assert loaded.data.to_dict()["base_model_relation"] == "quantized"
+    assert loaded.data.datasets == ["someone/data"]
+    assert "names no licence" in loaded.text
+
+
+def test_a_converted_checkpoint_says_how_that_one_is_served(checkpoint, model, text, tmp_path):
+    calibrate(str(model), tmp_path / "ours", dataset=str(text), samples=4, seq_len=32, quiet=True)
+    convert(tmp_path / "ours", tmp_path / "out", "compressed-tensors")
+    said = (tmp_path / "out" / card.CARD).read_text()
+    assert "needs no plugin" in said
+    assert "one scale per token" in said
+
+
+def test_push_to_hub_uploads_what_was_written(model, text, tmp_path, monkeypatch, capsys):
+    calls: list = []
+    monkeypatch.setattr(card, "HfApi", lambda: Hub(calls))
+    command = ["calibrate", str(model), "-o", str(tmp_path / "out"), "--dataset", str(text), "--samples", "4"]
+    assert cli.main([*command, "--seq-len", "32", "--push-to-hub", "me/repo"]) == 0
+    names = [name for name, _, _ in calls]
+    assert names == ["whoami", "create_repo", "upload_folder"]
+    assert calls[1][2]["private"] is True
+    assert calls[2][2]["repo_id"] == "me/repo"
+    assert Path(calls[2][2]["folder_path"]) == tmp_path / "out"
+    assert "https://hub/me/repo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("fails", "repository"), [("whoami", "me/repo"), ("", "not//a/name")])
+def test_what_cannot_be_uploaded_is_refused_before_the_work(
+    model, text, tmp_path, monkeypatch, capsys, fails, repository
+):
+    monkeypatch.setattr(card, "HfApi", lambda: Hub([], fails))
+    command = ["calibrate", str(model), "-o", str(tmp_path / "out"), "--dataset", str(text)]
+    assert cli.main([*command, "--push-to-hub", repository]) == 1
+    assert "hf auth login" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_upload_leaves_the_checkpoint_and_says_how_to_go_on(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(card, "HfApi", lambda: Hub([], "upload_folder"))
+    with pytest.raises(card.SmoothQuantError, match="hf upload me/repo"):
+        card.push(checkpoint, "me/repo")

@@ -1,0 +1,91 @@
+"""Recipes: every option of calibrate, strictly read, and the same checkpoint again."""
+
+import json
+
+import pytest
+import yaml
+
+from calibration import __main__ as cli
+from calibration import recipe
+from tests import tiny
+from vllm_smoothquant.checkpoint import MANIFEST
+
+
+def printed(capsys, *arguments: str) -> dict:
+    assert cli.main(["calibrate", *arguments, "--print-recipe"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def write(path, **options) -> str:
+    path.write_text(yaml.safe_dump(options))
+    return str(path)
+
+
+def test_every_option_of_calibrate_is_in_a_recipe(capsys, tmp_path):
+    """But for those that say how a run talks, and where its result goes."""
+    said = printed(
+        capsys, "some/model", "-o", "OUT", "--level", "O3", "--weights", "channel", "--activations", "static",
+        "--budget-ppl", "1.5%", "--max-fallback", "10%", "--ignore", "a", "--ignore", "b", "--alpha", "auto",
+    )  # fmt: skip
+    (calibrate,) = (a.choices["calibrate"] for a in cli._parser()._actions if a.choices)
+    kept = {key for key, action in recipe.options(calibrate).items() if action.dest not in recipe.NOT_KEPT}
+    assert said.keys() == kept
+    assert said["max-fallback"] == 0.1
+    assert said["ignore"] == ["a", "b"]
+    # Read back, it says the same.
+    assert printed(capsys, "--recipe", write(tmp_path / "r.yaml", **said)) == said
+
+
+def test_without_anything_the_defaults_are_printed(capsys):
+    said = printed(capsys)
+    assert said["samples"] == 512
+    assert said["no-smoothing"] is False
+    assert "model" not in said
+
+
+def test_the_command_line_wins_and_ignored_layers_add_up(capsys, tmp_path):
+    path = write(tmp_path / "r.yaml", model="a/b", samples=7, alpha="auto", ignore=["x"])
+    said = printed(capsys, "--recipe", path, "--alpha", "0.7", "--ignore", "y")
+    assert (said["model"], said["samples"], said["alpha"], said["ignore"]) == ("a/b", 7, 0.7, ["x", "y"])
+    assert printed(capsys, "c/d", "--recipe", path)["model"] == "c/d"
+    assert printed(capsys, "--recipe", path, "c/d")["model"] == "c/d"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sample: 3", "unknown key"),
+        ("seq_len: 3", "unknown key"),
+        ("recipe: other.yaml", "unknown key"),
+        ("samples: 3\nsamples: 4", "comes twice"),
+        ("samples: many", "what the option takes"),
+        ("samples: true", "one word or number"),
+        ("samples: [3]", "one word or number"),
+        ("level: O4", "O1 or O2 or O3"),
+        ("dataset: 7", "in quotes"),
+        ("no-smoothing: 'yes'", "true or false"),
+        ("ignore: lm_head", "a list of names"),
+        ("[1, 2]", "options and their values"),
+        ("", "options and their values"),
+        ("a: [", "a recipe in YAML"),
+        ("model: !!python/object/apply:os.system ['true']", "a recipe in YAML"),
+    ],
+)
+def test_what_is_no_recipe_is_an_error_in_one_line(capsys, tmp_path, text, expected):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    assert cli.main(["calibrate", "m", "-o", str(tmp_path / "out"), "--recipe", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_the_saved_recipe_makes_the_same_checkpoint(tmp_path, capsys):
+    model, text = tiny.save("llama", tmp_path / "model"), tiny.save_text(tmp_path / "text.jsonl")
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = ["calibrate", str(model), "-o", str(first), "--dataset", str(text), "--samples", "4", "--seq-len", "32"]
+    assert cli.main([*command, "--quiet", "--activations", "static", "--static-range", "percentile"]) == 0
+    assert cli.main(["calibrate", "--recipe", str(first / recipe.RECIPE), "-o", str(second), "--quiet"]) == 0
+    assert json.loads((first / MANIFEST).read_text()) == json.loads((second / MANIFEST).read_text())
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    assert cli.main(["verify", str(second)]) == 0
