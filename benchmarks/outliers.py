@@ -1,18 +1,19 @@
 """The paper's experiment on a real model: put OPT-like outliers into SmolLM2-135M, see what each scheme makes of it.
 
-`python -m benchmarks.outliers [--windows N]`. A few channels of every norm are multiplied by 128 and the columns that
+`python -m benchmarks.outliers [ROW ...]`. A few channels of every norm are multiplied by 128 and the columns that
 read them divided by it: powers of two, so the model in floating point stays the same bit for bit, and its activations
 have the channels that ruin INT8 (figure 4 of arXiv 2211.10438). Perplexity through vLLM on articles that calibration
 never saw; LLM.int8()'s decomposition (columns beyond 6.0 stay in floating point) is simulated, vLLM has none.
-Writes docs/outliers.md and docs/outliers.png; the last line printed is JSON.
+Named rows are measured anew and replace theirs. Writes docs/outliers.md and docs/outliers.png; the last line is JSON.
 """
 
 import argparse
 import json
 import math
-import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,36 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent.parent / "docs"
+FIGURES = Path(__file__).parent / "outliers.json"
 FACTOR, CHANNELS = 128.0, (7, 99, 201, 333, 451, 560)
 THRESHOLD = 6.0  # LLM.int8()'s
 LEVELS = {
     "O1": ("tensor", "token"), "O2": ("tensor", "tensor"), "O3": ("tensor", "static"),
     "O1, channel": ("channel", "token"), "O2, channel": ("channel", "tensor"), "O3, channel": ("channel", "static"),
 }  # fmt: skip
-SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0)
+# The paper's figure: a scheme that works at the right alpha, so that a wrong one shows.
+SWEPT, SWEEP = "O1, channel", (0.0, 0.25, 0.5, 0.75, 1.0)
+SWEEP_ROWS = {f"{SWEPT}, alpha {alpha}": alpha for alpha in SWEEP}
 COMMAND = "python -m benchmarks.outliers"
+WINDOWS, SAMPLES = 4, 16  # of 512 tokens, scored and calibrated on
+TEXT = f"""# Outliers
+
+Written by `{{command}}`; not by hand. {{machine}}
+
+SmolLM2-135M-Instruct, with {len(CHANNELS)} channels of every norm multiplied by {FACTOR:.0f} and their readers' columns
+divided by it: in floating point the same model, in INT8 the paper's problem. Perplexity through vLLM on {WINDOWS} x 512
+tokens of articles that calibration did not see. Beside a scheme: what the outliers change about it.
+
+| | without outliers | with outliers | |
+|---|---|---|---|
+{{lines}}
+With outliers, {SWEPT} for several alphas:
+
+![perplexity over alpha](outliers.png)
+
+| alpha | perplexity |
+|---|---|
+{{sweep}}"""
 
 
 def plant(source: Path, folder: Path) -> None:
@@ -59,9 +82,9 @@ def plant(source: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
-def watch(model: Path, samples: int) -> Prepared:
+def watch(model: Path) -> Prepared:
     return prepare(
-        str(model), dataset=str(assets.calibration_text()), text_column="text", samples=samples, seq_len=512, seed=0,
+        str(model), dataset=str(assets.calibration_text()), text_column="text", samples=SAMPLES, seq_len=512, seed=0,
         ignore=frozenset(), device_map="auto", quiet=True,
     )  # fmt: skip
 
@@ -102,92 +125,79 @@ class _Matrix(torch.nn.Module):
 ENGINE: dict[str, Any] = {"enforce_eager": True}
 
 
-def main() -> None:
-    """Measure, write the table and the plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--windows", type=int, default=4, help="of 512 tokens, that perplexity is measured on")
-    parser.add_argument("--samples", type=int, default=16, help="of 512 tokens, that calibration sees")
-    args = parser.parse_args()
-    source = assets.model_dir()
-    folder = Path(tempfile.mkdtemp(prefix="outliers-"))
-    try:
-        result = measure(source, folder / "with-outliers", args)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    plot(result)
-    (DOCS / "outliers.md").write_text(table(result))
-    print(json.dumps(result))
+def cases(
+    source: Path, planted: Path, before: Prepared, after: Prepared, windows: list[list[int]]
+) -> dict[str, Callable[[], dict[str, float]]]:
+    """Row -> what measures it: perplexity `after` outliers were put in, and `before`, where that is of interest."""
 
+    def both(scheme: tuple[str, str], choice: Choice) -> dict[str, float]:
+        return {
+            "before": through_vllm(before, scheme, choice, windows),
+            "after": through_vllm(after, scheme, choice, windows),
+        }
 
-def measure(source: Path, planted: Path, args: argparse.Namespace) -> dict[str, Any]:
-    plant(source, planted)
-    windows, text = evaluate.token_windows(
-        [str(source)], str(assets.evaluation_text()), text_column="text", samples=args.windows, seq_len=512, seed=0
-    )
-    before, after = watch(source, args.samples), watch(planted, args.samples)
-    # Where the CPU has no BF16 arithmetic, activations are float32: faster, and the same for every row.
-    ENGINE["dtype"] = str(compute_dtype(before.source.model)).removeprefix("torch.")
-    rows: dict[str, dict[str, float]] = {}
+    def one(scheme: tuple[str, str], choice: Choice) -> dict[str, float]:
+        return {"after": through_vllm(after, scheme, choice, windows)}
 
-    def row(name: str, **figures: float) -> None:
-        rows[name] = figures
-        print(f"{name:24} {figures}", file=sys.stderr, flush=True)
-
-    row(
-        "floating point",
-        before=evaluate.perplexity(source, windows, **ENGINE), after=evaluate.perplexity(planted, windows, **ENGINE),
-    )  # fmt: skip
-    row("naive W8A8 (O1, no smoothing)", after=through_vllm(after, LEVELS["O1"], Choice(None), windows))
-    row("naive, channel", after=through_vllm(after, LEVELS["O1, channel"], Choice(None), windows))
-    row("LLM.int8(), simulated", after=decomposed(after, windows))
-    for name, scheme in LEVELS.items():
-        row(
-            f"{name}, alpha 0.5",
-            before=through_vllm(before, scheme, Choice(0.5), windows),
-            after=through_vllm(after, scheme, Choice(0.5), windows),
-        )
-    sweep = {}
-    for alpha in SWEEP:
-        sweep[alpha] = through_vllm(after, LEVELS["O3"], Choice(alpha), windows)
-        print(f"O3, alpha {alpha}: {sweep[alpha]:.2f}", file=sys.stderr, flush=True)
-    row(
-        "O1, channel, auto",
-        before=through_vllm(before, LEVELS["O1, channel"], Choice("auto"), windows),
-        after=through_vllm(after, LEVELS["O1, channel"], Choice("auto"), windows),
-    )
     return {
-        "command": f"{COMMAND} --windows {args.windows} --samples {args.samples}",
-        "machine": describe(),
-        "text": text | {"source": Path(text["source"]).name},
-        "rows": rows,
-        "sweep": sweep,
+        "floating point": lambda: {
+            "before": evaluate.perplexity(source, windows, **ENGINE),
+            "after": evaluate.perplexity(planted, windows, **ENGINE),
+        },
+        "naive W8A8 (O1, no smoothing)": lambda: one(LEVELS["O1"], Choice(None)),
+        "naive, channel": lambda: one(LEVELS["O1, channel"], Choice(None)),
+        "LLM.int8(), simulated": lambda: {"after": decomposed(after, windows)},
+        **{f"{name}, alpha 0.5": partial(both, scheme, Choice(0.5)) for name, scheme in LEVELS.items()},
+        **{name: partial(one, LEVELS[SWEPT], Choice(alpha)) for name, alpha in SWEEP_ROWS.items() if alpha != 0.5},
+        "O1, channel, auto": lambda: both(LEVELS["O1, channel"], Choice("auto")),
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    rows = result["rows"]
-    exact = rows["floating point"]["after"]
-    lines = []
-    for name, figures in rows.items():
-        after, before = figures["after"], figures.get("before")
-        beside = f"{after / exact:.1f} times floating point" if before is None else f"{after / before - 1:+.1%}"
-        lines.append(f"| {name} | {'' if before is None else f'{before:.2f}'} | {after:.2f} | {beside} |")
-    return (
-        f"# Outliers\n\nWritten by `{result['command']}`; not by hand. {result['machine']}\n\n"
-        f"SmolLM2-135M-Instruct, with {len(CHANNELS)} channels of every norm multiplied by {FACTOR:.0f} and their "
-        "readers' columns divided by it: in floating point the same model, in INT8 the paper's problem. Perplexity "
-        f"through vLLM on {result['text']['windows']} x 512 tokens of articles that calibration did not see.\n\n"
-        "| | without outliers | with outliers | |\n|---|---|---|---|\n" + "\n".join(lines) + "\n\n"
-        "With outliers, O3 (everything per tensor, static) for several alphas; too small and too large both fail:\n\n"
-        "![perplexity over alpha](outliers.png)\n\n| alpha | perplexity |\n|---|---|\n"
-        + "".join(f"| {alpha} | {value:.2f} |\n" for alpha, value in result["sweep"].items())
+def main() -> None:
+    """Measure, write the table and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="all of them, where none is named")
+    args = parser.parse_args()
+    source = assets.model_dir()
+    windows, _ = evaluate.token_windows(
+        [str(source)], str(assets.evaluation_text()), text_column="text", samples=WINDOWS, seq_len=512, seed=0
     )
+    figures = json.loads(FIGURES.read_text()) if args.rows and FIGURES.exists() else {"rows": {}}
+    figures["about"] = {"command": COMMAND, "machine": describe()}
+    with tempfile.TemporaryDirectory(prefix="outliers-") as folder:
+        planted = Path(folder) / "with-outliers"
+        plant(source, planted)
+        before, after = watch(source), watch(planted)
+        # Where the CPU has no BF16 arithmetic, activations are float32: faster, and the same for every row.
+        ENGINE["dtype"] = str(compute_dtype(before.source.model)).removeprefix("torch.")
+        possible = cases(source, planted, before, after, windows)
+        for name in args.rows or possible:
+            figures["rows"][name] = possible[name]()
+            print(f"{name:30} {figures['rows'][name]}", file=sys.stderr, flush=True)
+            FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
+    plot(figures["rows"])
+    (DOCS / "outliers.md").write_text(table(figures))
+    print(json.dumps(figures))
 
 
-def plot(result: dict[str, Any]) -> None:
+def table(figures: dict[str, Any]) -> str:
+    rows, exact = figures["rows"], figures["rows"]["floating point"]["after"]
+    lines = []
+    for name, row in rows.items():
+        if name in SWEEP_ROWS and "before" not in row:
+            continue
+        after, before = row["after"], row.get("before")
+        beside = f"{after / exact:.1f} times floating point" if before is None else f"{after / before - 1:+.1%}"
+        lines.append(f"| {name} | {'' if before is None else f'{before:.2f}'} | {after:.2f} | {beside} |\n")
+    sweep = "".join(f"| {alpha} | {rows[row]['after']:.2f} |\n" for row, alpha in SWEEP_ROWS.items() if row in rows)
+    return TEXT.format(**figures["about"], lines="".join(lines), sweep=sweep)
+
+
+def plot(rows: dict[str, Any]) -> None:
+    points = {alpha: rows[row]["after"] for row, alpha in SWEEP_ROWS.items() if row in rows}
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    axes.plot(list(result["sweep"]), list(result["sweep"].values()), marker="o", label="O3, with outliers")
-    axes.axhline(result["rows"]["floating point"]["after"], color="grey", linestyle="--", label="floating point")
+    axes.plot(list(points), list(points.values()), marker="o", label=f"{SWEPT}, with outliers")
+    axes.axhline(rows["floating point"]["after"], color="grey", linestyle="--", label="floating point")
     axes.set(xlabel="alpha", ylabel="perplexity", yscale="log")
     axes.legend()
     figure.savefig(DOCS / "outliers.png", dpi=120)
