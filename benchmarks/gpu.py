@@ -268,6 +268,8 @@ COMPRESSED = {
 
 def engine(model: dict[str, int], small: bool, chosen: list[str] | None) -> list[dict[str, Any]]:
     """Prefill and decode of every row, all engines alive at once and asked in turn. An engine that fails says why."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
     from vllm import LLM, SamplingParams
 
     answers: list[dict[str, Any]] = []
@@ -376,8 +378,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.error(f"--parts: expected some of {', '.join(PARTS)}, got {args.parts}")
     model = TINY if args.small else LLAMA
     result: dict[str, Any] = {"machine": describe(), "small": args.small}
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
     import vllm_smoothquant
 
     vllm_smoothquant.register()
