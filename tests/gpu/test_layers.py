@@ -38,7 +38,7 @@ def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tokens(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
     x[:, 5] *= 30  # an outlier channel
-    x[rows // 2] = 0
+    x[rows // 2 : rows // 2 + rows // 16] = 0
     return x.to(dtype)
 
 
@@ -71,19 +71,25 @@ def check(scheme: Scheme, found: dict[str, torch.Tensor], x: torch.Tensor, y: to
     assert (error <= room).all(), f"off by {(error - room).max():.3g} more than rounding explains"
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("smoothed", [False, True], ids=["folded", "smoothed"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("activations", ACTIVATIONS)
-@pytest.mark.parametrize("weights", ["channel", "tensor"])
+# To compile costs some seconds each: where a half of the choices says nothing new, it is left out.
+CASES = [
+    (weights, activations, shape, smoothed, dtype, compiled)
+    for weights in ("channel", "tensor")
+    for activations in ACTIVATIONS
+    for shape in SHAPES
+    for smoothed in (False, True)
+    for dtype in (torch.bfloat16, torch.float16)
+    for compiled in (False, True)
+    if not compiled or (dtype == torch.bfloat16 and (weights, shape) in (("channel", "odd out"), ("tensor", "cutlass")))
+]
+
+
+@pytest.mark.parametrize(("weights", "activations", "shape", "smoothed", "dtype", "compiled"), CASES)
 def test_a_layer_is_the_reference(
     weights: str, activations: str, shape: str, smoothed: bool, dtype: torch.dtype, compiled: bool
 ) -> None:
     from tests.cuda_route import layer_of
 
-    if compiled and (dtype == torch.float16 or (weights == "tensor" and shape != "cutlass")):
-        pytest.skip("compiled, this adds nothing to bfloat16 and to weights per channel but a minute")
     scheme = Scheme(Weights(weights), ACTIVATIONS[activations])
     layer, found = layer_of(scheme, smoothed, SHAPES[shape], dtype, "cuda")
     kernel = layer.quant_method.kernel.name
