@@ -69,7 +69,7 @@ def _body(manifest: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
         "    vllm serve THIS_MODEL\n\nIt is in compressed-tensors' format: vLLM needs no plugin."
         if compressed
         else "    pip install vllm-smoothquant\n    vllm serve THIS_MODEL --quantization smoothquant\n\n"
-        "transformers does not know this format and would load it wrong."
+        "transformers does not read it by itself."
     )
     licence = "" if "license" in inherited else "\nThe source model's card names no licence; ask its authors.\n"
     return f"""# {name}, SmoothQuant W8A8 INT8
