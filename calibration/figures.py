@@ -133,7 +133,9 @@ def heat_maps(kind: str, members: Sequence[Channels]) -> bytes:
                 # One bright point in a thousand is not seen: a ring around it is.
                 loud = [i for i, row_values in enumerate(values) if outlier_ratio(row_values) >= STANDS_OUT]
                 where = [(int(values[i].argmax()) + 0.5) * channels / values.shape[1] for i in loud]
-                ax.plot(where, loud, "o", markersize=9, markerfacecolor="none", color="#4dd2ff", clip_on=False)
+                (rings,) = ax.plot(where, loud, "o", markersize=9, markerfacecolor="none", color="#4dd2ff")
+                rings.set_clip_on(False)
+                rings.set_in_layout(False)  # they may reach over the edge; the layout would make room
                 ax.set_ylabel("block")
             bar = figure.colorbar(image, ax=list(row), pad=0.02, fraction=0.05)
             bar.locator = LogLocator(numticks=5)
@@ -159,7 +161,12 @@ def by_block(title: str, values: Mapping[str, float], *, log: bool) -> bytes:
         axes = figure.subplots()
         for i, (kind, points) in enumerate(kinds.items()):
             style: dict[str, Any] = {"color": LINES[i % len(LINES)], "linestyle": ("-", "--", ":")[i // len(LINES) % 3]}
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1, label=kind, **style)
+            line: list[tuple[float, float]] = []
+            for block, value in sorted(points):
+                if line and block > line[-1][0] + 1:
+                    line.append((block - 1, np.nan))  # no line over blocks that have none
+                line.append((block, value))
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=3.5, linewidth=1, label=kind, **style)
         axes.set(xlabel="block", title=title, yscale="log" if log else "linear")
         axes.grid(axis="y", alpha=0.25)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
