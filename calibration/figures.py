@@ -21,12 +21,13 @@ from .channels import Channels
 GREY = "#808890"
 STYLE: Any = {
     "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
-    "font.size": 11, "axes.titlesize": 11, "text.parse_math": False, "axes.spines.top": False,
+    "font.size": 12, "axes.titlesize": 12, "legend.fontsize": 10, "text.parse_math": False, "axes.spines.top": False,
     "axes.spines.right": False,
 }  # fmt: skip
 COLOURS = "magma"
 LINES = ("#2f80ed", "#e8590c", "#12a150", "#b14aed", "#d6a100", "#e64980")
-DPI = 120
+# Narrow enough to be read on a phone without zooming, fine enough to show every channel when zoomed.
+WIDTH, DPI = 6.6, 190
 # Wider than this, neighbouring channels are joined, the largest of them shown.
 COLUMNS = 1024
 # A layer whose largest channel is so many times its median one is named in the overview.
@@ -74,8 +75,8 @@ def outlier_ratio(values: np.ndarray) -> float:
 def overview(channels: Sequence[Channels]) -> bytes:
     """How far the largest channel of every input stands out, before and after: where the trouble is, at a glance."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 4.4), dpi=DPI)
-        before, after = figure.subplots(1, 2, sharey=True)
+        figure = Figure(figsize=(WIDTH, 6.6), dpi=DPI)
+        before, after = figure.subplots(2, 1, sharex=True, sharey=True)
         for colour, (kind, members) in zip(_cycle(), by_kind(channels).items(), strict=False):
             for axes, pick in ((before, "activations"), (after, "smoothed_activations")):
                 ratios = [outlier_ratio(getattr(c, pick)) for c in members]
@@ -86,18 +87,19 @@ def overview(channels: Sequence[Channels]) -> bytes:
                 for place, number, ratio in zip(places, numbers, ratios, strict=True):
                     if ratio >= STANDS_OUT:
                         axes.plot([place], [ratio], "o", markersize=11, markerfacecolor="none", color=colour)
+                        late = place > 0.6 * max(places)
                         axes.annotate(
-                            f"block {number[:20]}: {ratio:.0f}x", (place, ratio), xytext=(9, 3),
-                            textcoords="offset points", color=colour, weight="bold",
+                            f"block {number[:20]}: {ratio:.0f}x", (place, ratio), xytext=(-9 if late else 9, 3),
+                            textcoords="offset points", color=colour, weight="bold", ha="right" if late else "left",
                         )  # fmt: skip
         for axes, title in ((before, "activations as they are"), (after, "after smoothing")):
-            axes.set(yscale="log", xlabel="block", title=title)
+            axes.set(yscale="log", ylabel="largest / median channel", title=title)
             axes.margins(x=0.08, y=0.12)
             axes.yaxis.set_major_formatter("{x:g}x")
             axes.yaxis.set_minor_formatter("")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(axis="y", alpha=0.25)
-        before.set_ylabel("largest channel / median channel")
+        after.set_xlabel("block")
         handles, labels = before.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)), frameon=False)
         figure.set_layout_engine("constrained")
@@ -110,18 +112,17 @@ def heat_maps(kind: str, members: Sequence[Channels]) -> bytes:
         ("max|X|, activations", [[c.activations for c in members], [c.smoothed_activations for c in members]]),
         ("max|W|, weights", [[c.weights for c in members], [c.smoothed for c in members]]),
     )
-    height = min(0.1 * len(members), 9.0) + 1.0
+    height = min(0.06 * len(members), 4.0) + 0.75
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(13, 2 * height + 0.6), dpi=DPI)
+        figure = Figure(figsize=(WIDTH, 4 * height + 0.7), dpi=DPI)
         figure.suptitle(kind, weight="bold")
-        axes = figure.subplots(2, 2, sharex=True, sharey=True)
+        axes = figure.subplots(4, 1, sharex=True, sharey=True)
         channels = len(members[0].activations)
-        for row, (title, pair) in zip(axes, panels, strict=True):
+        for row, (title, pair) in zip((axes[:2], axes[2:]), panels, strict=True):
             maps = [joined(np.stack(values)) for values in pair]
             alive = np.concatenate([m[m > 0] for m in maps])
-            low, high = (float(alive.min()), float(alive.max())) if len(alive) else (1.0, 1.0)
-            # Six decades at most: what is smaller is black.
-            low = max(low, high * 1e-6)
+            # What is smaller than all but a few is black: silent channels would take half of the colours.
+            low, high = (float(np.quantile(alive, 0.005)), float(alive.max())) if len(alive) else (1.0, 1.0)
             norm = LogNorm(low, max(high, low * 1.001))
             for ax, values, when in zip(row, maps, ("before", "after"), strict=True):
                 image = ax.imshow(
@@ -129,16 +130,21 @@ def heat_maps(kind: str, members: Sequence[Channels]) -> bytes:
                     extent=(0, channels, len(members) - 0.5, -0.5),
                 )  # fmt: skip
                 ax.set_title(f"{title}, {when}")
-            row[0].set_ylabel("block")
-            bar = figure.colorbar(image, ax=list(row), pad=0.01, fraction=0.03)
+                # One bright point in a thousand is not seen: a ring around it is.
+                loud = [i for i, row_values in enumerate(values) if outlier_ratio(row_values) >= STANDS_OUT]
+                where = [(int(values[i].argmax()) + 0.5) * channels / values.shape[1] for i in loud]
+                (rings,) = ax.plot(where, loud, "o", markersize=9, markerfacecolor="none", color="#4dd2ff")
+                rings.set_clip_on(False)
+                rings.set_in_layout(False)  # they may reach over the edge; the layout would make room
+                ax.set_ylabel("block")
+            bar = figure.colorbar(image, ax=list(row), pad=0.02, fraction=0.05)
             bar.locator = LogLocator(numticks=5)
             bar.formatter = FuncFormatter(lambda x, _: f"{x:g}")
             bar.minorticks_off()
         numbers = [block_of(c.layers) for c in members]
-        ticks = range(0, len(numbers), max(1, -(-len(numbers) // 10)))
-        axes[0][0].set_yticks(list(ticks), [numbers[i][:20] for i in ticks])
-        for ax in axes[1]:
-            ax.set_xlabel("channel")
+        ticks = range(0, len(numbers), max(1, -(-len(numbers) // 6)))
+        axes[0].set_yticks(list(ticks), [numbers[i][:20] for i in ticks])
+        axes[3].set_xlabel("channel")
         figure.set_layout_engine("constrained")
         return _png(figure)
 
@@ -151,18 +157,23 @@ def by_block(title: str, values: Mapping[str, float], *, log: bool) -> bytes:
         if number:
             kinds.setdefault(kind_of([name]), []).append((int(number.group(1)), value))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.8), dpi=DPI)
+        figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI)
         axes = figure.subplots()
         for i, (kind, points) in enumerate(kinds.items()):
             style: dict[str, Any] = {"color": LINES[i % len(LINES)], "linestyle": ("-", "--", ":")[i // len(LINES) % 3]}
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1, label=kind, **style)
+            line: list[tuple[float, float]] = []
+            for block, value in sorted(points):
+                if line and block > line[-1][0] + 1:
+                    line.append((block - 1, np.nan))  # no line over blocks that have none
+                line.append((block, value))
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=3.5, linewidth=1, label=kind, **style)
         axes.set(xlabel="block", title=title, yscale="log" if log else "linear")
         axes.grid(axis="y", alpha=0.25)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
         if kinds:
-            figure.legend(loc="outside lower center", ncols=3, frameon=False)
+            figure.legend(loc="outside lower center", ncols=2, frameon=False)
         figure.set_layout_engine("constrained")
         return _png(figure)
 

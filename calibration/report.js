@@ -10,6 +10,7 @@ let view = { x: 0, y: 0, scale: 1 };
 const fingers = new Map();
 
 function show() {
+  large.style.imageRendering = view.scale > 2 ? "pixelated" : "auto"; // single channels, not a blur of them
   large.style.transform = `translate(${view.x}px, ${view.y}px) scale(${view.scale})`;
 }
 

@@ -111,6 +111,7 @@ def gather(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "name": folder.absolute().name,
         "source": manifest["source"],
         "calibration": calibration,
+        "data": Path(str(calibration["dataset"])).name,
         "scheme": _scheme(config, ""),
         "layers": layers,
         "errors": errors,

@@ -27,7 +27,10 @@ def output_of(command: list[str], **environment: str) -> str:
 
 
 def test_every_example_is_run_here():
-    assert {path.name for path in EXAMPLES.iterdir()} == {"calibrate.py", "offline_batch.py", "serve.sh"}
+    """domain_data.py in test_privacy.py, without a network."""
+    assert {path.name for path in EXAMPLES.iterdir()} == {
+        "calibrate.py", "domain_data.py", "offline_batch.py", "serve.sh",
+    }  # fmt: skip
 
 
 def test_calibrate(tmp_path):

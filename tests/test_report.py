@@ -193,7 +193,8 @@ def test_a_manifest_of_another_shape_is_an_error_in_one_line(copy, tmp_path, cap
     assert not (tmp_path / "report.html").exists()
 
 
-def test_an_evaluation_is_shown_with_it(checkpoint, tmp_path):
+def test_an_evaluation_is_shown_with_it(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("calibration.report.draw", lambda facts, seen: {})
     row = {"model": "a/b", "perplexity": 12.3456, "baseline": False, "perplexity_change": 0.01234}
     (tmp_path / "e.json").write_text(json.dumps({"models": [row, {"model": "c", "perplexity": 11.0}]}))
     text = Page(page(checkpoint, tmp_path / "report.html", evaluation=tmp_path / "e.json")).text
