@@ -285,7 +285,6 @@ def holds(r: dict[str, Any]) -> bool:
 def page(result: dict[str, Any], requests: int) -> str:
     r = result["int8"]
     outcomes = "".join(f"| {name} | {count} |\n" for name, count in r["outcomes"].items())
-    k = r["killed"]
     text = (
         f"# Under load\n\nWritten by `{COMMAND} --requests {requests}`; not by hand. {describe()}\n\n"
         f"SmolLM2-135M-Instruct, default scheme, float32, {CLIENTS} requests at a time on loopback; {r['requests']} in "
@@ -293,6 +292,11 @@ def page(result: dict[str, Any], requests: int) -> str:
         f"| request | |\n|---|---|\n{outcomes}\n"
         f"Resident memory of the server and its processes: {r['memory_mib'][0]:.0f} MiB after the warm-up, "
         f"{r['memory_mib'][1]:.0f} MiB at the end, {r['memory_growth']:+.2%}.\n\n"
+    )
+    if "killed" not in r:
+        return text + "Engine killed under load, and restart: not measured yet.\n"
+    k = r["killed"]
+    text += (
         f"Engine killed under load ({k['engines_killed']} process): all requests ended within "
         f"{k['requests_ended_after_s']:.1f} s, {len(k['wrong_answers'])} of them with a wrong answer; the server ended "
         f"with {k['still_alive']} processes left. Started again: {r['restarted'].get('same', 0)} of {len(PROMPTS)} "
