@@ -99,9 +99,15 @@ def logprobs_of(
 
 def generate(llm_args: dict[str, Any], prompts: list[list[int]], *, vocabulary: bool = False) -> list[torch.Tensor]:
     """What `logprobs` returns, by an engine in this process; `small_engine()` should hold here."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    llm = LLM(**llm_args, **({"max_logprobs": -1} if vocabulary else {}))
+    return ask(LLM(**llm_args, **({"max_logprobs": -1} if vocabulary else {})), prompts, vocabulary=vocabulary)
+
+
+def ask(llm: Any, prompts: list[list[int]], *, vocabulary: bool = False) -> list[torch.Tensor]:
+    """What `logprobs` returns, by `llm`."""
+    from vllm import SamplingParams
+
     # 0 asks for the token that came and no other.
     sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=-1 if vocabulary else 0, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)

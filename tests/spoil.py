@@ -56,6 +56,7 @@ def meaning(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[in
     try:
         config = json.loads((folder / "config.json").read_text())
         said = QuantizationConfig.from_dict(config.pop("quantization_config"))
+        config.pop("transformers_version", None)  # which wrote it; nobody reads it
         tensors = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
