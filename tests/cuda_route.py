@@ -1,6 +1,7 @@
 """The plugin's CUDA code, run on a CPU: vLLM's own Python for CUDA, with stand-ins for what is compiled.
 
     python tests/cuda_route.py                  the vLLM that Python finds; PYTHONPATH=FOLDER puts another before it
+    python tests/cuda_route.py --quick          weights per channel only
 
 vLLM is told that it runs on a GPU of compute capability 9.0. Its compiled modules are empty, and the five operators our
 code reaches are written out below in plain torch, by the rounding of int8.py. So what is seen is that all imports are
@@ -156,7 +157,7 @@ def check(failures: list[str], fact: str, holds: bool, detail: str = "") -> None
         failures.append(fact)
 
 
-def run_schemes(failures: list[str]) -> None:
+def run_schemes(failures: list[str], strategies: tuple[str, ...]) -> None:
     from vllm.config import VllmConfig
     from vllm.forward_context import set_forward_context
 
@@ -174,7 +175,7 @@ def run_schemes(failures: list[str]) -> None:
     padded = torch.cat([x, torch.full((1, 64), float("nan"), dtype=DTYPE), torch.full((1, 64), 3e38, dtype=DTYPE)])
     slots = torch.cat([torch.arange(TOKENS), torch.full((2,), -1)])
     for (label, activation), weights, smoothed, shape in itertools.product(
-        activations.items(), ("channel", "tensor"), (False, True), ((48, 64), (40, 64))
+        activations.items(), strategies, (False, True), ((48, 64), (40, 64))
     ):
         scheme = Scheme(Weights(weights), activation)
         layer, found = layer_of(scheme, smoothed, shape)
@@ -230,7 +231,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, backend="gloo")
         ensure_model_parallel_initialized(1, 1)
-        run_schemes(failures)
+        run_schemes(failures, ("channel",) if "--quick" in sys.argv else ("channel", "tensor"))
         for capability in (75, 90):
             request = kernels.Request("l", Scheme(), True, DTYPE, "cuda", capability)
             chosen = type(kernels.select_kernel(request).kernel).__name__

@@ -58,11 +58,11 @@ def test_the_check_finds_what_is_missing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_scheme_on_vllms_cuda_python() -> None:
     """All but the compiled operators: tests/cuda_route.py."""
-    done = run("tests/cuda_route.py")
+    done = run("tests/cuda_route.py", "--quick")
     assert done.returncode == 0, done.stdout
     lines = [line for line in done.stdout.splitlines() if line.startswith("ok")]
-    # 3 activations, 2 weights, smoothed or not, 2 shapes, eager or compiled; and three facts besides.
-    assert len(lines) == 3 * 2 * 2 * 2 * 2 + 3, done.stdout
+    # 3 activations, smoothed or not, 2 shapes, eager or compiled; and three facts besides.
+    assert len(lines) == 3 * 2 * 2 * 2 + 3, done.stdout
 
 
 # --- padding of CUDA graphs ------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import engine, handmade
+from tests import engine
 
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
@@ -26,6 +26,7 @@ def test_an_engine_is_as_good_as_bfloat16(tmp_path: Path, mode: str) -> None:
     handmade's models have smoothed layers, an overridden and an ignored one. One engine each, in one process. One
     absmax couples a batch: the prompt is alone in its batch, and vLLM pads it where it replays graphs (60 to 64).
     """
+    from tests import handmade
     from tests.test_plugin import distance, prompts, reference
 
     ids = prompts((60,))
@@ -44,6 +45,7 @@ def test_an_engine_is_as_good_as_bfloat16(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_serve_the_reference(tmp_path: Path) -> None:
+    from tests import handmade
     from tests.test_plugin import distance, prompts, reference
 
     ids = prompts((40, 7, 100))
