@@ -74,9 +74,9 @@ def expected(folder: Path, rank: int, ranks: int) -> dict[str, torch.Tensor]:
             by_rows = name in FUSED
             target = f"{prefix}.{block}.{name}"
             weights = [part(files[f"{shard}.weight"], 0 if by_rows else 1) for shard in shards]
-            found[f"{target}.weight"] = torch.cat(weights)
             scales = [files.get(f"{shard}.weight_scale") for shard in shards]
-            if scales[0] is not None:
+            if scales[0] is not None:  # what stays in floating point vLLM loads, and repacks out of sight
+                found[f"{target}.weight"] = torch.cat(weights)
                 if per_tensor and by_rows:
                     cut = [scale.expand(len(weight)) for scale, weight in zip(scales, weights, strict=True)]
                 else:
