@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"smoothquant: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("smoothquant: interrupted; nothing was written", file=sys.stderr)
+        then = "the same command goes on from here" if command is _calibrate else "nothing was written"
+        print(f"smoothquant: interrupted; {then}", file=sys.stderr)
         return 130
 
 
@@ -69,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         help="where static scales end: at the observed maximum, its 99.99th percentile, or where the error is smallest",
     )  # fmt: skip
     sub.add_argument("--quantize-lm-head", action="store_true", help="the output head in INT8 as well, untied first")
+    sub.add_argument("--save-stats", metavar="FILE", help="keep what was observed, for other alphas and schemes")
+    sub.add_argument("--stats", metavar="FILE", help="do not observe: take what --save-stats kept, of the same samples")
     sub.add_argument("--ignore", action="append", default=[], metavar="NAME", help="a linear layer to leave alone")
 
     sub = add("smooth", _smooth, "Smooth MODEL and write it in floating point: the same function, fewer outliers.")
@@ -117,27 +121,35 @@ def _source_options(args: argparse.Namespace) -> dict[str, Any]:
 def _calibrate(args: argparse.Namespace) -> int:
     _calm_libraries()
     from .pipeline import LEVELS, calibrate
+    from .progress import PeakMemory
 
+    clock = time.perf_counter()
     weights, activations = LEVELS.get(args.level, ("channel", "token"))
     if args.level and args.activations not in (None, activations):
         raise SmoothQuantError(
             "--activations", expected=f"{activations}, which --level {args.level} means", got=args.activations,
             do="give one of the two options",
         )  # fmt: skip
-    manifest = calibrate(
-        args.model,
-        args.output,
-        weights=args.weights or weights,
-        activations=args.activations or activations,
-        smoothing=not args.no_smoothing,
-        max_fallback=args.max_fallback,
-        budget_ppl=args.budget_ppl,
-        static_range=args.static_range,
-        ignore=frozenset(args.ignore),
-        quantize_lm_head=args.quantize_lm_head,
-        **_source_options(args),
-    )
-    return _finish(args, manifest, f"serve it:  vllm serve {args.output} --quantization smoothquant")
+    with PeakMemory() as memory:
+        manifest = calibrate(
+            args.model,
+            args.output,
+            weights=args.weights or weights,
+            activations=args.activations or activations,
+            smoothing=not args.no_smoothing,
+            max_fallback=args.max_fallback,
+            budget_ppl=args.budget_ppl,
+            static_range=args.static_range,
+            ignore=frozenset(args.ignore),
+            quantize_lm_head=args.quantize_lm_head,
+            stats=args.stats,
+            save_stats=args.save_stats,
+            **_source_options(args),
+        )
+    if not manifest:  # one of several processes, and not the one that writes
+        return 0
+    took = f"took:      {time.perf_counter() - clock:.0f} s, at most {memory.bytes / 1e9:.2f} GB of memory"
+    return _finish(args, manifest, f"{took}\nserve it:  vllm serve {args.output} --quantization smoothquant")
 
 
 def _smooth(args: argparse.Namespace) -> int:

@@ -11,7 +11,10 @@ import torch
 
 from demo import assets
 
-TINY = ("test_calibrate", "test_gate", "test_graph", "test_plan", "test_reference", "test_smooth", "test_verify")
+TINY = (
+    "test_blocks", "test_calibrate", "test_gate", "test_graph", "test_plan", "test_ranks", "test_reference",
+    "test_resume", "test_smooth", "test_verify",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
