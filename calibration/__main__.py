@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"smoothquant: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("smoothquant: interrupted; nothing was written", file=sys.stderr)
+        then = "the same command goes on from here" if command is _calibrate else "nothing was written"
+        print(f"smoothquant: interrupted; {then}", file=sys.stderr)
         return 130
 
 
@@ -76,6 +78,8 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="where static scales end: at the observed maximum, its 99.99th percentile, or where the error is smallest",
     )  # fmt: skip
     sub.add_argument("--quantize-lm-head", action="store_true", help="the output head in INT8 as well, untied first")
+    sub.add_argument("--save-stats", metavar="FILE", help="keep what was observed, for other alphas and schemes")
+    sub.add_argument("--stats", metavar="FILE", help="do not observe: take what --save-stats kept, of the same samples")
     sub.add_argument("--ignore", action="append", default=[], metavar="NAME", help="a linear layer to leave alone")
     sub.add_argument(
         "--push-to-hub", metavar="REPOSITORY", help="upload the checkpoint afterwards, to a private repository if new"
@@ -169,7 +173,9 @@ def _calibrate(args: argparse.Namespace) -> int:
         print(recipe.dump(args, args.parser), end="")
         return 0
     from .pipeline import LEVELS, calibrate
+    from .progress import PeakMemory
 
+    clock = time.perf_counter()
     weights, activations = LEVELS.get(args.level, ("channel", "token"))
     if args.level and args.activations not in (None, activations):
         raise SmoothQuantError(
@@ -180,22 +186,28 @@ def _calibrate(args: argparse.Namespace) -> int:
         from . import card
 
         card.check_repository(args.push_to_hub)
-    manifest = calibrate(
-        args.model,
-        args.output,
-        weights=args.weights or weights,
-        activations=args.activations or activations,
-        smoothing=not args.no_smoothing,
-        max_fallback=args.max_fallback,
-        budget_ppl=args.budget_ppl,
-        static_range=args.static_range,
-        ignore=frozenset(args.ignore),
-        quantize_lm_head=args.quantize_lm_head,
-        **_source_options(args),
-    )
+    with PeakMemory() as memory:
+        manifest = calibrate(
+            args.model,
+            args.output,
+            weights=args.weights or weights,
+            activations=args.activations or activations,
+            smoothing=not args.no_smoothing,
+            max_fallback=args.max_fallback,
+            budget_ppl=args.budget_ppl,
+            static_range=args.static_range,
+            ignore=frozenset(args.ignore),
+            quantize_lm_head=args.quantize_lm_head,
+            stats=args.stats,
+            save_stats=args.save_stats,
+            **_source_options(args),
+        )
+    if not manifest:  # one of several processes, and not the one that writes
+        return 0
     # No part of what verify checks: it holds what was asked, the manifest what was done.
     (Path(args.output) / recipe.RECIPE).write_text(recipe.dump(args, args.parser), encoding="utf-8")
-    hint = f"serve it:  vllm serve {args.output} --quantization smoothquant"
+    hint = f"took:      {time.perf_counter() - clock:.0f} s, at most {memory.bytes / 1e9:.2f} GB of memory"
+    hint += f"\nserve it:  vllm serve {args.output} --quantization smoothquant"
     if args.push_to_hub:
         hint += f"\nuploaded:  {card.push(Path(args.output), args.push_to_hub)}"
     return _finish(args, manifest, hint)

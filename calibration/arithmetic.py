@@ -3,7 +3,7 @@
 Parameters become float32 one decoder block at a time, while it runs; afterwards the model is what it was, bit for bit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -33,11 +33,27 @@ def is_native(dtype: torch.dtype, device: str) -> bool:
     return device != "cpu" or _NATIVE_ON_CPU.get(dtype, lambda: True)()
 
 
-def fast_arithmetic(model: nn.Module) -> AbstractContextManager[None]:
-    """While open, `model` computes in compute_dtype(model)."""
+def fast_arithmetic(model: nn.Module, without: Collection[nn.Module] = ()) -> AbstractContextManager[None]:
+    """While open, `model` computes in compute_dtype(model), but for the modules `without` and what is in them."""
     if compute_dtype(model) == next(model.parameters()).dtype:
         return nullcontext()
-    return in_float32(model, partial(plain_parameters, model))
+    return in_float32(model, partial(plain_parameters, model), without)
+
+
+@contextmanager
+def fast_block(model: nn.Module, block: nn.Module) -> Iterator[None]:
+    """While open, `block` of `model` computes as fast_arithmetic has it: converted once for any number of runs."""
+    tensors: list[torch.Tensor] = []
+    if compute_dtype(model) != next(model.parameters()).dtype:
+        tensors = [t for t in (*block.parameters(), *block.buffers()) if t.is_floating_point()]
+    before = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.data = old
 
 
 def plain_parameters(model: nn.Module, name: str) -> Parameters:
@@ -46,10 +62,14 @@ def plain_parameters(model: nn.Module, name: str) -> Parameters:
 
 
 @contextmanager
-def in_float32(model: nn.Module, change: Callable[[str], Parameters]) -> Iterator[None]:
+def in_float32(
+    model: nn.Module, change: Callable[[str], Parameters], without: Collection[nn.Module] = ()
+) -> Iterator[None]:
     """While a module runs, its own parameters are `change(name)` and its own floating-point buffers float32.
 
-    A decoder block (an element of a ModuleList) changes as a whole: code within it may look at its siblings' dtype.
+    What is in the modules `without` stays as it is. A table of embeddings stays as well, and what is looked up becomes
+    float32: the table can be larger than any block. A decoder block (an element of a ModuleList) changes as a whole:
+    code within it may look at its siblings' dtype.
     """
     swapped: list[tuple[torch.Tensor, torch.Tensor]] = []
     active: set[str] = set()
@@ -81,10 +101,19 @@ def in_float32(model: nn.Module, change: Callable[[str], Parameters]) -> Iterato
             tensor, old = swapped.pop()
             tensor.data = old
 
+    def widen(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.float()
+
     handles = []
+    left_alone = {id(module) for root in without for module in root.modules()}
     try:
         for name, inside in _units(model).items():
             module = model.get_submodule(name)
+            if id(module) in left_alone:
+                continue
+            if type(module).forward is nn.Embedding.forward and module.max_norm is None:
+                handles.append(module.register_forward_hook(widen, prepend=True))
+                continue
             handles += [
                 module.register_forward_pre_hook(partial(enter, inside), prepend=True),
                 module.register_forward_hook(leave),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
@@ -24,8 +25,10 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from vllm_smoothquant.checkpoint import MANIFEST, TRANSFORMERS_WEIGHTS, SmoothQuantError
 
 from .load import sha256
+from .state import State
 
-MAX_SHARD_BYTES = 4 * 10**9
+# One shard is held in memory until it is written, and is written anew by a run that was interrupted in it.
+MAX_SHARD_BYTES = 10**9
 
 
 def check_output(output: Path) -> None:
@@ -44,24 +47,32 @@ def check_output(output: Path) -> None:
 
 
 @contextmanager
-def staging(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output` that becomes `output` when the block ends well, and vanishes when it does not."""
+def staging(output: Path, state: State | None = None) -> Iterator[Path]:
+    """A hidden folder beside `output` that becomes `output` when the block ends well, and vanishes when it does not.
+
+    With `state` it is the one in there: it does not vanish, and may hold shards of an earlier run.
+    """
     check_output(output)
-    parent = output.absolute().parent
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{output.name}.partial-"))
-    folder.chmod(0o755)  # mkdtemp's 0700 would keep a serving user out
     try:
-        yield folder
-        os.rename(folder, output)
-    except OSError as error:
+        if state is not None:
+            state.checkpoint.mkdir(parents=True, exist_ok=True)
+            yield state.checkpoint
+            state.publish()
+            return
+        folder = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}.partial-"))
+        folder.chmod(0o755)  # mkdtemp's 0700 would keep a serving user out
+        try:
+            yield folder
+            os.rename(folder, output)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise SmoothQuantError(
             str(output),
             expected="room and permission to write the checkpoint",
             got=str(error),
-            do="mend it and run again",
+            do="mend it and run again" if state is None else "mend it and run the same command again: it goes on",
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def source_tensors(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
@@ -96,20 +107,40 @@ def hub_module_name(model: PreTrainedModel, name: str) -> str:
     return names[0].removesuffix(".weight")
 
 
+def written_tensors(folder: Path) -> list[list[str]]:
+    """The names in each shard that an interrupted write_tensors finished; what it left half done is removed."""
+    for partial in folder.glob("*.partial"):
+        partial.unlink()
+    for file in folder.glob("model*.safetensors"):  # it was stopped while it named them
+        number = re.fullmatch(r"model-(\d+)-of-\d+", file.stem)
+        file.rename(folder / f"shard-{int(number.group(1)) - 1 if number else 0}")
+    shards: list[list[str]] = []
+    while (file := folder / f"shard-{len(shards)}").exists():
+        with safe_open(file, "pt") as opened:
+            shards.append(list(opened.keys()))
+    return shards
+
+
 def write_tensors(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write (name, tensor) pairs as model.safetensors, or as numbered shards with an index once one is full."""
-    shards: list[list[str]] = []
+    """Write (name, tensor) pairs as model.safetensors, or as numbered shards with an index once one is full.
+
+    What written_tensors(folder) names is not written again, whether or not it comes again.
+    """
+    shards = written_tensors(folder)
+    before = {name for names in shards for name in names}
     seen: set[str] = set()
     pending: dict[str, torch.Tensor] = {}
-    size = total = 0
+    size = 0
 
     def flush() -> None:
         nonlocal size
         file = folder / f"shard-{len(shards)}"
-        save_file(pending, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors makes it 0600, which would keep a serving user out
+        partial = file.with_name(f"{file.name}.partial")
+        save_file(pending, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors makes it 0600, which would keep a serving user out
+        partial.rename(file)
         shards.append(list(pending))
         pending.clear()
         size = 0
@@ -118,14 +149,17 @@ def write_tensors(
         if name in seen:
             raise SmoothQuantError(name, expected="each tensor once", got="it twice", do="report this model to us")
         seen.add(name)
+        if name in before:
+            continue
         nbytes = tensor.numel() * tensor.element_size()
         if pending and size + nbytes > max_shard_bytes:
             flush()
         # safetensors writes a tensor's memory as it lies, and refuses two that share it.
         pending[name] = tensor.detach().to("cpu").contiguous().clone()
         size += nbytes
-        total += nbytes
-    flush()
+    if pending:
+        flush()
+    total = sum(_data_bytes(folder / f"shard-{i}") for i in range(len(shards)))
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / "model.safetensors")
         return
@@ -136,6 +170,12 @@ def write_tensors(
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / "model.safetensors.index.json", index)
+
+
+def _data_bytes(file: Path) -> int:
+    """Bytes of tensors in a safetensors file: all but the header and its length."""
+    with file.open("rb") as opened:
+        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
 
 def write_config(

@@ -110,32 +110,52 @@ def _compare(
             raise SmoothQuantError(
                 name, expected="finite output of the original model", got="NaN or infinity", do="check the model"
             )
-    smoothed = _run(model, batch, watched, partial(smoothing.parameters, model))
-    for name, value in smoothed.items():
-        factor = smoothing.output_factor(name)
-        if factor is not None:
-            smoothed[name] = value * factor
-    measured = _relative(plain, smoothed)
+    measured = _change(model, batch, plain, partial(smoothing.parameters, model), factor=smoothing.output_factor)
     floor = dict.fromkeys(measured, 0.0)
     for seed in range(floors):
         rounded = _Rounded(model, smoothing.modules, smoothing.transposed, seed)
-        moved = _run(model, batch, watched, rounded.parameters, rounded.hooks)
-        floor = {name: max(floor[name], change) for name, change in _relative(plain, moved).items()}
+        moved = _change(model, batch, plain, rounded.parameters, rounded.hooks)
+        floor = {name: max(floor[name], change) for name, change in moved.items()}
         changes = {name: Change(measured[name], MARGIN * floor[name] + 2 * UNIT) for name in measured}
         if all(change.within for change in changes.values()):
             break
     return changes
 
 
-def _relative(plain: Outputs, other: Outputs) -> dict[str, float]:
-    """max|other - plain| / max|plain| by name; infinite where `other` is not finite and `plain` is."""
+def _change(
+    model: nn.Module,
+    batch: torch.Tensor,
+    plain: Outputs,
+    change: Callable[[str], Parameters],
+    correct: Callable[[], list[RemovableHandle]] = list,
+    factor: Callable[[str], torch.Tensor | None] = lambda name: None,
+) -> dict[str, float]:
+    """max|other - plain| / max|plain| by name, where `other` is what _run gives, times `factor`.
+
+    Infinite where `other` is not finite and `plain` is. Each output is compared as it comes: of the two runs' outputs
+    only those of `plain` are held.
+    """
+    compared = dict.fromkeys(plain, 0)  # rows so far: a module may run twice
+    largest = dict.fromkeys(plain, 0.0)
+
+    def compare(name: str, rows: torch.Tensor) -> None:
+        by = factor(name)
+        b = rows if by is None else rows * by.to(rows.device)
+        a = plain[name][compared[name] : compared[name] + len(b)]
+        compared[name] += len(b)
+        if a.shape != b.shape:
+            largest[name] = torch.inf
+            return
+        # Equal infinities (masked logits) agree; NaN agrees with nothing.
+        moved = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf).max()
+        largest[name] = max(largest[name], float(moved))
+
+    _run(model, batch, plain.keys() - {LOGITS}, change, correct, compare)
     result = {}
     for name, a in plain.items():
-        b = other[name]
-        finite = a[torch.isfinite(a)].abs().max()
-        # Equal infinities (masked logits) agree; NaN agrees with nothing.
-        change = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf).max()
-        result[name] = float(change / finite) if finite > 0 else (0.0 if change == 0 else torch.inf)
+        finite = float(a[torch.isfinite(a)].abs().max())
+        moved = largest[name] if compared[name] == len(a) else torch.inf
+        result[name] = moved / finite if finite > 0 else (0.0 if moved == 0 else torch.inf)
     return result
 
 
@@ -245,13 +265,20 @@ def _run(
     watched: Iterable[str],
     change: Callable[[str], Parameters],
     correct: Callable[[], list[RemovableHandle]] = list,
+    compare: Callable[[str, torch.Tensor], None] | None = None,
 ) -> Outputs:
-    """Logits and the outputs of `watched`, float32 [rows, features], with the parameters that `change` gives."""
+    """Logits and the outputs of `watched`, float32 [rows, features], with the parameters that `change` gives.
+
+    compare: gets each output instead, and nothing is returned.
+    """
     outputs: Outputs = {}
 
     def record(name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         rows = output.detach().float().reshape(-1, output.shape[-1])
         rows = rows[:: max(1, -(-len(rows) // ROWS))]
+        if compare is not None:
+            compare(name, rows)
+            return
         # A module that runs twice is compared in both runs.
         outputs[name] = torch.cat([outputs[name], rows]) if name in outputs else rows.clone()
 
@@ -275,4 +302,8 @@ def _run(
             handle.remove()
     leaves = tree_leaves(dict(result) if isinstance(result, dict) else result)
     logits = next(t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point())
-    return outputs | {LOGITS: logits.float().reshape(-1, logits.shape[-1])}
+    logits = logits.float().reshape(-1, logits.shape[-1])
+    if compare is not None:
+        compare(LOGITS, logits)
+        return {}
+    return outputs | {LOGITS: logits}

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,7 @@ class Source:
     hashes: dict[str, str]
 
 
-def load(name: str, device_map: str = "auto") -> Source:
+def load(name: str, device_map: str | dict[str, Any] = "auto") -> Source:
     """Load `name` (a folder or a hub id) in its own dtype, placed by accelerate's `device_map`.
 
     Errors (SmoothQuantError): not found, already quantised, an architecture transformers does not know, weights that
@@ -93,7 +94,8 @@ def untie_head(name: str, model: PreTrainedModel) -> None:
 
 def check_finite(name: str, model: torch.nn.Module) -> None:
     for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+        # Extremes, because isfinite of a whole matrix makes three others of its size.
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.stack(tensor.aminmax()).isfinite().all():
             raise SmoothQuantError(
                 f"{name}: {key}", expected="finite weights", got="NaN or infinity", do="use an undamaged checkpoint"
             )

@@ -6,7 +6,7 @@ Everything later needs no second pass: a smoothed layer's absmax is absmax / smo
 range is the largest of those.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -29,8 +29,9 @@ def watching_absmax(model: torch.nn.Module, names: Iterable[str]) -> Iterator[di
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0]
             if not last or last[0] is not x:
-                low, high = torch.aminmax(x.detach().reshape(-1, x.shape[-1]), dim=0)  # no |x| the size of x
-                last[:] = [x, torch.maximum(-low, high).to(torch.float32)]
+                rows = x.detach().reshape(-1, x.shape[-1])
+                # No |x| the size of x; and aminmax over rows takes four times as long as the two.
+                last[:] = [x, torch.maximum(rows.amax(dim=0), -rows.amin(dim=0)).to(torch.float32)]
             absmax[name] = torch.maximum(absmax[name], last[1]) if name in absmax else last[1]
 
         return model.get_submodule(name).register_forward_pre_hook(hook)
@@ -67,6 +68,11 @@ def observe(
             runs(input_ids=batch.to(device), use_cache=False)
             bar.update(len(batch))
         bar.close()
+    return checked(names, absmax)
+
+
+def checked(names: Iterable[str], absmax: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`absmax` of `names`; SmoothQuantError where no sample reached a layer, or its input was NaN or infinite."""
     for name in names:
         if name not in absmax:
             raise SmoothQuantError(
@@ -80,4 +86,4 @@ def observe(
                 f"{name}: input", expected="finite activations", got="NaN or infinity",
                 do="check the model in this dtype: it overflows on the calibration text",
             )  # fmt: skip
-    return {name: tensor.clone() for name, tensor in absmax.items()}
+    return {name: absmax[name].clone() for name in names}

@@ -9,7 +9,8 @@ module of its name; nothing is written before the gate has shown that smoothing 
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,10 +31,13 @@ from . import card, channels, data, export, gate, quantize
 from .arithmetic import compute_dtype
 from .graph import discover
 from .load import Source, check_source, load, untie_head
-from .observers import observe
+from .passes import BATCH_SIZE, observe_samples
 from .plan import Choice, Plan, Watched, make_plan
-from .sinks import find_sinks
+from .ranks import Ranks
+from .sinks import SAMPLES, first_readers, name_sinks
 from .smooth import Smoothing, smooth_groups
+from .state import State
+from .statistics import load_statistics, save_statistics
 
 # The paper's three levels (table 2): weights, activations.
 LEVELS = {"O1": ("tensor", "token"), "O2": ("tensor", "tensor"), "O3": ("tensor", "static")}
@@ -50,13 +54,18 @@ GATE_SHAPE = (4, 64)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that was loaded and watched. kept: layer -> why it stays in floating point. sinks: as sinks.py finds."""
+    """A model that was loaded and watched. kept: layer -> why it stays in floating point. sinks: as sinks.py finds.
+
+    passes: block by block, or why not (passes.py). batch_size: of the samples it was watched on.
+    """
 
     source: Source
     samples: data.Samples
     kept: dict[str, str]
     watched: Watched
     sinks: list[dict[str, Any]]
+    passes: str
+    batch_size: int
 
 
 def calibrate(
@@ -78,29 +87,51 @@ def calibrate(
     ignore: frozenset[str] = frozenset(),
     quantize_lm_head: bool = False,
     device_map: str = "auto",
+    stats: str | Path | None = None,
+    save_stats: str | Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write a smoothed INT8 checkpoint of `model` (folder or hub id) into the new folder `output`; return its manifest.
 
     weights: "channel" or "tensor"; activations: "token", "tensor" (both dynamic) or "static". alpha, max_fallback,
     budget_ppl, static_range: see plan.Choice; smoothing=False rounds the model as it is, the baseline to compare with.
-    quantize_lm_head unties a tied head first. Errors are SmoothQuantError, and leave nothing behind.
+    quantize_lm_head unties a tied head first. save_stats: a file to write what was observed to; stats: one to take it
+    from, instead of observing the same samples again. Errors are SmoothQuantError, and leave nothing behind.
+
+    What ends a run in another way (SIGKILL, a full disk) leaves state.py's folder; the same call goes on from there.
+    Under `accelerate launch` or torchrun the samples are shared; all processes but the first return {} when observed.
     """
+    asked = {
+        "model": str(model), "weights": weights, "activations": activations, "alpha": alpha, "smoothing": smoothing,
+        "max_fallback": max_fallback, "budget_ppl": budget_ppl, "static_range": static_range, "dataset": str(dataset),
+        "text_column": text_column, "samples": samples, "seq_len": seq_len, "seed": seed, "ignore": sorted(ignore),
+        "quantize_lm_head": quantize_lm_head, "device_map": device_map, "stats": None if stats is None else str(stats),
+    }  # fmt: skip
     scheme = as_scheme(weights, activations)
     choice = Choice(alpha if smoothing else None, max_fallback, budget_ppl, static_range)
     choice.check()
-    export.check_output(Path(output))
-    ready = prepare(
-        model, dataset=dataset, text_column=text_column, samples=samples, seq_len=seq_len, seed=seed, ignore=ignore,
-        quantize_lm_head=quantize_lm_head, device_map=device_map, quiet=quiet,
-    )  # fmt: skip
-    lap = _stopwatch(quiet)
-    plan = make_plan(ready.watched, scheme, choice, quiet=quiet)
-    lap("plan")
-    proof = prove(ready, plan.smoothing)
-    lap("gate")
-    manifest = write_checkpoint(ready, plan, proof, Path(output))
-    lap("quantize and export")
+    ranks = Ranks.of_launcher()
+    state = State(Path(output), asked)
+    finished = state.finished() if ranks.first else None
+    if ranks.any(finished is not None):
+        return finished or {}
+    if ranks.first:
+        export.check_output(Path(output))
+    with state.kept() if ranks.first else nullcontext():
+        ready = prepare(
+            model, dataset=dataset, text_column=text_column, samples=samples, seq_len=seq_len, seed=seed,
+            ignore=ignore, quantize_lm_head=quantize_lm_head, device_map=device_map, quiet=quiet, state=state,
+            ranks=ranks, stats=stats, save_stats=save_stats,
+        )  # fmt: skip
+        if not ranks.first:
+            return {}
+        lap = _stopwatch(quiet)
+        plan = make_plan(ready.watched, scheme, choice, quiet=quiet)
+        lap("plan")
+        proof = prove(ready, plan.smoothing)
+        lap("gate")
+        manifest = write_checkpoint(ready, plan, proof, Path(output), state)
+        lap("quantize and export")
     return manifest
 
 
@@ -150,15 +181,17 @@ def smooth(
 
 def prepare(
     model: str, *, dataset: str, text_column: str, samples: int, seq_len: int, seed: int, ignore: frozenset[str],
-    device_map: str, quiet: bool, quantize_lm_head: bool = False,
+    device_map: str, quiet: bool, quantize_lm_head: bool = False, state: State | None = None,
+    ranks: Ranks | None = None, stats: str | Path | None = None, save_stats: str | Path | None = None,
 ) -> Prepared:  # fmt: skip
     """Load and observe: all that calibrate does before it decides anything, with the same arguments.
 
-    One preparation serves any number of plans.
+    One preparation serves any number of plans. state: where to go on from. ranks: who shares the samples.
     """
-    lap = _stopwatch(quiet)
+    ranks = ranks or Ranks()
+    lap = _stopwatch(quiet or not ranks.first)
     check_source(model)
-    source = load(model, device_map)
+    source = load(model, ranks.placement(device_map))
     if quantize_lm_head:
         untie_head(model, source.model)
     names, kept = quantize.choose_linears(source.model, ignore, lm_head=quantize_lm_head)
@@ -168,17 +201,35 @@ def prepare(
     )
     check_positions(source, seq_len)
     lap("read data")
+    observed_on = {
+        "source": source.hashes,
+        "arithmetic": str(compute_dtype(source.model)).removeprefix("torch."),
+        "tokens": {"sha256": drawn.sha256, "samples": samples, "seq_len": seq_len},
+    }
+    if state is not None and ranks.first:
+        resumed = state.open({**observed_on, "processes": ranks.size, "versions": _versions()})
+        if resumed and not quiet:
+            print(f"{state.folder}: going on with an interrupted run", file=sys.stderr)
+    ranks.wait()
     graph = discover(source.model, drawn.input_ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]], keep=set(kept))
     lap("discover")
-    readers = {reader.name for group in graph.groups for reader in group.readers}
-    absmax = observe(source.model, sorted({*names, *readers}), drawn.input_ids, quiet=quiet)
-    sinks = find_sinks(
-        source.model,
-        ([name for name in reading if name in names] for reading in graph.inputs), drawn.input_ids, source.tokenizer,
-    )  # fmt: skip
-    lap("observe")
-    watched = Watched(source.model, graph.with_inputs(names), names, absmax, drawn.input_ids)
-    return Prepared(source, drawn, kept, watched, sinks)
+    watched = sorted({*names, *(reader.name for group in graph.groups for reader in group.readers)})
+    if stats is not None:
+        absmax, found = load_statistics(Path(stats), watched, observed_on)
+    else:
+        readers = first_readers([name for name in reading if name in names] for reading in graph.inputs)
+        observed = observe_samples(
+            source.model, watched, list(readers), drawn.input_ids, state=state, ranks=ranks, quiet=quiet
+        )
+        absmax = observed.absmax
+        sinks = name_sinks(observed.peaks, readers, drawn.input_ids[:SAMPLES], source.tokenizer)
+        found = {"sinks": sinks, "passes": observed.passes, "batch_size": BATCH_SIZE}
+        lap("observe")
+    if save_stats is not None and ranks.first:
+        save_statistics(Path(save_stats), absmax, observed_on, found)
+    return Prepared(
+        source, drawn, kept, Watched(source.model, graph.with_inputs(names), names, absmax, drawn.input_ids), **found
+    )
 
 
 def prove(ready: Prepared, smoothing: Smoothing) -> dict[str, Any]:
@@ -189,13 +240,19 @@ def prove(ready: Prepared, smoothing: Smoothing) -> dict[str, Any]:
     return gate.check(model, smoothing.folded(model), ready.watched.graph, list(batches))
 
 
-def write_checkpoint(ready: Prepared, plan: Plan, proof: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Round by `plan`, whose smoothing has its `proof`, into the new folder `output`; returns the manifest."""
+def write_checkpoint(
+    ready: Prepared, plan: Plan, proof: dict[str, Any], output: Path, state: State | None = None
+) -> dict[str, Any]:
+    """Round by `plan`, whose smoothing has its `proof`, into the new folder `output`; returns the manifest.
+
+    state: where shards that an interrupted run finished are found, and kept.
+    """
     model = ready.source.model
     kept = ready.kept | {name: f"fell back: {why}" for name, why in plan.fallen.items() if name not in plan.schemes}
-    with export.staging(output) as folder:
+    with export.staging(output, state) as folder:
+        before = {name for names in export.written_tensors(folder) for name in names}
         with torch.inference_mode():
-            export.write_tensors(folder, _quantized_tensors(ready, plan))
+            export.write_tensors(folder, _quantized_tensors(ready, plan, before))
         config = QuantizationConfig(
             plan.scheme.weights,
             plan.scheme.input_activations,
@@ -244,13 +301,18 @@ def check_positions(source: Source, seq_len: int) -> None:
         )
 
 
-def _quantized_tensors(ready: Prepared, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint, block by block: INT8 where planned, smoothed or untouched elsewhere."""
+def _quantized_tensors(ready: Prepared, plan: Plan, before: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the checkpoint, block by block: INT8 where planned, smoothed or untouched elsewhere.
+
+    Layers whose tensors are all in `before` are left out: rounding them anew would be work for nothing.
+    """
     model, smoothing = ready.source.model, plan.smoothing
     for block in export.source_tensors(model):
         plain = {}
         for key, tensor in block.items():
             owner, _, suffix = key.rpartition(".")
+            if owner in plan.schemes and suffix == "weight" and _last_tensor(ready, plan, owner) in before:
+                continue
             smoothed = smoothing.parameters(model, owner).get(suffix) if owner in smoothing.modules else None
             if owner in plan.schemes and suffix == "weight":
                 linear = model.get_submodule(owner)
@@ -264,6 +326,17 @@ def _quantized_tensors(ready: Prepared, plan: Plan) -> Iterator[tuple[str, torch
             else:
                 plain[key] = tensor if smoothed is None else smoothed.to(tensor.dtype)
         yield from export.hub_names(model, plain).items()
+
+
+def _last_tensor(ready: Prepared, plan: Plan, owner: str) -> str:
+    """Name of the tensor of layer `owner` that is written after its others."""
+    static = not plan.schemes[owner].input_activations.dynamic
+    last = "smoothing_factor" if owner in plan.smoothing.runtime else "input_scale" if static else "weight_scale"
+    return f"{export.hub_module_name(ready.source.model, owner)}.{last}"
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def _manifest(ready: Prepared, folder: Path, smoothing: Smoothing, proof: dict[str, Any]) -> dict[str, Any]:
@@ -282,6 +355,9 @@ def _manifest(ready: Prepared, folder: Path, smoothing: Smoothing, proof: dict[s
             "samples": len(ready.samples.input_ids),
             "seq_len": ready.samples.input_ids.shape[1],
             "seed": ready.samples.seed,
+            # Products of another shape may be rounded in another order.
+            "batch_size": ready.batch_size,
+            "passes": ready.passes,
         },
         "groups": [smoothing.describe(group) for group in ready.watched.graph.groups],
         "not_folded": [str(refusal) for refusal in ready.watched.graph.refusals],
@@ -289,7 +365,7 @@ def _manifest(ready: Prepared, folder: Path, smoothing: Smoothing, proof: dict[s
         "gate": proof,
         "quantized": [],
         "kept": ready.kept,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": _versions(),
         "files": export.file_hashes(folder),
     }
 

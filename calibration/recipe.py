@@ -19,7 +19,7 @@ from vllm_smoothquant.checkpoint import SmoothQuantError
 
 RECIPE = "recipe.yaml"
 # How a run talks, or where its result goes, is no part of how a checkpoint is made.
-NOT_KEPT = ("help", "json", "quiet", "recipe", "print_recipe", "output", "push_to_hub")
+NOT_KEPT = ("help", "json", "quiet", "recipe", "print_recipe", "output", "push_to_hub", "stats", "save_stats")
 
 
 class _Loader(yaml.SafeLoader):

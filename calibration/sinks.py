@@ -10,7 +10,8 @@ Source: Sun et al., Massive Activations in Large Language Models (arXiv 2402.177
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,15 +25,9 @@ TIMES = 20
 SAMPLES = 4
 
 
-def find_sinks(
-    model: nn.Module, inputs: Iterable[Sequence[str]], input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, Any]]:
-    """For each tensor with a sink: the layers that read it, how many times the median peak its largest is, the tokens.
-
-    inputs: layers that read one tensor, together. input_ids: int64 [samples, tokens], of which SAMPLES are run.
-    first_token: share of the sinks that begin a sample. tokens: the commonest among them, as text.
-    """
-    ids = input_ids[:SAMPLES]
+@contextmanager
+def watching_peaks(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """While open, a forward of the linear layers `names` puts the peak of every token into the yielded dict."""
     peaks: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Any:
@@ -42,14 +37,39 @@ def find_sinks(
 
         return model.get_submodule(name).register_forward_pre_hook(hook)
 
-    readers = {names[0]: list(names) for names in inputs if names}
-    handles = [watch(name) for name in readers]
+    handles = [watch(name) for name in names]
     try:
-        with torch.no_grad(), fast_arithmetic(model):
-            decoder_of(model, readers)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+        yield peaks
     finally:
         for handle in handles:
             handle.remove()
+
+
+def find_sinks(
+    model: nn.Module, inputs: Iterable[Sequence[str]], input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """Run SAMPLES of `input_ids` and name the sinks (name_sinks)."""
+    ids = input_ids[:SAMPLES]
+    readers = first_readers(inputs)
+    with torch.no_grad(), fast_arithmetic(model), watching_peaks(model, readers) as peaks:
+        decoder_of(model, readers)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    return name_sinks(peaks, readers, ids, tokenizer)
+
+
+def first_readers(inputs: Iterable[Sequence[str]]) -> dict[str, list[str]]:
+    """The first layer that reads a tensor -> all that read it, in `inputs` together."""
+    return {names[0]: list(names) for names in inputs if names}
+
+
+def name_sinks(
+    peaks: Mapping[str, torch.Tensor], readers: Mapping[str, list[str]], ids: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """For each tensor with a sink: the layers that read it, how many times the median peak its largest is, the tokens.
+
+    peaks: first reader -> float32 [samples, tokens], as `ids`. readers: first_readers.
+    first_token: share of the sinks that begin a sample. tokens: the commonest among them, as text.
+    """
     found = []
     for name, peak in peaks.items():
         if peak.shape != ids.shape:

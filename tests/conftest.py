@@ -15,8 +15,9 @@ from hypothesis import settings
 from demo import assets
 
 TINY = (
-    "test_against_source", "test_calibrate", "test_from_pretrained", "test_fuzz", "test_gate", "test_graph",
-    "test_plan", "test_reference", "test_security", "test_smooth", "test_verify",
+    "test_against_source", "test_blocks", "test_calibrate", "test_from_pretrained", "test_fuzz", "test_gate",
+    "test_graph", "test_plan", "test_ranks", "test_reference", "test_resume", "test_security", "test_smooth",
+    "test_verify",
 )  # fmt: skip
 
 

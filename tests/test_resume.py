@@ -1,0 +1,299 @@
+"""SIGKILL at any moment, the same command again: the same bytes. Other inputs are refused; a fault leaves nothing.
+
+Runs are forked from a process that has imported everything: starting one costs seconds, a tiny calibration half of one.
+"""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from calibration import __main__ as cli
+from calibration import activations, export, state
+from calibration.passes import BATCH_SIZE
+from calibration.pipeline import calibrate
+from tests import tiny
+from vllm_smoothquant.checkpoint import MANIFEST, SmoothQuantError
+
+FORK = multiprocessing.get_context("fork")
+SHARD = 60_000  # bytes: several shards of a tiny model
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    return tiny.save("llama", folder / "llama"), tiny.save_text(folder / "text.jsonl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shards():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export.write_tensors, "__defaults__", (SHARD,))
+        yield
+
+
+def run(source, output, **options):
+    model, text = source
+    options = {"samples": 2 * BATCH_SIZE + 1, "seq_len": tiny.SEQ_LEN, "activations": "static"} | options
+    return calibrate(str(model), output, **({"dataset": str(text), "quiet": True} | options))
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """File -> bytes of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    run(source, output)
+    assert len(list(output.glob("*.safetensors"))) > 2
+    return contents(output)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+def forked(target, *args) -> int:
+    """Exit code of target(*args) in a process of its own; -9 if it was killed."""
+    process = FORK.Process(target=target, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_at_event(source, output: Path, at: int, counted=None) -> None:
+    """Run, and be killed before the file operation number `at` at the output or its state; count them if asked."""
+    events = 0
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal events
+        if event.split(".")[0] in ("open", "os", "shutil") and args and str(output) in str(args[0]):
+            events += 1
+            if events == at:
+                die()
+
+    sys.addaudithook(hook)
+    run(source, output)
+    if counted is not None:
+        counted.put(events)
+
+
+def killed_in_write(source, output: Path, at: int) -> None:
+    """Run, and be killed when half of the tensor file number `at` is written."""
+    written = 0
+
+    def half(tensors, path, metadata=None) -> None:
+        nonlocal written
+        save(tensors, path, metadata=metadata)
+        written += 1
+        if written == at:
+            os.truncate(path, Path(path).stat().st_size // 2)
+            die()
+
+    save = export.save_file
+    for module in (activations, export, state):
+        module.save_file = half
+    run(source, output)
+
+
+def finished_and_the_same(source, output: Path, whole) -> None:
+    assert forked(run, source, output) == 0
+    assert contents(output) == whole
+    assert [p.name for p in output.parent.iterdir()] == [output.name], "the state is removed"
+
+
+@pytest.fixture(scope="module")
+def operations(source, tmp_path_factory):
+    """How many file operations a run makes at its output and its state."""
+    counted = FORK.SimpleQueue()
+    assert forked(killed_at_event, source, tmp_path_factory.mktemp("counting") / "out", 0, counted) == 0
+    return counted.get()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.95, 1.0])
+def test_killed_between_file_operations(share, operations, source, whole, tmp_path):
+    at = max(1, round(share * operations))
+    assert forked(killed_at_event, source, tmp_path / "out", at) == -signal.SIGKILL
+    finished_and_the_same(source, tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 9, 12])
+def test_killed_in_the_middle_of_a_write(at, source, whole, tmp_path):
+    assert forked(killed_in_write, source, tmp_path / "out", at) == -signal.SIGKILL
+    finished_and_the_same(source, tmp_path / "out", whole)
+
+
+def test_killed_again_and_again_at_random(source, whole, tmp_path):
+    """Later and later, so that it ends; each run goes on from what the one before left."""
+    rng, kills = random.Random(0), 0
+    output = tmp_path / "out"
+    for attempt in range(40):
+        process = FORK.Process(target=run, args=(source, output))
+        process.start()
+        process.join(rng.uniform(0.05, 0.2) * (attempt + 1))
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert kills >= 2
+    assert contents(output) == whole
+    assert not (tmp_path / "out.state").exists()
+
+
+def test_finished_blocks_and_shards_are_not_made_again(source, whole, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    assert forked(killed_in_write, source, output, 12) == -signal.SIGKILL
+    found = sorted(p.relative_to(tmp_path / "out.state").as_posix() for p in (tmp_path / "out.state/block").iterdir())
+    assert found == [f"block/{i:05d}.safetensors" for i in range(3)]
+    shards = [p.name for p in (tmp_path / "out.state/checkpoint").iterdir() if p.suffix != ".partial"]
+    assert shards
+    written, save = [], export.save_file
+
+    def noting(tensors, path, metadata):
+        written.append(path.name)
+        save(tensors, path, metadata)
+
+    monkeypatch.setattr(export, "save_file", noting)
+    monkeypatch.setattr(activations, "save_file", None)  # no block runs
+    run(source, output)
+    assert not {f"{name}.partial" for name in shards} & set(written)
+    assert contents(output) == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"alpha": 0.6}, "options.alpha was 0.5, is 0.6"),
+        ({"samples": 5}, "options.samples was 9, is 5"),
+        ({"activations": "token"}, 'options.activations was "static", is "token"'),
+    ],
+)
+def test_another_command_is_refused_with_the_difference(options, difference, source, whole, tmp_path):
+    output = tmp_path / "out"
+    assert forked(killed_in_write, source, output, 5) == -signal.SIGKILL
+    before = sorted((tmp_path / "out.state").rglob("*"))
+    with pytest.raises(SmoothQuantError) as refused:
+        run(source, output, **options)
+    assert difference in str(refused.value)
+    assert sorted((tmp_path / "out.state").rglob("*")) == before
+    finished_and_the_same(source, output, whole)
+
+
+def test_a_changed_model_or_text_is_refused_with_the_difference(source, tmp_path):
+    model = tiny.save("llama", tmp_path / "model")
+    text = tiny.save_text(tmp_path / "text.jsonl")
+    output = tmp_path / "out"
+    assert forked(killed_in_write, (model, text), output, 5) == -signal.SIGKILL
+    tiny.save_text(text, documents=13)
+    with pytest.raises(SmoothQuantError, match=r"tokens\.sha256 was "):
+        run((model, text), output)
+    tiny.save_text(text)
+    tiny.save("llama-bias", model)
+    with pytest.raises(SmoothQuantError, match=r"source\.model\.safetensors was "):
+        run((model, text), output)
+
+
+def test_the_state_of_another_version_is_refused(source, tmp_path):
+    output = tmp_path / "out"
+    assert forked(killed_in_write, source, output, 5) == -signal.SIGKILL
+    inputs = tmp_path / "out.state/inputs.json"
+    inputs.write_text(json.dumps(json.loads(inputs.read_text()) | {"format": 99}))
+    with pytest.raises(SmoothQuantError, match="format was 99, is 1"):
+        run(source, output)
+    inputs.write_text("{")
+    with pytest.raises(SmoothQuantError, match="remove that folder to begin anew"):
+        run(source, output)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(source, whole, tmp_path, monkeypatch, capsys):
+    """Here the export's second shard meets it; blocks and the first shard are there when there is room again."""
+    output, save = tmp_path / "out", export.save_file
+
+    def full(tensors, path, metadata=None):
+        if "shard-1" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(tensors, path, metadata=metadata)
+
+    model, text = source
+    argv = ["calibrate", str(model), "-o", str(output), "--dataset", str(text), "--samples", "9", "--seq-len"]
+    argv += [str(tiny.SEQ_LEN), "--activations", "static", "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "save_file", full)
+        assert cli.main(argv) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "No space left on device" in line
+    assert (tmp_path / "out.state/checkpoint/shard-0").exists()
+    assert not output.exists()
+    assert cli.main(argv) == 0
+    assert contents(output) == whole
+
+
+def test_a_full_disk_while_observing_loses_nothing(source, whole, tmp_path, monkeypatch):
+    save, calls = activations.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(activations, "save_file", full)
+        with pytest.raises(SmoothQuantError, match="No space left on device"):
+            run(source, tmp_path / "out")
+    assert (tmp_path / "out.state/block/00000.safetensors").exists()
+    run(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+
+
+# --- statistics that are kept ---
+
+
+def test_kept_statistics_give_the_same_bytes_without_a_pass(source, whole, tmp_path, monkeypatch):
+    run(source, tmp_path / "first", alpha=0.7, weights="tensor", save_stats=tmp_path / "stats.safetensors")
+    from calibration import pipeline
+
+    monkeypatch.setattr(pipeline, "observe_samples", None)
+    run(source, tmp_path / "out", stats=tmp_path / "stats.safetensors")
+    assert contents(tmp_path / "out") == whole
+    with safe_open(tmp_path / "stats.safetensors", "pt") as file:
+        assert all(file.get_tensor(name).dim() == 1 for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 5}, "observed_on.tokens.samples was 9, is 5"),
+        ({"quantize_lm_head": True}, "expected statistics of lm_head"),
+    ],
+)
+def test_statistics_of_something_else_are_refused(options, message, source, tmp_path):
+    stats = tmp_path / "stats.safetensors"
+    run(source, tmp_path / "first", save_stats=stats)
+    with pytest.raises(SmoothQuantError, match="--stats") as refused:
+        run(source, tmp_path / "out", stats=stats, **options)
+    assert message in str(refused.value)
+    assert not (tmp_path / "out.state").exists()
+
+
+def test_what_is_no_statistics_file_is_refused(source, tmp_path):
+    (tmp_path / "stats").write_text("none")
+    with pytest.raises(SmoothQuantError, match="expected a file that --save-stats wrote"):
+        run(source, tmp_path / "out", stats=tmp_path / "stats")
+
+
+def test_the_manifest_tells_batch_size_and_passes(whole):
+    manifest = json.loads(whole[MANIFEST])
+    assert manifest["calibration"]["batch_size"] == BATCH_SIZE
+    assert manifest["calibration"]["passes"] == "block by block"
