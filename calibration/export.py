@@ -24,7 +24,9 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from vllm_smoothquant.checkpoint import MANIFEST, TRANSFORMERS_WEIGHTS, SmoothQuantError
 
+from .card import CARD
 from .load import sha256
+from .recipe import RECIPE
 from .state import State
 
 # One shard is held in memory until it is written, and is written anew by a run that was interrupted in it.
@@ -201,5 +203,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of every file but the manifest, which holds them."""
-    return {f.name: sha256(f) for f in sorted(folder.iterdir()) if f.is_file() and f.name != MANIFEST}
+    """Name -> sha256 of every file but the manifest, which holds them, and what is told about it afterwards."""
+    left_out = (MANIFEST, CARD, RECIPE)
+    return {f.name: sha256(f) for f in sorted(folder.iterdir()) if f.is_file() and f.name not in left_out}
