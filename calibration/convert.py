@@ -34,6 +34,7 @@ from vllm_smoothquant.checkpoint import (
     read_headers,
     read_json,
 )
+from vllm_smoothquant.reordered import REORDERED
 
 from . import card, export
 from .architecture import build_empty
@@ -42,9 +43,6 @@ from .verify import verify
 
 COMPRESSED_TENSORS = "compressed-tensors"
 FORMATS = (COMPRESSED_TENSORS, QUANT_METHOD)
-# Scales that stock vLLM's loader of the architecture views as [heads, 3, ...], which one element does not survive
-# (vllm_smoothquant/repack.py is our way around it).
-REORDERED = {"bloom": "query_key_value"}
 # Keys of a compressed-tensors configuration that change what is computed and that we have no word for.
 FOREIGN = ("kv_cache_scheme", "transform_config", "sparsity_config")
 
@@ -99,6 +97,7 @@ def check_expressible(folder: Path, ours: QuantizationConfig, headers: Headers, 
             min(ours.smoothed), f"smoothing at run time in {len(ours.smoothed)} layers",
             "calibrate with a fixed --alpha, which folds all of it away",
         )  # fmt: skip
+    # Stock vLLM's loader views these scales as [heads, 3, ...], which one element does not survive.
     layer = REORDERED.get(str(config.get("model_type")))
     for name, (_, shape) in headers.items():
         if layer and shape == (1,) and name.rpartition(".")[0].endswith(layer):

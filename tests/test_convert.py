@@ -1,6 +1,5 @@
 """`smoothquant convert`: compressed-tensors' readers compute what ours do, and what they cannot is refused."""
 
-import ast
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from calibration import __main__ as cli
 from calibration import export
-from calibration.convert import COMPRESSED_TENSORS, REORDERED, convert
+from calibration.convert import COMPRESSED_TENSORS, convert
 from calibration.pipeline import calibrate
 from calibration.reference import load_reference
 from calibration.verify import verify
@@ -185,9 +184,3 @@ def test_scales_in_16_bits_and_zero_points_of_zero_are_taken(checkpoints, tmp_pa
     convert(there, tmp_path / "back", "smoothquant")
     state = load_file(tmp_path / "back/model.safetensors")
     assert {t.dtype for name, t in state.items() if name.endswith("weight_scale")} == {torch.float32}
-
-
-def test_reordered_layers_are_those_the_plugin_knows():
-    """Read, not imported: that module needs vLLM, and seconds."""
-    text = (Path(__file__).parent.parent / "vllm_smoothquant/repack.py").read_text()
-    assert ast.literal_eval(text.partition("REORDERED = ")[2].splitlines()[0]) == REORDERED

@@ -340,7 +340,7 @@ NAMES = {re.split(r"[-\d.]", name)[0] for name in zoo.ZOO} - {"opt", "seed"}
 
 
 # vLLM's loader of this architecture reorders tensors by their name: a fact about vLLM, kept in one table there.
-ALLOWED = {"repack.py": {"bloom"}}
+ALLOWED = {"reordered.py": {"bloom"}}
 
 
 def _words(path: Path) -> Iterator[str]:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from vllm.model_executor.models.utils import WeightsMapper
 
-# model_type -> name of the layer its loader reorders.
-REORDERED = {"bloom": "query_key_value"}
+from .reordered import REORDERED
 
 
 @dataclass
