@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"smoothquant: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        then = "the same command goes on from here" if command is _calibrate else "nothing was written"
+        resumes = getattr(args, "command", None) is _calibrate
+        then = "the same command goes on from here" if resumes else "nothing was written"
         print(f"smoothquant: interrupted; {then}", file=sys.stderr)
         return 130
 

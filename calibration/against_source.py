@@ -22,15 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from vllm_smoothquant import int8
-from vllm_smoothquant.checkpoint import SmoothQuantError, read_json
+from vllm_smoothquant.checkpoint import SmoothQuantError, read_json, read_tensors
 
 from . import export, gate
-from .graph import Graph, Group, discover
+from .graph import TRACE_SHAPE, Graph, Group, discover
 from .load import Source, load, untie_head
 from .observers import observe
 from .quantize import choose_linears
@@ -41,7 +40,7 @@ HALF = 0.5 + 2.0**-13
 UNIT = 2.0**-23
 # Sinks are a thousand times the other tokens, and random ones may not wake them.
 FAR = 1e4
-TRACE_SHAPE, GATE_SHAPE = (2, 16), (2, 64)
+GATE_SHAPE = (2, 64)
 
 
 def compare(
@@ -59,7 +58,7 @@ def compare(
     if said.get("dtype") != str(model.dtype).removeprefix("torch."):
         yield _fault("manifest: source.dtype", str(model.dtype), repr(said.get("dtype")))
 
-    tensors = _read(checkpoint)
+    tensors = dict(read_tensors(checkpoint))
     stored = Stored(model, tensors)
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
     if head in stored.quantised:
@@ -299,14 +298,6 @@ def _claim(manifest: Mapping[str, Any], key: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise _fault(f"manifest: {key}", f"a {kind.__name__}", repr(value)[:80])
     return value
-
-
-def _read(folder: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    return tensors
 
 
 def _some_ids(model: PreTrainedModel) -> torch.Tensor:

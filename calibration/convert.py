@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
 from vllm_smoothquant.checkpoint import (
@@ -33,6 +32,7 @@ from vllm_smoothquant.checkpoint import (
     header_faults,
     read_headers,
     read_json,
+    read_tensors,
 )
 from vllm_smoothquant.reordered import REORDERED
 
@@ -242,25 +242,22 @@ def _strategy(said: Any, where: str, known: set[tuple[str, bool]]) -> str:
 
 def _our_tensors(folder: Path, ours: QuantizationConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of `folder` as our format stores them: float32 scales of one shape, and no zero points."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                tensor = file.get_tensor(name)
-                suffix = name.rpartition(".")[2]
-                if suffix.endswith("_zero_point"):
-                    if tensor.any():
-                        raise SmoothQuantError(
-                            name, expected="zeros: symmetric integers", got="others", do="serve it with stock vLLM"
-                        )
-                    continue
-                if suffix in ("weight_scale", "input_scale"):
-                    per_channel = suffix == "weight_scale" and ours.weights.strategy == "channel"
-                    tensor = tensor.float().reshape((-1, 1) if per_channel else (1,))
-                    if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-                        raise SmoothQuantError(
-                            name, expected="finite scales above zero", got="others", do="quantise the model again"
-                        )
-                yield name, tensor
+    for name, tensor in read_tensors(folder):
+        suffix = name.rpartition(".")[2]
+        if suffix.endswith("_zero_point"):
+            if tensor.any():
+                raise SmoothQuantError(
+                    name, expected="zeros: symmetric integers", got="others", do="serve it with stock vLLM"
+                )
+            continue
+        if suffix in ("weight_scale", "input_scale"):
+            per_channel = suffix == "weight_scale" and ours.weights.strategy == "channel"
+            tensor = tensor.float().reshape((-1, 1) if per_channel else (1,))
+            if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+                raise SmoothQuantError(
+                    name, expected="finite scales above zero", got="others", do="quantise the model again"
+                )
+        yield name, tensor
 
 
 def _finish(beside: Path, folder: Path, config: dict[str, Any], kept: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vllm_smoothquant import SUPPORTED_VLLM
+from vllm_smoothquant import SUPPORTED_VLLM, supports
 from vllm_smoothquant.checkpoint import QUANT_METHOD, Scheme, SmoothQuantError
 
 from .pipeline import ACTIVATIONS
@@ -173,13 +173,7 @@ def _vllm() -> dict[str, Any]:
         found = version("vllm")
     except PackageNotFoundError:
         return {"version": None, "supported": False, "platform": None, "plugin": False}
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import InvalidVersion, Version
-
-    try:
-        supported = Version(found) in SpecifierSet(SUPPORTED_VLLM, prereleases=True)
-    except InvalidVersion:
-        supported = True  # a source tree; the plugin takes it, too
+    supported = supports(found)
     names = {point.name for point in entry_points(group="vllm.general_plugins")}
     allowed = os.environ.get("VLLM_PLUGINS")
     plugin = QUANT_METHOD in names and (allowed is None or QUANT_METHOD in allowed.split(","))

@@ -29,6 +29,9 @@ from vllm_smoothquant.checkpoint import SmoothQuantError
 from .labels import DEGREE, Trace
 from .probe import linear_transposed, norm_channels, norm_rules, own_parameters, plain_kernels
 
+# Samples and tokens of each: discovery needs the shape of the computation, not its statistics.
+TRACE_SHAPE = (2, 16)
+
 
 @dataclass(frozen=True)
 class Linear:

@@ -29,8 +29,8 @@ from vllm_smoothquant.checkpoint import (
 
 from . import card, channels, data, export, gate, quantize
 from .arithmetic import compute_dtype
-from .graph import discover
-from .load import Source, check_source, load, untie_head
+from .graph import TRACE_SHAPE, discover
+from .load import Source, load, untie_head
 from .passes import BATCH_SIZE, observe_samples
 from .plan import Choice, Plan, Watched, make_plan
 from .ranks import Ranks
@@ -47,8 +47,7 @@ ACTIVATIONS = {
     "static": InputActivations("tensor", dynamic=False),
 }
 LIBRARIES = ("vllm-smoothquant", "torch", "transformers", "accelerate", "datasets", "safetensors")
-# Discovery needs the shape of the computation, not its statistics; the gate a few texts long enough for attention.
-TRACE_SHAPE = (2, 16)
+# A few texts long enough for attention.
 GATE_SHAPE = (4, 64)
 
 
@@ -190,7 +189,6 @@ def prepare(
     """
     ranks = ranks or Ranks()
     lap = _stopwatch(quiet or not ranks.first)
-    check_source(model)
     source = load(model, ranks.placement(device_map))
     if quantize_lm_head:
         untie_head(model, source.model)

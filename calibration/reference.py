@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from vllm_smoothquant import int8
-from vllm_smoothquant.checkpoint import QuantizationConfig, SmoothQuantError, header_faults, read_headers
+from vllm_smoothquant.checkpoint import QuantizationConfig, SmoothQuantError, header_faults, read_headers, read_tensors
 
 QUANTISED_TENSORS = ("weight", "weight_scale", "input_scale", "smoothing_factor")
 
@@ -65,9 +64,14 @@ def load_reference(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float3
     del config.quantization_config
     config.transformers_weights = None
 
-    tensors = _read(folder)
-    for fault in header_faults(quantization, read_headers(folder)):
+    headers = read_headers(folder)
+    if not headers:
+        raise SmoothQuantError(
+            str(folder), expected="safetensors files", got="none", do="check the path, or export the checkpoint again"
+        )
+    for fault in header_faults(quantization, headers):
         raise fault
+    tensors = dict(read_tensors(folder))
     layers = sorted(n.removesuffix(".weight") for n, t in tensors.items() if t.dtype == torch.int8)
     taken = {
         layer: {s: tensors.pop(f"{layer}.{s}") for s in QUANTISED_TENSORS if f"{layer}.{s}" in tensors}
@@ -83,18 +87,6 @@ def load_reference(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float3
         assert scheme is not None  # header_faults
         _replace(model, layer, modules.get(layer), taken[layer], scheme.input_activations.strategy)
     return model.eval()
-
-
-def _read(folder: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    if not tensors:
-        raise SmoothQuantError(
-            str(folder), expected="safetensors files", got="none", do="check the path, or export the checkpoint again"
-        )
-    return tensors
 
 
 def _float_model(folder: Path, config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:

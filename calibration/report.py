@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+import torch
 
 from vllm_smoothquant import int8
-from vllm_smoothquant.checkpoint import MANIFEST, QuantizationConfig, SmoothQuantError
+from vllm_smoothquant.checkpoint import MANIFEST, QuantizationConfig, SmoothQuantError, read_json, read_tensors
 
 from . import channels as channel_file
 from .channels import Channels
@@ -51,10 +51,10 @@ def report(
             "report", expected="matplotlib", got=str(error), do="pip install 'vllm-smoothquant[report]'"
         ) from error
     folder, target = Path(checkpoint), Path(output)
-    manifest = _json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST)
     try:
         facts = gather(folder, manifest)
-        facts["evaluation"] = None if evaluation is None else _rows(_json(Path(evaluation)))
+        facts["evaluation"] = None if evaluation is None else _rows(read_json(Path(evaluation)))
         seen = channel_file.read(folder)
         images = draw(facts, seen)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -86,7 +86,7 @@ def report(
 
 def gather(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the page says in words and tables."""
-    config = QuantizationConfig.from_dict(_json(folder / "config.json").get("quantization_config"))
+    config = QuantizationConfig.from_dict(read_json(folder / "config.json").get("quantization_config"))
     weights = count_weights(folder)
     errors = {str(k): float(v) for k, v in manifest.get("errors", {}).items()}
     alphas = {str(k): None if v is None else float(v) for k, v in manifest.get("alphas", {}).items()}
@@ -142,18 +142,15 @@ def count_weights(folder: Path) -> dict[str, dict[str, Any]]:
     """Layer -> share of its integers at +-127 (`full`), of the fullest row (`worst`), bytes, input_scale or None."""
     found: dict[str, dict[str, Any]] = {}
     scales: dict[str, float] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118
-                layer, _, suffix = name.rpartition(".")
-                if suffix == "input_scale":
-                    scales[layer] = float(file.get_tensor(name).reshape(-1)[0])
-                elif suffix == "weight" and file.get_slice(name).get_dtype() == "I8":
-                    integers = file.get_tensor(name)
-                    ends = np.abs(integers.astype(np.int16)) >= int8.QMAX
-                    found[layer] = {
-                        "full": float(ends.mean()), "worst": float(ends.mean(1).max()), "bytes": integers.size
-                    }  # fmt: skip
+    for name, tensor in read_tensors(folder, (".weight", ".input_scale")):
+        layer, _, suffix = name.rpartition(".")
+        if suffix == "input_scale":
+            scales[layer] = float(tensor)
+        elif tensor.dtype == torch.int8:
+            ends = (tensor.to(torch.int16).abs() >= int8.QMAX).float()
+            found[layer] = {
+                "full": float(ends.mean()), "worst": float(ends.mean(1).max()), "bytes": tensor.numel()
+            }  # fmt: skip
     return {name: entry | {"input_scale": scales.get(name)} for name, entry in found.items()}
 
 
@@ -229,19 +226,6 @@ def _rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key, "") for key in columns} for row in rows]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SmoothQuantError(
-            str(path), expected="readable JSON", got=" ".join(str(error).split())[:200],
-            do="give a folder that `smoothquant calibrate` wrote",
-        ) from error  # fmt: skip
-    if not isinstance(value, dict):
-        raise SmoothQuantError(str(path), expected="a JSON object", got=type(value).__name__, do="check the path")
-    return value
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -18,9 +18,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .arithmetic import fast_arithmetic
-from .observers import decoder_of
-
 TIMES = 20
 SAMPLES = 4
 
@@ -43,17 +40,6 @@ def watching_peaks(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str,
     finally:
         for handle in handles:
             handle.remove()
-
-
-def find_sinks(
-    model: nn.Module, inputs: Iterable[Sequence[str]], input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, Any]]:
-    """Run SAMPLES of `input_ids` and name the sinks (name_sinks)."""
-    ids = input_ids[:SAMPLES]
-    readers = first_readers(inputs)
-    with torch.no_grad(), fast_arithmetic(model), watching_peaks(model, readers) as peaks:
-        decoder_of(model, readers)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
-    return name_sinks(peaks, readers, ids, tokenizer)
 
 
 def first_readers(inputs: Iterable[Sequence[str]]) -> dict[str, list[str]]:

@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from vllm_smoothquant import int8
 from vllm_smoothquant.checkpoint import (
     MANIFEST,
     TRANSFORMERS_WEIGHTS,
-    Headers,
     QuantizationConfig,
     SmoothQuantError,
     header_faults,
     read_headers,
     read_json,
+    read_tensors,
     size_faults,
 )
 
@@ -148,8 +147,8 @@ def _hashes(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
         if name not in here:
             yield _fault(f"{folder}/{name}", "a file, by the manifest", "none")
         elif name in files:
-            if sha256(here[name]) != files[name]:
-                yield _fault(f"{folder}/{name}", f"sha256 {files[name][:16]}...", f"{sha256(here[name])[:16]}...")
+            if (got := sha256(here[name])) != files[name]:
+                yield _fault(f"{folder}/{name}", f"sha256 {files[name][:16]}...", f"{got[:16]}...")
         elif name.endswith(".safetensors"):
             # Anything else may have been added since: a README, a licence.
             yield _fault(f"{folder}/{name}", "an entry in the manifest", "none", "remove the file that does not belong")
@@ -160,13 +159,6 @@ def _hashes(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
 
 def _read_tensors(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
     headers = read_headers(folder)
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            yield _fault(str(path), "a safetensors file", str(error))
-            return
     if not headers:
         yield _fault(str(folder), "safetensors files", "none")
         return
@@ -182,10 +174,8 @@ def _architecture(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantEr
 
 
 def _values(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                yield from _value(name, file.get_tensor(name), found)
+    for name, tensor in read_tensors(folder):
+        yield from _value(name, tensor, found)
 
 
 def _value(name: str, tensor: torch.Tensor, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
@@ -222,12 +212,7 @@ def _value(name: str, tensor: torch.Tensor, found: dict[str, Any]) -> Iterator[S
 
 def _together(folder: Path, found: dict[str, Any]) -> Iterator[SmoothQuantError]:
     """vLLM fuses layers that read one tensor: they must share what belongs to that tensor."""
-    headers: Headers = found["headers"]
-    names = [name for name in headers if name.endswith((".input_scale", ".smoothing_factor"))]
-    values: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            values |= {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118
+    values = dict(read_tensors(folder, (".input_scale", ".smoothing_factor")))
     for reading in found.get("manifest", {}).get("inputs", []):
         for suffix in ("input_scale", "smoothing_factor"):
             have = {name: values.get(f"{name}.{suffix}") for name in reading}

@@ -6,6 +6,7 @@
 The checkpoint has two shards and an index (`shard`), so that there is something to point elsewhere.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,11 +17,11 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from calibration import export
-from vllm_smoothquant.checkpoint import MANIFEST, QuantizationConfig
+from tests import tiny
+from vllm_smoothquant.checkpoint import MANIFEST, QuantizationConfig, read_tensors
 
 State = dict[str, torch.Tensor]
 Draw = Callable[[st.SearchStrategy], Any]
@@ -40,13 +41,8 @@ def rehash(folder: Path) -> None:
     """A manifest made anew, as whoever spoils a checkpoint on purpose would; where it still can be."""
     if any(path.is_fifo() for path in folder.iterdir()):
         return  # reading it would wait for ever
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        manifest["quantization_config"] = json.loads((folder / "config.json").read_text())["quantization_config"]
-        manifest["files"] = export.file_hashes(folder)
-        (folder / MANIFEST).write_text(json.dumps(manifest))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        tiny.rehash(folder)
 
 
 def meaning(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...], bytes]]] | None:
@@ -58,12 +54,9 @@ def meaning(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[in
         said = QuantizationConfig.from_dict(config.pop("quantization_config"))
         config.pop("transformers_version", None)  # which wrote it; nobody reads it
         tensors = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (it is no dict)
-                    tensor = file.get_tensor(name)
-                    raw = bytes(tensor.contiguous().view(torch.uint8).flatten().tolist()) if tensor.numel() else b""
-                    tensors[name] = (str(tensor.dtype), tuple(tensor.shape), raw)
+        for name, tensor in read_tensors(folder):
+            raw = bytes(tensor.contiguous().view(torch.uint8).flatten().tolist()) if tensor.numel() else b""
+            tensors[name] = (str(tensor.dtype), tuple(tensor.shape), raw)
         layers = [name.removesuffix(".weight") for name, entry in tensors.items() if entry[0] == "torch.int8"]
         config["layers"] = {name: (str(said.scheme(name)), name in said.smoothed) for name in layers}
         return config, tensors

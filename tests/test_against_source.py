@@ -9,8 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration import __main__ as cli
-from calibration import export
-from calibration.pipeline import calibrate
 from calibration.verify import verify
 from tests import tiny
 from vllm_smoothquant.checkpoint import MANIFEST
@@ -19,18 +17,13 @@ from vllm_smoothquant.checkpoint import MANIFEST
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(model, options) -> (source, checkpoint), in bfloat16 as models come; made when first asked for."""
-    root = tmp_path_factory.mktemp("made")
-    text = tiny.save_text(root / "text.jsonl")
+    get = tiny.checkpoints(tmp_path_factory.mktemp("made"), torch.bfloat16)
 
-    def get(name: str, **options) -> tuple[Path, Path]:
-        said = "-".join(f"{key}-{value}" for key, value in options.items())
-        source, folder = root / f"{name}-{said}", root / f"{name}-{said}-int8"
-        if not folder.exists():
-            tiny.save(name, source, torch.bfloat16)
-            calibrate(str(source), folder, dataset=str(text), samples=8, seq_len=32, quiet=True, **options)
-        return source, folder
+    def pair(name: str, **options) -> tuple[Path, Path]:
+        folder = get(name, **options)
+        return tiny.source(folder), folder
 
-    return get
+    return pair
 
 
 @pytest.fixture
@@ -101,9 +94,7 @@ TAMPERED = {
 
 
 def remade(folder: Path) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"] = export.file_hashes(folder)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    tiny.rehash(folder)
     assert not verify(folder).faults  # nothing else shows it
 
 

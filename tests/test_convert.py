@@ -9,13 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calibration import __main__ as cli
-from calibration import export
 from calibration.convert import COMPRESSED_TENSORS, convert
-from calibration.pipeline import calibrate
 from calibration.reference import load_reference
 from calibration.verify import verify
 from tests import engine, tiny
-from vllm_smoothquant.checkpoint import MANIFEST, SmoothQuantError
+from vllm_smoothquant.checkpoint import SmoothQuantError
 
 # name -> how it was calibrated: every strategy; layers that fell back, and an output head.
 SCHEMES = {
@@ -28,18 +26,8 @@ SCHEMES = {
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """(name of the model, name in SCHEMES) -> a checkpoint of ours; made when first asked for."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    text = tiny.save_text(root / "text.jsonl")
-
-    def get(scheme: str, model: str = "llama", **options) -> Path:
-        folder = root / f"{model}-{scheme}-{len(options)}"
-        if not folder.exists():
-            source = tiny.save(model, root / f"source-{folder.name}")
-            options = SCHEMES[scheme] | options
-            calibrate(str(source), folder, dataset=str(text), samples=8, seq_len=32, quiet=True, **options)
-        return folder
-
-    return get
+    get = tiny.checkpoints(tmp_path_factory.mktemp("checkpoints"))
+    return lambda scheme, model="llama", **options: get(model, **SCHEMES[scheme] | options)
 
 
 def change(folder: Path, change_tensors) -> Path:
@@ -47,9 +35,7 @@ def change(folder: Path, change_tensors) -> Path:
     path = folder / "model.safetensors"
     state = load_file(path)
     save_file({name: change_tensors(name, tensor) for name, tensor in state.items()}, path, metadata={"format": "pt"})
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"] = export.file_hashes(folder)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    tiny.rehash(folder)
     return folder
 
 

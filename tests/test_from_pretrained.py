@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import calibration.from_pretrained  # noqa: F401 (what this module is about)
-from calibration.pipeline import calibrate
 from calibration.reference import load_reference
 from tests import tiny, zoo
 from vllm_smoothquant.checkpoint import TRANSFORMERS_WEIGHTS, SmoothQuantError
@@ -21,18 +20,8 @@ from vllm_smoothquant.checkpoint import TRANSFORMERS_WEIGHTS, SmoothQuantError
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """name -> a checkpoint of that model with every kind of tensor; made when first asked for."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    text = tiny.save_text(root / "text.jsonl")
-
-    def get(name: str, **options) -> Path:
-        folder = root / f"{name}-{'-'.join(map(str, options.values()))}"
-        if not folder.exists():
-            model = tiny.save(name, root / f"model-{folder.name}")
-            options = {"activations": "static", "alpha": "auto", "max_fallback": 0.2} | options
-            calibrate(str(model), folder, dataset=str(text), samples=8, seq_len=32, quiet=True, **options)
-        return folder
-
-    return get
+    options = {"activations": "static", "alpha": "auto", "max_fallback": 0.2}
+    return tiny.checkpoints(tmp_path_factory.mktemp("checkpoints"), **options)
 
 
 @pytest.fixture

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from calibration import __main__ as cli
-from calibration import export
-from calibration.pipeline import calibrate
 from calibration.verify import verify
 from tests import tiny
 from vllm_smoothquant.checkpoint import MANIFEST
@@ -22,18 +20,7 @@ from vllm_smoothquant.checkpoint import MANIFEST
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """name -> a checkpoint of that model, static so that it has every kind of tensor; made when first asked for."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    text = tiny.save_text(root / "text.jsonl")
-
-    def get(name: str, **options) -> Path:
-        folder = root / f"{name}-{'-'.join(map(str, options.values()))}"
-        if not folder.exists():
-            model = tiny.save(name, root / f"model-{folder.name}")
-            options = {"activations": "static", "alpha": "auto"} | options
-            calibrate(str(model), folder, dataset=str(text), samples=8, seq_len=32, quiet=True, **options)
-        return folder
-
-    return get
+    return tiny.checkpoints(tmp_path_factory.mktemp("checkpoints"), activations="static", alpha="auto")
 
 
 @pytest.fixture
@@ -45,20 +32,12 @@ def said(folder) -> str:
     return "\n".join(map(str, verify(folder).faults))
 
 
-def rehash(folder: Path) -> None:
-    """A manifest made anew, so that values and shapes must tell."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"] = export.file_hashes(folder)
-    manifest["quantization_config"] = json.loads((folder / "config.json").read_text())["quantization_config"]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-
-
 def edit(folder: Path, change) -> None:
     path = folder / "model.safetensors"
     state = load_file(path)
     change(state)
     save_file({k: v.contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
-    rehash(folder)
+    tiny.rehash(folder)
 
 
 @pytest.mark.parametrize("weights", ["channel", "tensor"])

@@ -3,13 +3,17 @@
 import json
 import random
 import string
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from calibration import export
+from calibration.pipeline import calibrate
 from tests import zoo
+from vllm_smoothquant.checkpoint import MANIFEST
 
 SEQ_LEN = 32
 SAMPLES = 8
@@ -37,3 +41,31 @@ def save_text(path: Path, documents: int = 12, characters: int = 200) -> Path:
     texts = ["".join(rng.choices(string.ascii_letters + " ", k=characters)) for _ in range(documents)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def checkpoints(root: Path, dtype: torch.dtype = torch.float32, **defaults: object) -> Callable[..., Path]:
+    """get(name, **options) -> a checkpoint of the zoo's model `name`, made when first asked for; `source(folder)` is
+    the model it was made of. Options are calibrate's, over `defaults`."""
+    text = save_text(root / "text.jsonl")
+
+    def get(name: str, **options: object) -> Path:
+        folder = root / "-".join([name, *(f"{key}={value}" for key, value in options.items())])
+        if not folder.exists():
+            model = save(name, source(folder), dtype)
+            said = {"dataset": str(text), "samples": SAMPLES, "seq_len": SEQ_LEN, "quiet": True} | defaults | options
+            calibrate(str(model), folder, **said)
+        return folder
+
+    return get
+
+
+def source(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}-source")
+
+
+def rehash(folder: Path) -> None:
+    """The manifest made anew, as whoever changes a checkpoint on purpose would, so that hashes tell nothing."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["quantization_config"] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    manifest["files"] = export.file_hashes(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest))

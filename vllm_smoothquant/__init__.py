@@ -9,26 +9,28 @@ import logging
 SUPPORTED_VLLM = ">=0.26,<0.34"
 
 
+def supports(version: str) -> bool:
+    """Whether `version` of vLLM is one of SUPPORTED_VLLM. An untagged source tree calls itself "dev", and is taken:
+    whoever builds one knows which revision it is."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(version) in SpecifierSet(SUPPORTED_VLLM, prereleases=True)
+    except InvalidVersion:
+        return True
+
+
 def register() -> None:
     """Teach vLLM the quantisation method "smoothquant". vLLM calls it in every process; calling it again is harmless.
 
     Outside SUPPORTED_VLLM it says so in one line; other models go on working, and a SmoothQuant checkpoint is refused.
     """
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import InvalidVersion, Version
     from vllm.version import __version__
 
     from .checkpoint import QUANT_METHOD
 
-    logger = logging.getLogger("vllm.smoothquant")
-    try:
-        supported = Version(__version__) in SpecifierSet(SUPPORTED_VLLM, prereleases=True)
-    except InvalidVersion:
-        # A source tree without tags calls itself "dev"; whoever builds one knows which revision it is.
-        logger.warning("vLLM %r has no readable version: not checked", __version__)
-        supported = True
-
-    if supported:
+    if supports(__version__):
         from vllm.model_executor.layers.quantization import register_quantization_config
 
         from .config import SmoothQuantConfig
@@ -36,6 +38,7 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(SmoothQuantConfig)
         return
 
+    logger = logging.getLogger("vllm.smoothquant")
     logger.warning(
         "vllm-smoothquant is for vLLM %s, this is %s: SmoothQuant checkpoints are refused", SUPPORTED_VLLM, __version__
     )

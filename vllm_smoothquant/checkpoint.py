@@ -284,6 +284,15 @@ def _read_header(path: Path) -> Headers:
         raise _damaged(path, "a safetensors file", error) from error
 
 
+def read_tensors(folder: str | Path, suffix: str | tuple[str, ...] = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor), one at a time, of each whose name ends with `suffix`. `read_headers` has found no fault here."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                if name.endswith(suffix):
+                    yield name, file.get_tensor(name)
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file_name, str) for file_name in weight_map.values()):
