@@ -289,7 +289,8 @@ def watch(root: Path, seed: int, cases: int) -> Iterator[dict[str, Any]]:
                 yield line
                 limit = LIMIT_S
                 if "end" in line:
-                    child.wait(60)
+                    child.kill()  # all is said; taking vLLM down takes its time
+                    child.wait()
                     return
             if not chunk:
                 break
