@@ -79,7 +79,7 @@ def search(
     absmax: layer -> float32 [in], as for eq. 4. input_ids: int64 [samples, tokens], run as one batch. grid: of several
     that are equally good the first is taken. static_range: one of RANGES.
     """
-    state = _Search(model, graph, absmax, schemes, grid, static_range)
+    state = _Search(model, graph, absmax, schemes, grid, static_range, len(input_ids))
     runs = decoder_of(model, schemes)
     bar = tqdm(total=len(schemes), desc="search", unit="layer", disable=True if quiet else None)
     with torch.no_grad(), fast_arithmetic(model), state.hooks(bar):
@@ -97,9 +97,10 @@ class _Search:
         schemes: Mapping[str, Scheme],
         grid: Sequence[Alpha],
         static_range: str,
+        samples: int,
     ) -> None:
         self.model, self.absmax, self.schemes = model, absmax, schemes
-        self.grid, self.static_range = grid, static_range
+        self.grid, self.static_range, self.samples = grid, static_range, samples
         self.together = {name: [n for n in reading if n in schemes] for reading in graph.inputs for name in reading}
         self.found = Found()
         self.factors: dict[str, torch.Tensor] = {}
@@ -118,8 +119,8 @@ class _Search:
         def hook(name: str) -> Callable:
             def after(module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
                 bar.update()
-                served = self.serve(name, module, args[0])
-                return y if served is None else served.to(y.dtype)
+                served = self.serve(name, module, simulate.by_sample(args[0].detach().float(), self.samples))
+                return y if served is None else served.reshape(y.shape).to(y.dtype)
 
             return after
 
@@ -131,11 +132,10 @@ class _Search:
                 handle.remove()
 
     def serve(self, name: str, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """Choose for the groups that layer `name` is first to read; what the layer then gives as served.
+        """Choose for the groups that layer `name` is first to read; what the layer then gives as served for x.
 
         None from the output head, whose output is large and which no layer reads.
         """
-        x = x.detach().float()
         for group in self.groups.get(name, ()):
             if group.source not in self.factors:
                 self.choose(group, name, x)
@@ -249,6 +249,4 @@ def relative_error(y: torch.Tensor, other: torch.Tensor) -> float:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """At most about ROWS tokens of x [samples, tokens, in], from all samples, each one's first token among them."""
-    if x.dim() < 3:
-        return x[:: max(1, len(x) // ROWS)]
     return x[:, :: max(1, x.shape[0] * x.shape[1] // ROWS)]

@@ -66,6 +66,16 @@ def weight_matrix(module: nn.Module, served: Served) -> torch.Tensor:
     return weight
 
 
+def by_sample(x: torch.Tensor, samples: int) -> torch.Tensor:
+    """x [samples, tokens, in], also where a model has flattened it to [samples * tokens, in], as OPT does.
+
+    Routed tokens, of which nothing says whose they are, count as one sample.
+    """
+    if x.dim() != 2:
+        return x
+    return x.unflatten(0, (samples, -1)) if len(x) % samples == 0 else x[None]
+
+
 def divided_input(x: torch.Tensor, served: Served) -> torch.Tensor:
     """x / s, float32 of x's shape."""
     return x.float() if served.input_factor is None else x.float() / served.input_factor.to(x.device)
@@ -90,8 +100,13 @@ def multiply(
     return y if served.output_factor is None else y * served.output_factor.to(y.device)
 
 
+def in_place_of(y: torch.Tensor, module: nn.Module, x: torch.Tensor, served: Served, samples: int) -> torch.Tensor:
+    """What the linear layer `module`, which gave y for x, gives as served: y's shape and dtype. samples: in x."""
+    return output(module, by_sample(x, samples), served).reshape(y.shape).to(y.dtype)
+
+
 def output(module: nn.Module, x: torch.Tensor, served: Served) -> torch.Tensor:
-    """y^ with bias, float32 [..., out], of linear layer `module` for x [..., in] (the original's, not divided)."""
+    """y^ with bias, float32, of linear layer `module` for x [samples, tokens, in] (the original's, not divided)."""
     x = divided_input(x, served)
     weight = weight_matrix(module, served)
     integers, weight_scale = int8.quantize_weight(weight, served.scheme.weights.strategy)
@@ -110,15 +125,21 @@ def output(module: nn.Module, x: torch.Tensor, served: Served) -> torch.Tensor:
 
 @contextmanager
 def serving(model: nn.Module, layers: Mapping[str, Served]) -> Iterator[None]:
-    """While open, the linear layers `layers` of `model` compute as they will be served."""
+    """While open, the linear layers `layers` of `model(input_ids=...)` compute as they will be served."""
+    samples = 0
+
+    def before(module: nn.Module, args: tuple[()], kwargs: dict[str, torch.Tensor]) -> None:
+        nonlocal samples
+        samples = len(kwargs["input_ids"])
 
     def hook(served: Served) -> Callable:
         def after(module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
-            return output(module, args[0], served).to(y.dtype)
+            return in_place_of(y, module, args[0], served, samples)
 
         return after
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(served)) for name, served in layers.items()]
+    handles = [model.register_forward_pre_hook(before, with_kwargs=True)]
+    handles += [model.get_submodule(name).register_forward_hook(hook(served)) for name, served in layers.items()]
     try:
         yield
     finally:

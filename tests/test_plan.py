@@ -58,7 +58,7 @@ def logits(model, ids):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids="-".join)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2", "opt"])
 def test_the_simulation_computes_what_the_checkpoint_does(name, scheme, ready, tmp_path):
     """v and up divided, their readers multiplied, Conv1D, run-time factors: all in one model, compared at its end."""
     made = ready(name)
@@ -74,6 +74,22 @@ def test_the_simulation_computes_what_the_checkpoint_does(name, scheme, ready, t
     # Both round the same numbers but for float32's last places; where one lies on a tie the integers differ by one, and
     # what follows by a part of the rounding error. Were all rounded apart, the two would be sqrt(2) of it apart.
     assert (simulated - reference).norm() < 0.5 * (reference - exact).norm()
+
+
+def test_tokens_that_a_model_flattens_are_scaled_by_their_sample(monkeypatch):
+    """As OPT does before fc1: one scale for a tensor (O2) is one for each sample, in whatever shape its tokens come."""
+    linear, served = torch.nn.Linear(16, 8), simulate.Served(as_scheme("tensor", "tensor"))
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10, 100])[:, None, None]
+    flat = x.flatten(0, 1)
+    with torch.no_grad():
+        simulated = simulate.in_place_of(linear(flat), linear, flat, served, 3)
+        one_by_one = [simulate.output(linear, sample[None], served)[0] for sample in x]
+    assert torch.equal(simulated, torch.cat(one_by_one))
+
+    monkeypatch.setattr(search, "ROWS", 8)  # fewer than there are
+    watched = watch("opt")
+    plan = make_plan(watched, as_scheme("tensor", "tensor"), Choice("auto", 0.25), quiet=True)
+    assert plan.fallen.keys() | plan.found.errors.keys() == set(watched.names)
 
 
 def test_the_loss_is_pytorchs():
