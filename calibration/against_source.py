@@ -233,12 +233,14 @@ def _tensors(
         for key, tensor in block.items():
             owner, _, suffix = key.rpartition(".")
             if owner in smoothing.modules and not (owner in stored.quantised and suffix == "weight"):
-                folded[key] = smoothing.parameters(model, owner).get(suffix, tensor)
+                folded[key] = smoothing.parameters(model, owner).get(suffix, tensor).to(tensor.dtype)
             elif owner not in smoothing.modules and not (owner in stored.quantised and suffix == "weight"):
                 plain[key] = tensor
         for expected_here, exact in ((plain, True), (folded, False)):
             for name, wanted in export.hub_names(model, expected_here).items() if expected_here else ():
                 got = stored.tensors[name]
+                if got.dtype != wanted.dtype:
+                    yield _fault(name, f"{wanted.dtype}, as the source has it", str(got.dtype))
                 slack = 0.0 if exact else 2 * torch.finfo(got.dtype).eps + max(width.values())
                 if not bool(((got.float() - wanted.float()).abs() <= slack * wanted.float().abs()).all()):
                     yield _fault(name, "the source's values" if exact else "the source's values, smoothed", "others")

@@ -87,6 +87,9 @@ TAMPERED = {
     "a scale by a thousandth": (lambda s: s[f"{DOWN}.weight_scale"][5].mul_(1.001), f"{DOWN}.weight"),
     "a norm by one bit": (lambda s: s["model.layers.0.input_layernorm.weight"][9].mul_(1.01), "q_proj.weight"),
     "an embedding": (lambda s: s["model.embed_tokens.weight"][9, 9].mul_(1.01), "model.embed_tokens.weight"),
+    "another dtype": (
+        lambda s: s.update({"model.norm.weight": s["model.norm.weight"].double()}), "model.norm.weight: expected torch",
+    ),
     "rows swapped": (
         lambda s: s[f"{UP}.weight"].copy_(s[f"{UP}.weight"].roll(1, 0)), f"{UP}.weight",
     ),
