@@ -13,8 +13,8 @@ A case is counted as
                          `verify` can know that they are not the original's); by `verify`: other static scales, or
                          another way to measure dynamic ones, under a manifest made anew (only the calibration text
                          could tell)
-    refused by vLLM      by an exception of vLLM or transformers, who read config.json before us, and load what is not
-                         quantised (embeddings, norms) themselves
+    refused by vLLM      by an exception of vLLM or transformers, who read config.json before us, load what is not
+                         quantised (embeddings, norms) themselves, and ask us nothing where no quantization_config is
     SILENT, FOREIGN, CRASH, HANG     what must not be: accepted though wrong; an exception that is not ours from our own
                          code (or from reading what we should have refused); the process died; LIMIT_S passed
 
@@ -158,6 +158,7 @@ def verdict_of_server(folder: Path, sound: Any, means: Any, loaded: dict[str, An
         other = means is not None and means[0] | {"layers": None} != sound[0] | {"layers": None}
         vllms = not own and means is not None and (other or not touched(sound, means))
         vllms = vllms or (not own and "create_engine_config" in lines and (means is None or means[0] != sound[0]))
+        vllms = vllms or (not own and not is_ours(folder))
         return ("refused by vLLM", str(error)[:200]) if vllms else ("FOREIGN", lines[-2000:])
     same = state.keys() == loaded.keys() and all(torch.equal(state[k], loaded[k]) for k in state)
     if means is not None and means[1] == sound[1]:
@@ -169,6 +170,14 @@ def verdict_of_server(folder: Path, sound: Any, means: Any, loaded: dict[str, An
     if means is None:
         return "SILENT", "a folder that nobody can read was served"
     return other_values(sound, means, same)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether config.json has an entry that makes vLLM ask us at all."""
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text())
+    except Exception:  # whatever a spoilt file raises: then vLLM cannot read it either
+        return False
 
 
 def touched(sound: Any, means: Any) -> bool:
