@@ -156,7 +156,7 @@ def verdict_of_server(folder: Path, sound: Any, means: Any, loaded: dict[str, An
         own = "vllm_smoothquant" in lines.rpartition("File ")[2]
         # Embeddings, norms and ignored layers are vLLM's to load and to refuse; so is config.json but for our entry.
         other = means is not None and means[0] | {"layers": None} != sound[0] | {"layers": None}
-        vllms = not own and means is not None and (other or not touched(sound, means))
+        vllms = not own and means is not None and (other or not ours_to_refuse(sound, means))
         vllms = vllms or (not own and "create_engine_config" in lines and (means is None or means[0] != sound[0]))
         vllms = vllms or (not own and not is_ours(folder))
         return ("refused by vLLM", str(error)[:200]) if vllms else ("FOREIGN", lines[-2000:])
@@ -187,24 +187,36 @@ def touched(sound: Any, means: Any) -> bool:
     return any(name.rpartition(".")[0] in sound[0]["layers"] for name in changed)
 
 
-def other_values(sound: Any, means: Any, same: bool) -> tuple[str, str]:
-    """Accepted with other tensors: right only if just values differ, scales are scales, and they did get loaded."""
+def ours_to_refuse(sound: Any, means: Any) -> str:
+    """What no reader of the format takes of the quantised layers' tensors; "" if they differ in values at most."""
     import torch
 
     before, after = sound[1], means[1]
-    if before.keys() != after.keys():
-        return "SILENT", f"other tensors: {sorted(before.keys() ^ after.keys())[:3]}"
-    changed = [name for name in before if before[name] != after[name]]
-    for name in changed:
-        integers = name.endswith(".weight") and before[name][0] == "torch.int8"
+    for name in sorted(before.keys() | after.keys()):
+        if name.rpartition(".")[0] not in sound[0]["layers"] or before.get(name) == after.get(name):
+            continue
+        if name not in before or name not in after:
+            return f"{name}: {'gone' if name in before else 'there'}"
+        integers = name.endswith(".weight")
         if (integers or name.endswith(("scale", "factor"))) and before[name][:2] != after[name][:2]:
-            return "SILENT", f"{name}: {before[name][:2]} became {after[name][:2]}"
-        if before[name][1] != after[name][1]:
-            return "SILENT", f"{name}: shape {before[name][1]} became {after[name][1]}"
+            return f"{name}: {before[name][:2]} became {after[name][:2]}"
         if name.endswith(("_scale", "smoothing_factor")):
             value = torch.frombuffer(bytearray(after[name][2]), dtype=torch.float32)
             if not bool((torch.isfinite(value) & (value > 0)).all()):
-                return "SILENT", f"{name}: not finite and positive"
+                return f"{name}: not finite and positive"
+    return ""
+
+
+def other_values(sound: Any, means: Any, same: bool) -> tuple[str, str]:
+    """Accepted with other tensors: right only if just values differ, scales are scales, and they did get loaded."""
+    before, after = sound[1], means[1]
+    if before.keys() != after.keys():
+        return "SILENT", f"other tensors: {sorted(before.keys() ^ after.keys())[:3]}"
+    if reason := ours_to_refuse(sound, means):
+        return "SILENT", reason
+    for name in before:
+        if before[name][1] != after[name][1]:
+            return "SILENT", f"{name}: shape {before[name][1]} became {after[name][1]}"
     # What is not quantised vLLM may repack, out of sight.
     return ("SILENT", "the change was not loaded") if same and touched(sound, means) else ("another checkpoint", "")
 
