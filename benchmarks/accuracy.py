@@ -98,7 +98,7 @@ BUDGET = """
 ### Where the error comes from
 
 Default scheme, auto, on the same text; simulated, only the part named rounded. The parts do not quite add up, because
-errors meet.
+errors meet. `smoothquant report` shows the error of every single layer of a checkpoint made with auto.
 
 | rounded | KL |
 |---|---|
@@ -186,12 +186,12 @@ def table(figures: dict[str, Any]) -> str:
         exact = rows["floating point"]["perplexity"]
         text += SECTION.format(**vars(MODELS[name]))
         text += f"| floating point | {exact:.3f} | | | | |\n" + "".join(
-            f"| {row} | {f['perplexity']:.3f} | {f['perplexity'] / exact - 1:+.2%} | {f['kl_divergence']:.4f} | "
+            f"| {row} | {f['perplexity']:.3f} | {f['perplexity'] / exact - 1:+.2%} | {f['kl_divergence']:.3g} | "
             f"{f['top1_agreement']:.1%} | {f['fallen_back'] or ''} |\n"
             for row, f in ((row, rows[row]) for row in ROWS if row in rows)
         )
         if "budget" in rows:
-            text += BUDGET + "".join(f"| {part} | {value:.4f} |\n" for part, value in rows["budget"].items())
+            text += BUDGET + "".join(f"| {part} | {value:.3g} |\n" for part, value in rows["budget"].items())
     return text
 
 
