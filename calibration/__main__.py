@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 a fault in the input or the model (one line on stderr), 2 wrong usage, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    with suppress(ValueError):  # not in the main thread
+        # As Ctrl-C: what was started is stopped, and nothing half-written stays.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = argparse.Namespace(json="--json" in argv)
     try:
         args = _parser(argv).parse_args(argv)

@@ -6,7 +6,9 @@ import json
 import math
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -49,6 +51,23 @@ def with_bos():
 def windows_of(models, text, **options):
     options = {"text_column": "text", "samples": 4, "seq_len": 32, "seed": 0} | options
     return evaluate.token_windows([str(m) for m in models], str(text), **options)
+
+
+def test_ended_from_outside_it_takes_its_engine_along(model, text):
+    command = [sys.executable, "-m", "calibration", "evaluate", str(model), "--text", str(text), "--seq-len", "32"]
+    evaluating = psutil.Popen([*command, "--samples", "2"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (engines := evaluating.children(recursive=True)):
+        assert evaluating.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    evaluating.terminate()
+    _, said = evaluating.communicate(timeout=60)
+    assert evaluating.returncode == 130, said
+    assert said.splitlines()[-1] == "smoothquant: interrupted; nothing was written"
+    while any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in engines):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_leading_tokens_are_the_tokenizers():
