@@ -94,8 +94,9 @@ def measure(folder: Path, windows: int, halved: bool) -> dict[str, dict[str, Any
 def page(rows: dict[str, dict[str, Any]], halved: bool) -> str:
     text = (
         f"# The same integers through stock vLLM\n\nWritten by `{COMMAND}`; not by hand. {describe()}\n\n"
-        "`smoothquant convert --format compressed-tensors` of SmolLM2-135M-Instruct (default scheme), served with "
-        f"`VLLM_PLUGINS=`, beside the same checkpoint through the plugin; {rows['the plugin']['scored_tokens']} "
+        "`smoothquant convert OUT -o COMPRESSED --format compressed-tensors` of SmolLM2-135M-Instruct (default scheme),"
+        " served with `VLLM_PLUGINS=`, beside the same checkpoint through the plugin; "
+        f"{rows['the plugin']['scored_tokens']} "
         "tokens of articles that calibration did not see, float32 around the integers."
         + (" The integers are halved, because stock vLLM's product clips on this CPU." if halved else "")
         + " Sums in another order tip an activation over a rounding tie now and then, and through thirty layers one "
