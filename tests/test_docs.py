@@ -78,6 +78,10 @@ def test_what_readme_says_runs_in_that_order_on_a_small_model(tmp_path, monkeypa
     assert json.loads((tmp_path / "OUT/smoothquant.json").read_text())["quantized"]
 
 
+def test_readme_shows_the_table_as_it_was_measured():
+    assert (ROOT / "docs/table/table.md").read_text().strip() in (ROOT / "README.md").read_text()
+
+
 def test_every_command_and_option_has_a_help_text(capsys):
     """And `smoothquant --help` names every command."""
     (choices,) = (action.choices for action in cli._parser()._actions if action.choices)

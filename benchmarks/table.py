@@ -1,0 +1,59 @@
+"""docs/table/: the measured table in the README, by what a user would type.
+
+`python -m benchmarks.table [--samples 16] [--passages 100]`. SmolLM2-135M-Instruct in floating point, in the default
+scheme, and static with a tenth of the layers falling back, each calibrated on Wikipedia articles; then `smoothquant
+evaluate --table` of all three on other articles, which prints the command that made it.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from calibration.arithmetic import is_native
+from demo import assets
+
+ROOT = Path(__file__).parent.parent
+OUTPUT = ROOT / "docs" / "table"
+FOLDER = assets.CACHE / "table"
+# Name in the table -> how it was calibrated.
+CHECKPOINTS = {
+    "W8A8 dynamic": [],
+    "W8A8 static": ["--activations", "static", "--alpha", "auto", "--max-fallback", "10%"],
+}
+
+
+def smoothquant(*arguments: str) -> None:
+    words = [os.path.relpath(word, ROOT) if os.path.isabs(word) else word for word in arguments]
+    subprocess.run([sys.executable, "-m", "calibration", *words], check=True, cwd=ROOT)
+
+
+def main() -> None:
+    """Calibrate, evaluate, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=16, help="of 512 tokens, to calibrate with and to measure")
+    parser.add_argument("--passages", type=int, default=100, help="whose last word is guessed")
+    args = parser.parse_args()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    model = str(assets.model_dir())
+    size = ["--samples", str(args.samples), "--seq-len", "512"]
+    for name, options in CHECKPOINTS.items():
+        smoothquant(
+            "calibrate", model, "-o", str(FOLDER / name), "--dataset", str(assets.calibration_text()), *size, *options
+        )
+    # Emulated, BF16 is ten times slower than float32: there, quality is measured in float32.
+    native = is_native(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
+    smoothquant(
+        "evaluate", *(str(FOLDER / name) for name in CHECKPOINTS), "--baseline", model,
+        "--text", str(assets.evaluation_text()), *size, "--passages", str(args.passages),
+        *([] if native else ["--score-dtype", "float32"]), "--enforce-eager", "--table", str(OUTPUT),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
