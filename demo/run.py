@@ -27,7 +27,7 @@ from demo.server import vllm_serve
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 # Emulated, BF16 is ten times slower than float32. There: fewer samples, perplexities in float32.
 SLOW_BF16 = not is_native(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
-SAMPLES, WINDOWS = (16, 16) if SLOW_BF16 else (64, 32)
+SAMPLES, WINDOWS = (16, 8) if SLOW_BF16 else (64, 32)
 CALIBRATION = ["--samples", str(SAMPLES), "--seq-len", "512"]
 # Weights rounded as they are, activations rounded as they come: these samples only pass through, and change nothing.
 NO_CALIBRATION = ["--no-smoothing", "--samples", "4", "--seq-len", "64"]
