@@ -131,13 +131,19 @@ def refuse_as_configured(folder: Path) -> None:
     """
     from vllm_smoothquant.config import SmoothQuantConfig
 
-    if not (folder / "config.json").is_file():
-        return  # a pipe would be waited for
+    config = read_config(folder)
+    if "quantization_config" in config:
+        SmoothQuantConfig.from_config(config["quantization_config"]).maybe_update_config(str(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json; empty where it cannot be read, without an entry that makes vLLM ask us."""
+    path = folder / "config.json"
     try:
-        said = json.loads((folder / "config.json").read_text())["quantization_config"]
+        config = json.loads(path.read_text()) if path.is_file() else {}  # a pipe would be waited for
     except Exception:  # whatever a spoilt file raises
-        return
-    SmoothQuantConfig.from_config(said).maybe_update_config(str(folder))
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def verdict_of_server(folder: Path, sound: Any, means: Any, loaded: dict[str, Any]) -> tuple[str, str]:
@@ -158,7 +164,7 @@ def verdict_of_server(folder: Path, sound: Any, means: Any, loaded: dict[str, An
         other = means is not None and means[0] | {"layers": None} != sound[0] | {"layers": None}
         vllms = not own and means is not None and (other or not ours_to_refuse(sound, means))
         vllms = vllms or (not own and "create_engine_config" in lines and (means is None or means[0] != sound[0]))
-        vllms = vllms or (not own and not is_ours(folder))
+        vllms = vllms or (not own and "quantization_config" not in read_config(folder))
         return ("refused by vLLM", str(error)[:200]) if vllms else ("FOREIGN", lines[-2000:])
     same = state.keys() == loaded.keys() and all(torch.equal(state[k], loaded[k]) for k in state)
     if means is not None and means[1] == sound[1]:
@@ -170,14 +176,6 @@ def verdict_of_server(folder: Path, sound: Any, means: Any, loaded: dict[str, An
     if means is None:
         return "SILENT", "a folder that nobody can read was served"
     return other_values(sound, means, same)
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether config.json has an entry that makes vLLM ask us at all."""
-    try:
-        return "quantization_config" in json.loads((folder / "config.json").read_text())
-    except Exception:  # whatever a spoilt file raises: then vLLM cannot read it either
-        return False
 
 
 def touched(sound: Any, means: Any) -> bool:
