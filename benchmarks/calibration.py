@@ -50,9 +50,13 @@ REQUIREMENT = "llmcompressor==0.14.0.1"
 NAMES = ("bare", "ours", "theirs")
 # Row -> options, and (samples, tokens of each). Static rows take what the default ones observed.
 QUALITY: dict[str, tuple[list[str], list[tuple[int, int]]]] = {
-    "default": (["--alpha", "0.5"], [(1, 512), (4, 512), (16, 512), (64, 512)]),
+    "default": (
+        ["--alpha", "0.5"],
+        [(1, 512), (4, 512), (16, 512), (64, 512), (128, 512), (64, 128), (4, 2048)],
+    ),
     "static, auto, 10 % fall back": (
-        ["--activations", "static", "--alpha", "auto", "--max-fallback", "10%"], [(4, 512), (16, 512), (64, 512)],
+        ["--activations", "static", "--alpha", "auto", "--max-fallback", "10%"],
+        [(4, 512), (16, 512), (64, 512), (64, 128), (128, 512)],
     ),
 }  # fmt: skip
 GROWTH = (16, 64)
