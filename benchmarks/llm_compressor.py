@@ -44,6 +44,7 @@ def main() -> None:
     )
     calibrated = time.perf_counter()
     model.save_pretrained(request["output"], save_compressed=True)
+    tokenizer.save_pretrained(request["output"])
     print(json.dumps({
         "load": loaded - clock, "calibrate": calibrated - loaded, "save": time.perf_counter() - calibrated,
     }))  # fmt: skip

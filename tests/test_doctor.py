@@ -61,7 +61,7 @@ def test_this_machine_is_told_in_words_and_in_json(capsys, monkeypatch):
         assert found["kernel"] in {k.name for k in kernels.CANDIDATES[facts["vllm"]["platform"]]}, name
     exact = kernels.onednn_is_exact() if facts["vllm"]["platform"] == "cpu" else None
     if exact is not None:
-        expected = "vllm" if exact else "float32-integers"
+        expected = "vllm" if exact else "avx2"
         assert facts["kernels"]["--activations token"]["kernel"] == expected
     text = doctor.format_report(facts)
     assert facts["cpu"] in text

@@ -25,7 +25,7 @@ vllm = pytest.importorskip("vllm", reason="the plugin needs vLLM; `make venv` in
 from vllm.model_executor.layers import linear as vllm_linear  # noqa: E402
 
 import vllm_smoothquant  # noqa: E402
-from vllm_smoothquant import kernels, ops  # noqa: E402
+from vllm_smoothquant import compiled, kernels, ops  # noqa: E402
 from vllm_smoothquant.config import SmoothQuantConfig  # noqa: E402
 
 IN = 64
@@ -137,6 +137,17 @@ def allowed(x: torch.Tensor, one: dict[str, torch.Tensor], strategy: str, refere
     return ties * scale * 127 * one["weight_scale"].t() + rounding
 
 
+# How to ask for a kernel of a CPU -> what it may be called.
+CPU_KERNELS = {"onednn": ("vllm", "onednn-tensor"), "avx2": ("avx2",), "float32": ("float32-integers",)}
+
+
+def ask_for(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kernel: a key of CPU_KERNELS, whatever this CPU would choose."""
+    monkeypatch.setattr(kernels, "onednn_is_exact", lambda: kernel == "onednn")
+    if kernel == "float32":
+        monkeypatch.setattr(compiled, "int8_linear", lambda: "not asked for")
+
+
 CASES = [(w, a) for w in ("channel", "tensor") for a in handmade.ACTIVATIONS]
 
 
@@ -144,7 +155,7 @@ CASES = [(w, a) for w in ("channel", "tensor") for a in handmade.ACTIVATIONS]
 @pytest.mark.parametrize("smoothed", [False, True], ids=["folded", "smoothed"])
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize(("weights", "activations"), CASES, ids=lambda v: v)
-@pytest.mark.parametrize("kernel", ["chosen", "onednn"])
+@pytest.mark.parametrize("kernel", ["chosen", *CPU_KERNELS])
 def test_a_layer_is_the_reference(
     one_rank: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -155,14 +166,14 @@ def test_a_layer_is_the_reference(
     smoothed: bool,
     dtype: torch.dtype,
 ) -> None:
-    if kernel == "onednn":
-        # Pairs of products must fit 16 bits on a CPU without VNNI: 2 * 255 * 63 < 2**15.
-        monkeypatch.setattr(kernels, "onednn_is_exact", lambda: True)
+    if kernel != "chosen":
+        ask_for(kernel, monkeypatch)
     config = QuantizationConfig(
         weights=Weights(weights),
         input_activations=handmade.ACTIVATIONS[activations],
         smoothed=frozenset(f"{PREFIX}.{shard}" for shard in FUSED[name][0]) if smoothed else frozenset(),
     )
+    # oneDNN's pairs of products must fit 16 bits on a CPU without VNNI: 2 * 255 * 63 < 2**15.
     found = tensors(name, config, limit=63 if kernel == "onednn" else 127)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # as vLLM does while it builds and loads a model
@@ -171,8 +182,7 @@ def test_a_layer_is_the_reference(
         load(layer, name, found)
     finally:
         torch.set_default_dtype(previous)
-    expected_kernel = {"onednn": ("vllm", "onednn-tensor")}.get(kernel)
-    assert expected_kernel is None or layer.quant_method.kernel.name in expected_kernel
+    assert kernel == "chosen" or layer.quant_method.kernel.name in CPU_KERNELS[kernel]
 
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(37, IN, generator=generator)
@@ -204,12 +214,12 @@ def test_a_layer_is_the_reference(
 
 
 @pytest.mark.parametrize("activations", handmade.ACTIVATIONS)
-@pytest.mark.parametrize("exact", [True, False], ids=["onednn", "float32"])
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_a_layer_is_traced_whole(
-    one_rank: None, monkeypatch: pytest.MonkeyPatch, exact: bool, activations: str
+    one_rank: None, monkeypatch: pytest.MonkeyPatch, kernel: str, activations: str
 ) -> None:
     """torch.compile without a graph break, for any number of tokens; code generation is left to the engine test."""
-    monkeypatch.setattr(kernels, "onednn_is_exact", lambda: exact)
+    ask_for(kernel, monkeypatch)
     config = QuantizationConfig(
         input_activations=handmade.ACTIVATIONS[activations], smoothed=frozenset([f"{PREFIX}.o_proj"])
     )
@@ -223,16 +233,16 @@ def test_a_layer_is_traced_whole(
 
 
 @pytest.mark.parametrize("activations", handmade.ACTIVATIONS)
-@pytest.mark.parametrize("exact", [True, False], ids=["onednn", "float32"])
-def test_weights_are_kept_once(one_rank: None, monkeypatch: pytest.MonkeyPatch, exact: bool, activations: str) -> None:
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_weights_are_kept_once(one_rank: None, monkeypatch: pytest.MonkeyPatch, kernel: str, activations: str) -> None:
     """What oneDNN has packed, the layer lets go of; otherwise the layer's is the only one, a byte a weight."""
-    monkeypatch.setattr(kernels, "onednn_is_exact", lambda: exact)
+    ask_for(kernel, monkeypatch)
     config = QuantizationConfig(input_activations=handmade.ACTIVATIONS[activations])
     layer = build("o_proj", config, torch.float32)
     load(layer, "o_proj", tensors("o_proj", config, limit=63))
     matrices = [p for p in layer.parameters() if p.numel() == 80 * IN]
     # vLLM's AMX kernel packs in place.
-    in_place = not exact or (layer.quant_method.kernel.name == "vllm" and torch.cpu._is_amx_tile_supported())
+    in_place = kernel != "onednn" or (layer.quant_method.kernel.name == "vllm" and torch.cpu._is_amx_tile_supported())
     assert [p.dtype for p in matrices] == ([torch.int8] if in_place else [])
     # Nothing else in reach holds one either.
     held = [v for v in vars(layer.quant_method.kernel).values() if isinstance(v, torch.Tensor)]
@@ -297,6 +307,73 @@ def test_operators_keep_their_word(dtype: torch.dtype, static: bool, bias: bool)
     assert ops.onednn_tensor_int8(arguments[0][:0], *arguments[1:]).shape == (0, 48)
 
 
+@pytest.fixture
+def avx2() -> None:
+    """Compiled here, as every x86 machine of the last ten years can; elsewhere there is nothing to test."""
+    found = compiled.int8_linear()
+    if isinstance(found, str):
+        assert "AVX2" in found, found
+        pytest.skip(found)
+
+
+@pytest.mark.parametrize("scheme", ["token", "tensor", "static"])
+@pytest.mark.parametrize("shape", [(1, 5, 7), (2, 4, 16), (67, 13, 100), (131, 33, 2048)], ids=str)
+def test_our_product_is_the_references(avx2: None, shape: tuple[int, int, int], scheme: str) -> None:
+    """Every remainder of a tile, the extremes of int8, a bias; no more than the float32 of the scaling apart."""
+    tokens, out_features, in_features = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, in_features, generator=generator)
+    weight = torch.randint(-128, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
+    weight[0] = -128
+    x[0] = -x[0].abs().max()
+    weight_scale, bias = torch.rand(out_features, generator=generator), torch.randn(out_features, generator=generator)
+    static = torch.tensor([0.011]) if scheme == "static" else None
+    arguments = (x, weight, weight_scale, static, bias, scheme == "token")
+    y = ops.int8_linear(*arguments)
+    strategy = "token" if scheme == "token" else "tensor"
+    reference = int8.linear_reference(
+        x.double(), weight, weight_scale, strategy=strategy, input_scale_static=static, bias=bias
+    )
+    # The sum becomes float32, is scaled twice and added to: four roundings, each 2**-24 of what it rounds.
+    size = (reference - bias).abs() + bias.abs()
+    assert ((y.double() - reference).abs() <= 4 * 2**-24 * size).all()
+    results = torch.library.opcheck(ops.int8_linear, arguments)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+def test_our_product_keeps_nan_and_takes_no_tokens(avx2: None) -> None:
+    """A scale hides NaN from whoever reads integers: its row must show it, and no other row."""
+    weight, weight_scale = torch.ones(3, 20, dtype=torch.int8), torch.ones(3)
+    x = torch.randn(4, 20)
+    x[2, 7] = float("nan")
+    for static, per_token, bad in ((None, True, [2]), (torch.ones(1), False, [2]), (None, False, [0, 1, 2, 3])):
+        y = ops.int8_linear(x, weight, weight_scale, static, None, per_token)
+        assert y.isnan().all(dim=1).nonzero().flatten().tolist() == bad
+        assert y.isnan().any(dim=1).sum() == len(bad)
+    assert ops.int8_linear(x[:0], weight, weight_scale, None, None, False).shape == (0, 3)
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, avx2: None) -> None:
+    """No compiler, one that fails, a CPU without AVX2: the next kernel, with the reason."""
+    from vllm import envs
+
+    monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path))
+    fresh = compiled.int8_linear.__wrapped__
+    request = kernels.Request("layer", TOKEN, True, torch.bfloat16, "cpu")
+    monkeypatch.setattr(kernels, "onednn_is_exact", lambda: False)
+    monkeypatch.setattr(compiled, "int8_linear", fresh)
+    for compiler, said in ((str(tmp_path / "none"), "No such file"), ("false", "could not compile")):
+        monkeypatch.setenv("CXX", compiler)
+        reasons = dict(kernels.explain_kernels(request))
+        assert said in (reasons["avx2"] or "")
+        assert reasons["float32-integers"] is None
+    assert list((tmp_path / "smoothquant").iterdir()) == []
+    monkeypatch.delenv("CXX")
+    assert callable(fresh())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert fresh() == "needs an x86 CPU with AVX2"
+
+
 def test_widened_products_are_integer_products() -> None:
     generator = torch.Generator().manual_seed(0)
     # Larger, then smaller: the second shares the first one's room. in = 1024 keeps every sum below 2**24.
@@ -326,9 +403,9 @@ TOKEN, TENSOR, STATIC = (Scheme(input_activations=handmade.ACTIVATIONS[a]) for a
         ("cpu", None, True, TOKEN, "vllm"),
         ("cpu", None, True, TENSOR, "onednn-tensor"),
         ("cpu", None, True, STATIC, "onednn-tensor"),
-        ("cpu", None, False, TOKEN, "float32-integers"),
-        ("cpu", None, False, TENSOR, "float32-integers"),
-        ("cpu", None, False, STATIC, "float32-integers"),
+        ("cpu", None, False, TOKEN, "avx2"),
+        ("cpu", None, False, TENSOR, "avx2"),
+        ("cpu", None, False, STATIC, "avx2"),
         ("cuda", 75, True, TOKEN, "vllm"),
         ("cuda", 90, True, STATIC, "vllm"),
         ("cuda", 90, True, TENSOR, "cutlass-tensor"),

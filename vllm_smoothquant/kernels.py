@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from . import int8
+from . import compiled, int8
 from .checkpoint import InputActivations, Scheme, SmoothQuantError
-from .ops import onednn_tensor_int8, quantize_per_token, real_rows, triton_int8_mm
+from .ops import int8_linear, onednn_tensor_int8, quantize_per_token, real_rows, triton_int8_mm
 
 logger = logging.getLogger("vllm.smoothquant")  # under "vllm", so that VLLM_LOGGING_LEVEL and its handler apply
 
@@ -273,8 +273,32 @@ class OneDnnTensor(Kernel):
         return onednn_tensor_int8(x, self.handler.handler_tensor, self.out_features, layer.input_scale, bias)
 
 
+class Avx2(Kernel):
+    """Our own product, exact in integers: for x86 CPUs on which oneDNN's is wrong (see `onednn_is_exact`)."""
+
+    name = "avx2"
+
+    @staticmethod
+    def rejects(request: Request) -> str | None:
+        found = compiled.int8_linear()
+        return found if isinstance(found, str) else None
+
+    def __init__(self, request: Request) -> None:
+        self.per_token = request.per_token
+
+    def prepare(self, layer: Any) -> None:
+        # Sums are int32: 2**31 / 128**2 products may be added. The widest layer we know of has 53,248 (Llama 405B).
+        assert layer.weight.shape[1] <= 2**17, layer.weight.shape
+        layer.weight = torch.nn.Parameter(layer.weight.data.contiguous(), requires_grad=False)
+        scale = layer.weight_scale.data.reshape(-1).expand(layer.weight.shape[0]).contiguous()
+        layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return int8_linear(x, layer.weight, layer.weight_scale, layer.input_scale, bias, self.per_token)
+
+
 class Float32Integers(Kernel):
-    """The same integers in float32: for CPUs on which oneDNN's INT8 GEMM is wrong (see `onednn_is_exact`).
+    """The same integers in float32: where oneDNN's INT8 GEMM is wrong and Avx2 cannot be compiled.
 
     float32 holds every sum below 2**24 exactly (in <= 1040 at full range) and rounds longer ones by 6e-8. Weights stay
     int8 and are widened layer by layer as they are used: the memory is saved, the time is not, the result is right.
@@ -333,11 +357,16 @@ def onednn_is_exact() -> bool:
 
 @functools.cache
 def _warn_slow() -> None:
-    logger.warning("%s; computing the same integers in float32: correct, but not faster than floating point", INEXACT)
+    logger.warning(
+        "%s, and ours is not at hand (%s); computing the same integers in float32: correct, but not faster than "
+        "floating point",
+        INEXACT,
+        compiled.int8_linear(),
+    )
 
 
 CANDIDATES: dict[str, tuple[type[Kernel], ...]] = {
-    "cpu": (VllmChoice, OneDnnTensor, Float32Integers),
+    "cpu": (VllmChoice, OneDnnTensor, Avx2, Float32Integers),
     "cuda": (VllmChoice, CutlassTensor, Triton),
 }
 

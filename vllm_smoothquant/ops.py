@@ -1,14 +1,16 @@
 """Custom operators: what torch.compile must not look into, with the shapes it needs to know.
 
     smoothquant::onednn_tensor_int8     y = (q_x @ q_w^T) * s_x * s_w^T + bias        s_x one number for all tokens
+    smoothquant::int8_linear            y = (q_x @ q_w^T) * s_x * s_w^T + bias        q_w int8 [out, in], s_w [out]
     smoothquant::widened_linear         y = x @ q_w^T        x float32 integers, q_w int8 [out, in], y float32
     smoothquant::quantize_per_token     x * r -> q_x int8 [tokens, in], s_x [tokens, 1]        r float32 [in]
     smoothquant::triton_int8_mm         y = (q_x @ q_w) * s_x * s_w^T + bias        q_w int8 [in, out], s_w [out, 1]
     smoothquant::real_rows              bool [tokens]: True for tokens, False for the padding of a CUDA graph
 
 x [tokens, in] float32/bfloat16/float16; scales float32. In onednn_tensor_int8, q_w and s_w live inside vLLM's oneDNN
-handler and s_x is [1], or None to measure it: s_x = absmax(x) / 127. Real = int * scale. Every operator has a fake
-implementation and mutates nothing, so `torch.library.opcheck` passes (tests/test_plugin.py, tests/test_cuda.py).
+handler. There and in int8_linear s_x is [1], or None to measure it: s_x = absmax(x) / 127. Real = int * scale. Every
+operator has a fake implementation and mutates nothing, so `torch.library.opcheck` passes (tests/test_plugin.py,
+tests/test_cuda.py).
 
 Importing this module registers the operators, once.
 """
@@ -58,6 +60,43 @@ def _onednn_tensor_int8_fake(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], out_features)
+
+
+def _int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    per_token: bool,
+) -> torch.Tensor:
+    """per_token: whether a measured scale is each token's own. int8_linear.cpp works in float32."""
+    from .compiled import int8_linear
+
+    function = int8_linear()
+    assert callable(function), function  # kernels.Avx2 rejects it before
+    (tokens, in_features), out_features = x.shape, weight.shape[0]
+    x32 = x.to(torch.float32).contiguous()
+    bias32 = None if bias is None else bias.to(torch.float32).contiguous()
+    integers = x.new_empty(x.shape, dtype=torch.int16)
+    absmax = x.new_empty(tokens, dtype=torch.int32)
+    scale, y = x32.new_empty(tokens), x32.new_empty(tokens, out_features)
+    tensors = (x32, weight, weight_scale, bias32, input_scale)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    rooms = (tensor.data_ptr() for tensor in (integers, absmax, scale, y))
+    function(*pointers, per_token, *rooms, tokens, in_features, out_features)
+    return y.to(x.dtype)
+
+
+def _int8_linear_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    per_token: bool,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 # float32 room for one layer's weight at a time, as large as the largest layer. One worker runs one forward pass at a
@@ -162,6 +201,8 @@ def _define(name: str, function, fake, dispatch_key: str) -> None:  # type: igno
 _define("onednn_tensor_int8", _onednn_tensor_int8, _onednn_tensor_int8_fake, "CPU")
 
 onednn_tensor_int8 = torch.ops.smoothquant.onednn_tensor_int8.default
+_define("int8_linear", _int8_linear, _int8_linear_fake, "CPU")
+int8_linear = torch.ops.smoothquant.int8_linear.default
 _define("widened_linear", _widened_linear, _widened_linear_fake, "CPU")
 widened_linear = torch.ops.smoothquant.widened_linear.default
 _define("quantize_per_token", _quantize_per_token, _quantize_per_token_fake, "CUDA")
