@@ -7,8 +7,8 @@ Each arm is a vLLM engine in a process of its own (serving_engine.py), two at a 
 others come and go. In a round both decode one request, then several, then take in a long prompt, in turn, every second
 round the other way round; a round's ratio is of two runs that were seconds apart, so that a machine that grows slower
 moves both. Steps are timed in the worker: neither scheduler nor tokenizer is in them. Nothing comes from a cache: no
-prefix cache, and each engine compiles anew. Front end and worker are one process: on few cores the one would poll on
-the other's core.
+prefix cache, and each engine compiles anew (but for --keep). Front end and worker are one process: on few cores the
+one would poll on the other's core.
 
 Stock vLLM gets the very integers of our default checkpoint (`smoothquant convert`), and no plugin. Floors are measured
 first, by a process with the same threads and the same malloc (serving_floors.py). Options and environment hold for all
@@ -141,8 +141,13 @@ def environment(arm: str, preload: str | None, cache: Path) -> dict[str, str]:
 
 
 @contextmanager
-def engine(arguments: dict[str, Any], arm: str, preload: str | None) -> Iterator[tuple[Ask, float]]:
-    """Yield what asks a fresh engine (serving_engine.ASKS), and the seconds until it was ready; EngineError."""
+def engine(
+    arguments: dict[str, Any], arm: str, preload: str | None, compiled: Path | None
+) -> Iterator[tuple[Ask, float]]:
+    """Yield what asks a fresh engine (serving_engine.ASKS), and the seconds until it was ready; EngineError.
+
+    compiled: where its code may be from an earlier run; None: nowhere.
+    """
     with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         log = Path(folder, "log.txt")
         reading, writing = os.pipe()
@@ -151,7 +156,7 @@ def engine(arguments: dict[str, Any], arm: str, preload: str | None) -> Iterator
             process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.serving_engine", str(writing)], stdin=subprocess.PIPE, text=True,
                 stdout=output, stderr=subprocess.STDOUT, pass_fds=[writing], cwd=ROOT, start_new_session=True,
-                env=environment(arm, preload, Path(folder)),
+                env=environment(arm, preload, compiled or Path(folder)),
             )  # fmt: skip
         os.close(writing)
         with os.fdopen(reading) as answers:
@@ -223,7 +228,7 @@ def compare(
             "model": str(paths[arm]), "seed": 0, "max_model_len": longest, "max_num_seqs": most,
             "max_num_batched_tokens": max(longest, most * PROMPT), "kv_cache_memory_bytes": CACHE_BYTES, **served,
         }  # fmt: skip
-        return engine(arguments, arm, args.preload)
+        return engine(arguments, arm, args.preload, FOLDER / "compiled" / f"{model.what}, {arm}" if args.keep else None)
 
     def timed(ask: Ask) -> Callable[[Case], float]:
         def run(case: Case) -> float:
@@ -292,7 +297,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="of text, to measure quality on")
     parser.add_argument("--samples", type=int, help="to calibrate with (without: 16 of SmolLM2, 4 of a random one)")
     parser.add_argument("--preload", metavar="FILE", default=tcmalloc(), help="the malloc of all arms")
-    parser.add_argument("--keep", action="store_true", help="the checkpoints, for a next run as well")
+    parser.add_argument("--keep", action="store_true", help="checkpoints and compiled code, for a next run")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="the JSON file to keep them in")
     parser.add_argument("--output", type=Path, default=serving_page.OUTPUT, help="the page to write")
     args = parser.parse_args()
@@ -321,8 +326,8 @@ def main() -> None:
                     "machine": describe(), "command": shlex.join(["python", "-m", "benchmarks.serving", *sys.argv[1:]]),
                     "what": model.what, "speaks": model.speaks, "dtype": dtype, "native": is_native(kind, "cpu"),
                     "calibrated": [seen["samples"], seen["seq_len"]], "windows": [args.windows, model.seq_len],
-                    "rounds": args.rounds, "steps": args.steps, "reference": args.reference, "limits": limits,
-                    "floors": floors,
+                    "kept": args.keep, "rounds": args.rounds, "steps": args.steps, "reference": args.reference,
+                    "limits": limits, "floors": floors,
                     "rows": compare(model, args, cases, paths, dtype=dtype, enforce_eager=MODES[mode]),
                 }  # fmt: skip
                 args.figures.write_text(json.dumps(figures, indent=2) + "\n")

@@ -9,7 +9,8 @@ from vllm_smoothquant.kernels import INEXACT
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "serving.md"
 FLOAT, STOCK = "floating point", "compressed-tensors"
-# Nats per token that INT8 may be from floating point where perplexity says nothing: wrong sums are whole nats away.
+# Nats per token that INT8 may be from floating point where perplexity says nothing: three times what the default scheme
+# costs a real model (docs/accuracy.md).
 AGREES = 0.1
 FEW = 5
 HEADER = f"""# Serving on a CPU
@@ -21,17 +22,16 @@ ratios with their quartiles; `of {FLOAT}` is the quotient of two such medians wh
 
 `floor` is what the measured bandwidth and the measured rate of large products allow for the weights alone, `over it`
 how much longer the step takes: attention, norms, quantisation and sampling are in the step and not in the floor.
-Start: from nothing to an engine that is ready, imports and compilation included, no code from a cache. Peak: of the
-worker's process, imports, weights and room for keys and values included, before quality is measured; anonymous: pages
-of no file, after the runs.
+Start: from nothing to an engine that is ready, imports and compilation included. Peak: of the worker's process,
+imports, weights and room for keys and values included, before quality is measured; anonymous: pages of no file, then.
 """
 Section = Mapping[str, Any]
 # (whether it holds for a section, what must then be said, with the section's words)
 NOTES: tuple[tuple[Callable[[Section], bool], str], ...] = (
     (
         lambda s: not _host(s)["onednn_is_exact"],
-        f"{INEXACT}. **{STOCK} computes those wrong sums**, as its quality shows: its speed is no option here, and the "
-        "INT8 floor is that of the same instructions. Ours avoids them.",
+        f"{INEXACT}. **{STOCK} computes those wrong sums**: its speed is theirs, and the INT8 floor that of the same "
+        "instructions. Ours avoids them.",
     ),
     (
         lambda s: not s["native"],
@@ -43,13 +43,18 @@ NOTES: tuple[tuple[Callable[[Section], bool], str], ...] = (
         "No tcmalloc was found: glibc's malloc serves all arms, where vLLM recommends to preload tcmalloc.",
     ),
     (
+        lambda s: s["kept"],
+        "Compiled code came from an earlier run where there was one (`--keep`): start is not from nothing.",
+    ),
+    (
         lambda s: s["rounds"] < FEW,
         "{rounds} rounds: too few for the quartiles to mean much.",
     ),
     (
         lambda s: not s["speaks"],
         "The weights are random, and so is any text to them: no perplexity. Instead KL, nats per token from "
-        f"{FLOAT}'s distribution: up to {AGREES} an arm is taken to compute the same function.",
+        f"{FLOAT}'s distribution. Up to {AGREES} an arm is taken to compute the same function; beyond, "
+        "coarse rounding and wrong sums look alike.",
     ),
 )
 

@@ -142,7 +142,7 @@ def section(**changes: object) -> dict:
     }  # fmt: skip
     return {
         "machine": "a machine", "command": "a command", "what": "A model", "speaks": True, "dtype": "bfloat16",
-        "native": True, "calibrated": [16, 512], "windows": [4, 512], "rounds": 8, "steps": 32,
+        "native": True, "calibrated": [16, 512], "windows": [4, 512], "kept": False, "rounds": 8, "steps": 32,
         "reference": serving_page.STOCK, "limits": LIMITS, "floors": {arm: {"decode 1": 0.010} for arm in serving.ARMS},
         "rows": {
             serving_page.FLOAT: row(0.040, 2.0),
@@ -178,9 +178,9 @@ def test_beside_floating_point_there_is_one_ratio() -> None:
 def test_the_page_says_what_a_reader_must_know() -> None:
     rows = section()["rows"]
     rows[serving_page.STOCK] |= {"malloc": "glibc", "onednn_is_exact": False}
-    text = serving_page.page({"model": {"eager": section(rows=rows, native=False, rounds=2, speaks=False)}})
+    text = serving_page.page({"model": {"eager": section(rows=rows, native=False, kept=True, rounds=2, speaks=False)}})
     notes = [line for line in text.splitlines() if line.startswith("- ")]
-    words = ("wrong sums", "emulates bfloat16", "glibc's malloc", "2 rounds", "random")
+    words = ("wrong sums", "emulates bfloat16", "glibc's malloc", "`--keep`", "2 rounds", "random")
     assert len(notes) == len(words)
     assert all(word in note for word, note in zip(words, notes, strict=True))
     # Of a model that does not speak, only how far each arm is from floating point.
