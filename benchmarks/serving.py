@@ -18,6 +18,7 @@ arms alike: choose cores with taskset, threads with OMP_NUM_THREADS. The last li
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -112,12 +113,17 @@ MODELS = {
 }
 
 
+def file_name(*words: str) -> str:
+    """Compilers are called with such names in the middle of a line: no spaces."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(words))
+
+
 def checkpoints(model: Model, arms: Sequence[str], folder: Path, samples: int) -> dict[str, Path]:
     """Arm -> what vLLM serves; those that `folder` has are taken as they are."""
     found = {FLOAT: model.folder()}
     text, stats = assets.calibration_text(), folder / "stats.safetensors"
     for arm in ("default", *(arm for arm in arms if arm in OURS and arm != "default")):
-        found[arm] = folder / arm.replace(", ", "-").replace(" ", "-")
+        found[arm] = folder / file_name(arm)
         if found[arm].exists():
             continue
         # What was observed serves all schemes, but not another set of layers.
@@ -228,7 +234,8 @@ def compare(
             "model": str(paths[arm]), "seed": 0, "max_model_len": longest, "max_num_seqs": most,
             "max_num_batched_tokens": max(longest, most * PROMPT), "kv_cache_memory_bytes": CACHE_BYTES, **served,
         }  # fmt: skip
-        return engine(arguments, arm, args.preload, FOLDER / "compiled" / f"{model.what}, {arm}" if args.keep else None)
+        compiled = FOLDER / "compiled" / file_name(model.what, arm)
+        return engine(arguments, arm, args.preload, compiled if args.keep else None)
 
     def timed(ask: Ask) -> Callable[[Case], float]:
         def run(case: Case) -> float:
