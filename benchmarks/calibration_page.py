@@ -11,6 +11,7 @@ OUTPUT = Path(__file__).parent.parent / "docs" / "calibration.md"
 TITLES = {"bare": "bare forward passes", "ours": "smoothquant calibrate", "theirs": "llm-compressor oneshot"}
 STAGES = ("load", "discover", "observe", "gate", "quantize and export")
 PAPER = (512, 512)  # samples and tokens for which the cost of large models is worked out
+LARGE = ("70B", "405B")
 
 
 def write(figures: Mapping[str, Any], command: str) -> None:
@@ -98,7 +99,7 @@ def _growth(found: Mapping[str, Any]) -> str:
         "disk, in float32. A block: its weights in float32.\n\n"
         "| | observe here | activations, GB | a block, GB |\n|---|---|---|---|\n"
     )
-    for size in synthetic.UNTIED:
+    for size in LARGE:
         hidden, _, layers, *_ = synthetic.SIZES[size]
         matrices = synthetic.parameters(size)[1]
         work = 2 * matrices * PAPER[0] * PAPER[1]

@@ -11,16 +11,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 SHARD_BYTES = 10**9
 
-# hidden, intermediate, layers, heads, key-value heads; vocabulary. As the models of that name have them.
+# hidden, intermediate, layers, heads, key-value heads; vocabulary. As the models of that name have them; 1.1B is no
+# model's, has 0.92 G parameters, and a head of its own that is not most of it.
 SIZES = {
     "135M": (576, 1536, 30, 9, 3, 49152),
     "360M": (960, 2560, 32, 15, 5, 49152),
+    "1.1B": (2048, 5632, 16, 32, 8, 49152),
     "1B": (2048, 8192, 16, 32, 8, 128256),
     "3B": (3072, 8192, 28, 24, 8, 128256),
     "70B": (8192, 28672, 80, 64, 8, 128256),
     "405B": (16384, 53248, 126, 128, 8, 128256),
 }
-UNTIED = ("70B", "405B")
+UNTIED = ("1.1B", "70B", "405B")
 
 
 def config(size: str) -> LlamaConfig:
