@@ -1,16 +1,20 @@
 """docs/calibration.md and docs/calibration.png, of what calibration.py measured."""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks import synthetic
+from calibration.pipeline import calibrate
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "calibration.md"
 TITLES = {"bare": "bare forward passes", "ours": "smoothquant calibrate", "theirs": "llm-compressor oneshot"}
 STAGES = ("load", "discover", "observe", "gate", "quantize and export")
-PAPER = (512, 512)  # samples and tokens for which the cost of large models is worked out
+# Samples and tokens of a calibration that nobody gave options: for these the cost of large models is worked out.
+DEFAULTS = tuple(signature(calibrate).parameters[name].default for name in ("samples", "seq_len"))
+NOISE = 0.1  # of KL divergence: what the rows of the default scheme differ by, in no order
 LARGE = ("70B", "405B")
 
 
@@ -63,8 +67,21 @@ def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
     return (
         "\n## How many samples\n\nThe same model calibrated on more and fewer samples, measured through vLLM on 8 x 512"
         " tokens of other articles. Static rows take what the default ones observed, so their seconds are those of "
-        "the search.\n\n"
+        f"the search. {_knee(others)}\n\n"
         "| | samples | tokens of each | wall, s | perplexity | change | KL |\n|---|---|---|---|---|---|---|\n" + lines
+    )
+
+
+def _knee(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where more samples of as many tokens as the default has stop helping, for each scheme."""
+    found = {}
+    for what in dict.fromkeys(row["what"] for row in rows):
+        kl = {r["samples"]: r["kl_divergence"] for r in rows if r["what"] == what and r["seq_len"] == DEFAULTS[1]}
+        found[what] = min(n for n in kl if kl[n] <= (1 + NOISE) * min(kl.values()))
+    said = ", ".join(f"{n} ({what})" for what, n in found.items())
+    return (
+        f"KL within {NOISE:.0%} of the best row of {DEFAULTS[1]} tokens is reached with this many samples: {said}. "
+        f"Unless told otherwise, `calibrate` takes {DEFAULTS[0]} x {DEFAULTS[1]}."
     )
 
 
@@ -95,17 +112,17 @@ def _growth(found: Mapping[str, Any]) -> str:
     rate = 2 * last["matrices"] * tokens / last["stages"]["observe"]
     text += (
         f"\n## On paper\n\nFrom the rate of the {last['size']} model's observation here ({rate / 1e9:.0f} GFLOPS), for "
-        f"{PAPER[0]} x {PAPER[1]} tokens; work is 2 operations a parameter and token. Activations: of two blocks, on "
-        "disk, in float32. A block: its weights in float32.\n\n"
+        f"{DEFAULTS[0]} x {DEFAULTS[1]} tokens; work is 2 operations a parameter and token. Activations: of two "
+        "blocks, on disk, in float32. A block: its weights in float32.\n\n"
         "| | observe here | activations, GB | a block, GB |\n|---|---|---|---|\n"
     )
     for size in LARGE:
         hidden, _, layers, *_ = synthetic.SIZES[size]
         matrices = synthetic.parameters(size)[1]
-        work = 2 * matrices * PAPER[0] * PAPER[1]
+        work = 2 * matrices * DEFAULTS[0] * DEFAULTS[1]
         text += (
             f"| {size} | {work / rate / 3600:.0f} h | "
-            f"{2 * PAPER[0] * PAPER[1] * hidden * 4 / 1e9:.0f} | {matrices / layers * 4 / 1e9:.1f} |\n"
+            f"{2 * DEFAULTS[0] * DEFAULTS[1] * hidden * 4 / 1e9:.0f} | {matrices / layers * 4 / 1e9:.1f} |\n"
         )
     return text
 

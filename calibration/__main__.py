@@ -150,7 +150,7 @@ def _source_arguments(sub: argparse.ArgumentParser) -> None:
         help="calibration text: .txt, .jsonl, .parquet or .csv, or a hub data set NAME[:CONFIG][@SPLIT]",
     )  # fmt: skip
     sub.add_argument("--text-column", default="text", metavar="NAME", help="the column that holds the text")
-    sub.add_argument("--samples", type=int, default=512, metavar="N", help="how many samples to observe")
+    sub.add_argument("--samples", type=int, default=64, metavar="N", help="how many samples to observe")
     sub.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens in each sample")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="which samples are drawn")
     sub.add_argument("--device-map", default="auto", metavar="MAP", help="where accelerate puts the model")

@@ -38,7 +38,7 @@ def test_every_option_of_calibrate_is_in_a_recipe(capsys, tmp_path):
 
 def test_without_anything_the_defaults_are_printed(capsys):
     said = printed(capsys)
-    assert said["samples"] == 512
+    assert said["samples"] == 64
     assert said["no-smoothing"] is False
     assert "model" not in said
 
