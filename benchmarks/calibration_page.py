@@ -24,6 +24,8 @@ def write(figures: Mapping[str, Any], command: str) -> None:
     for part, section in (("compare", _compare), ("quality", _quality), ("growth", _growth), ("identical", _identical)):
         if part in figures:
             text += section(figures[part]["figures"]) + f"\nMeasured on {figures[part]['machine']}\n"
+            if part == "compare" and "quality" in figures:
+                text += _reached(figures[part]["figures"], figures["quality"])
     OUTPUT.write_text(text)
     if "growth" in figures:
         _plot(figures["growth"]["figures"]["rows"], OUTPUT.with_suffix(".png"))
@@ -56,6 +58,21 @@ def _compare(found: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|\n"
         f"{rows}\nThe bare passes reach {rate:.0f} of the {found['gflops_peak']:.0f} GFLOPS that one square product "
         f"reaches here in {found['dtype']} ({rate / found['gflops_peak']:.0%}).\n"
+    )
+
+
+def _reached(compared: Mapping[str, Any], swept: Mapping[str, Any]) -> str:
+    """The least time in which we get what llm-compressor gets."""
+    perplexity = compared["scores"]["theirs"]["perplexity"]
+    wall = median(run["wall"] for run in compared["runs"]["theirs"])
+    rows = [row for row in swept["figures"] if "wall" in row and row["perplexity"] <= perplexity]
+    if not rows:
+        return f"\nNo row of the sweep reaches llm-compressor's perplexity of {perplexity:.3f}.\n"
+    row = min(rows, key=lambda row: row["wall"])
+    return (
+        f"\nOf the sweep, {row['what']} with {row['samples']} x {row['seq_len']} tokens is the first to reach "
+        f"llm-compressor's perplexity of {perplexity:.3f}: in {row['wall']:.0f} s, {row['wall'] / wall:.0%} of its "
+        f"time, on {swept['machine'].split(';')[0]}.\n"
     )
 
 
