@@ -48,7 +48,7 @@ def _compare(found: Mapping[str, Any]) -> str:
     return (
         f"\n## Beside llm-compressor\n\nSmolLM2-135M-Instruct, {found['samples']} x {found['seq_len']} tokens, the "
         f"same for all, in batches of {found['batch_size']}; alpha 0.5, weights per channel, activations per token. "
-        f"Arithmetic: {found['dtype']} for all three. Medians of {len(found['runs']['bare'])} runs in turn, each in a "
+        f"Arithmetic: {found['dtype']} for all three. Median of {len(found['runs']['bare'])} rounds, each run in a "
         f"process of its own; llm-compressor's has {found['theirs']}. Ours takes {share[0]:.0%} of llm-compressor's "
         f"wall time, its observation {share[1]:.0%} of theirs. Wall and CPU are of the whole process, imports and "
         "loading included; `part` is what grows with the samples: the passes, `observe`, and `oneshot` (with the "
