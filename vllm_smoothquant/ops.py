@@ -17,6 +17,7 @@ Importing this module registers the operators, once.
 
 import torch
 
+from . import compiled
 from .checkpoint import SmoothQuantError
 from .int8 import absmax_scale
 
@@ -71,9 +72,7 @@ def _int8_linear(
     per_token: bool,
 ) -> torch.Tensor:
     """per_token: whether a measured scale is each token's own. int8_linear.cpp works in float32."""
-    from .compiled import int8_linear
-
-    function = int8_linear()
+    function = compiled.int8_linear()
     assert callable(function), function  # kernels.Avx2 rejects it before
     (tokens, in_features), out_features = x.shape, weight.shape[0]
     x32 = x.to(torch.float32).contiguous()
