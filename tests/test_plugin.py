@@ -5,10 +5,12 @@ is tested; elsewhere weights stay within what oneDNN adds up right, so that its 
 """
 
 import ast
+import functools
 import gc
 import logging
 import pickle
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ vllm = pytest.importorskip("vllm", reason="the plugin needs vLLM; `make venv` in
 from vllm.model_executor.layers import linear as vllm_linear  # noqa: E402
 
 import vllm_smoothquant  # noqa: E402
-from vllm_smoothquant import compiled, kernels, ops  # noqa: E402
+from vllm_smoothquant import compiled, kernels, ops, race  # noqa: E402
 from vllm_smoothquant.config import SmoothQuantConfig  # noqa: E402
 
 IN = 64
@@ -138,14 +140,33 @@ def allowed(x: torch.Tensor, one: dict[str, torch.Tensor], strategy: str, refere
 
 
 # How to ask for a kernel of a CPU -> what it may be called.
-CPU_KERNELS = {"onednn": ("vllm", "onednn-tensor"), "avx2": ("avx2",), "float32": ("float32-integers",)}
+CPU_KERNELS = {
+    "onednn": ("vllm", "onednn-tensor"),
+    "vnni": ("vnni",),
+    "avx2": ("avx2",),
+    "float32": ("float32-integers",),
+}
+
+
+def compile_for(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product in `target`'s instructions, whatever this CPU would choose; a CPU without them skips the test."""
+    best = compiled.target()
+    if best is None or list(compiled.TARGETS).index(target) < list(compiled.TARGETS).index(best):
+        pytest.skip(f"this CPU has no {target}")  # every x86 CPU of the last ten years has AVX2
+    monkeypatch.setattr(compiled, "target", lambda: target)
+    monkeypatch.setattr(compiled, "int8_linear", functools.cache(compiled.int8_linear.__wrapped__))
+    assert callable(compiled.int8_linear()), compiled.int8_linear()
 
 
 def ask_for(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """kernel: a key of CPU_KERNELS, whatever this CPU would choose."""
     monkeypatch.setattr(kernels, "onednn_is_exact", lambda: kernel == "onednn")
-    if kernel == "float32":
-        monkeypatch.setattr(compiled, "int8_linear", lambda: "not asked for")
+    if kernel in compiled.TARGETS:
+        compile_for(kernel, monkeypatch)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(race, "lost", lambda *_: None)
+    else:
+        monkeypatch.setattr(compiled, "target", lambda: None)
 
 
 CASES = [(w, a) for w in ("channel", "tensor") for a in handmade.ACTIVATIONS]
@@ -307,57 +328,83 @@ def test_operators_keep_their_word(dtype: torch.dtype, static: bool, bias: bool)
     assert ops.onednn_tensor_int8(arguments[0][:0], *arguments[1:]).shape == (0, 48)
 
 
-@pytest.fixture
-def avx2() -> None:
-    """Compiled here, as every x86 machine of the last ten years can; elsewhere there is nothing to test."""
-    found = compiled.int8_linear()
-    if isinstance(found, str):
-        assert "AVX2" in found, found
-        pytest.skip(found)
-
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("scheme", ["token", "tensor", "static"])
 @pytest.mark.parametrize("shape", [(1, 5, 7), (2, 4, 16), (67, 13, 100), (131, 33, 2048)], ids=str)
-def test_our_product_is_the_references(avx2: None, shape: tuple[int, int, int], scheme: str) -> None:
+@pytest.mark.parametrize("target", compiled.TARGETS)
+def test_our_product_is_the_references(
+    monkeypatch: pytest.MonkeyPatch, target: str, shape: tuple[int, int, int], scheme: str, dtype: torch.dtype
+) -> None:
     """Every remainder of a tile, the extremes of int8, a bias; no more than the float32 of the scaling apart."""
+    compile_for(target, monkeypatch)
     gc.collect()  # as in test_operators_keep_their_word
     tokens, out_features, in_features = shape
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, in_features, generator=generator)
+    x = torch.randn(tokens, in_features, generator=generator).to(dtype)
     weight = torch.randint(-128, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
     weight[0] = -128
     x[0] = -x[0].abs().max()
-    weight_scale, bias = torch.rand(out_features, generator=generator), torch.randn(out_features, generator=generator)
+    weight_scale = torch.rand(out_features, generator=generator)
+    bias = torch.randn(out_features, generator=generator).to(dtype)
     static = torch.tensor([0.011]) if scheme == "static" else None
-    arguments = (x, weight, weight_scale, static, bias, scheme == "token")
+    arguments = (x, weight, weight_scale, weight.sum(1, dtype=torch.int32), static, bias, scheme == "token")
     y = ops.int8_linear(*arguments)
+    assert y.dtype == dtype
     strategy = "token" if scheme == "token" else "tensor"
     reference = int8.linear_reference(
-        x.double(), weight, weight_scale, strategy=strategy, input_scale_static=static, bias=bias
+        x.double(), weight, weight_scale, strategy=strategy, input_scale_static=static, bias=bias.double()
     )
-    # The sum becomes float32, is scaled twice and added to: four roundings, each 2**-24 of what it rounds.
+    # The sum becomes float32, is scaled twice and added to: four roundings, each 2**-24 of what it rounds. Then comes
+    # that to the output's dtype, half a unit of its last place.
     size = (reference - bias).abs() + bias.abs()
-    assert ((y.double() - reference).abs() <= 4 * 2**-24 * size).all()
+    bound = 4 * 2**-24 * size + (torch.finfo(dtype).eps / 2 * y.double().abs() if dtype != torch.float32 else 0)
+    assert ((y.double() - reference).abs() <= bound).all()
     results = torch.library.opcheck(ops.int8_linear, arguments)
     assert set(results.values()) == {"SUCCESS"}, results
 
 
-def test_our_product_keeps_nan_and_takes_no_tokens(avx2: None) -> None:
+def test_our_product_takes_other_dtypes_through_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_for("avx2", monkeypatch)
+    weight = torch.randint(-128, 128, (5, 20), dtype=torch.int8)
+    x, bias, sums = torch.randn(3, 20), torch.randn(5), weight.sum(1, dtype=torch.int32)
+    for narrow in (x.half(), x.bfloat16()):  # a bfloat16 model with a bias in float32
+        y = ops.int8_linear(narrow, weight, torch.ones(5), sums, None, bias, True)
+        wide = ops.int8_linear(narrow.float(), weight, torch.ones(5), sums, None, bias, True)
+        assert torch.equal(y, wide.to(narrow.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("target", compiled.TARGETS)
+def test_our_product_keeps_nan_and_takes_no_tokens(
+    monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype
+) -> None:
     """A scale hides NaN from whoever reads integers: its row must show it, and no other row."""
+    compile_for(target, monkeypatch)
     weight, weight_scale = torch.ones(3, 20, dtype=torch.int8), torch.ones(3)
-    x = torch.randn(4, 20)
+    sums = weight.sum(1, dtype=torch.int32)
+    x = torch.randn(4, 20).to(dtype)
     x[2, 7] = float("nan")
     for static, per_token, bad in ((None, True, [2]), (torch.ones(1), False, [2]), (None, False, [0, 1, 2, 3])):
-        y = ops.int8_linear(x, weight, weight_scale, static, None, per_token)
+        y = ops.int8_linear(x, weight, weight_scale, sums, static, None, per_token)
         assert y.isnan().all(dim=1).nonzero().flatten().tolist() == bad
         assert y.isnan().any(dim=1).sum() == len(bad)
-    assert ops.int8_linear(x[:0], weight, weight_scale, None, None, False).shape == (0, 3)
+    assert ops.int8_linear(x[:0], weight, weight_scale, sums, None, None, False).shape == (0, 3)
 
 
-def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, avx2: None) -> None:
+def test_the_product_compiles_for_cpus_that_are_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from vllm import envs
+
+    if compiled.target() is None:
+        pytest.skip("the product is for x86")
+    monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path))
+    assert len({compiled.build(target) for target in compiled.TARGETS}) == len(compiled.TARGETS)
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No compiler, one that fails, a CPU without AVX2: the next kernel, with the reason."""
     from vllm import envs
 
+    compile_for("avx2", monkeypatch)
     monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path))
     fresh = compiled.int8_linear.__wrapped__
     request = kernels.Request("layer", TOKEN, True, torch.bfloat16, "cpu")
@@ -371,8 +418,24 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert list((tmp_path / "smoothquant").iterdir()) == []
     monkeypatch.delenv("CXX")
     assert callable(fresh())
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(compiled, "target", lambda: None)
     assert fresh() == "needs an x86 CPU with AVX2"
+
+
+def test_a_product_that_adds_up_wrong_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As oneDNN's would be if it were ours: pairs of products clipped to 16 bits."""
+    compile_for("avx2", monkeypatch)
+    monkeypatch.setattr(kernels, "compiled_is_exact", fresh := kernels.compiled_is_exact.__wrapped__)
+    request = kernels.Request("layer", TOKEN, True, torch.float32, "cpu")
+    assert kernels.Avx2.rejects(request) is None
+
+    def clips(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+        products = x[:, None] * weight[None]
+        return products.unflatten(2, (-1, 2)).sum(3).clamp(-(2**15), 2**15 - 1).sum(2)
+
+    monkeypatch.setattr(kernels, "int8_linear", clips)
+    assert not fresh()
+    assert "wrong sums" in (kernels.Avx2.rejects(request) or "")
 
 
 def test_widened_products_are_integer_products() -> None:
@@ -419,10 +482,56 @@ def test_the_first_kernel_that_serves(
     monkeypatch: pytest.MonkeyPatch, platform: str, capability: int | None, exact: bool, scheme: Scheme, served_by: str
 ) -> None:
     monkeypatch.setattr(kernels, "onednn_is_exact", lambda: exact)
+    monkeypatch.setattr(compiled, "target", lambda: None if exact else "avx2")
     request = kernels.Request("layer", scheme, True, torch.bfloat16, platform, capability)
     reasons = kernels.explain_kernels(request)
     assert next(name for name, reason in reasons if reason is None) == served_by
     assert all(reason for name, reason in reasons[: [name for name, _ in reasons].index(served_by)])
+
+
+@pytest.mark.parametrize(("scheme", "rival"), [(TOKEN, "vllm"), (TENSOR, "onednn-tensor"), (STATIC, "onednn-tensor")])
+def test_vnni_serves_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, scheme: Scheme, rival: str) -> None:
+    """Nothing is run here: what a CPU with VNNI would find is said for it."""
+    monkeypatch.setattr(kernels, "onednn_is_exact", lambda: True)
+    monkeypatch.setattr(kernels, "compiled_is_exact", lambda: True)
+    monkeypatch.setattr(compiled, "target", lambda: "vnni")
+    monkeypatch.setattr(compiled, "int8_linear", lambda: print)
+    ratios = {1: 0.8, 16: 0.9, 256: 0.7}
+    monkeypatch.setattr(race, "_ratios", lambda kernel, other, request: ratios if other.name == rival else {})
+    amx = False
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    request = kernels.Request("layer", scheme, True, torch.bfloat16, "cpu")
+    assert kernels.Vnni.rejects(request) is None
+    ratios[16] = 1.1
+    assert kernels.Vnni.rejects(request) == f"measured here: 1.10 of the time of {rival!r} at 16 tokens"
+    assert next(name for name, reason in kernels.explain_kernels(request) if reason is None) == rival
+    amx = True
+    assert "AMX" in (kernels.Vnni.rejects(request) or "")
+
+
+def test_a_race_finds_where_a_kernel_is_slower() -> None:
+    """Two that sleep: one a little longer, but for 16 tokens much longer."""
+
+    class Sleeps(kernels.Float32Integers):
+        def prepare(self, layer: Any) -> None:
+            layer.weight = None
+
+        def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            time.sleep(0.002 if len(x) == 16 else 0.0005)
+            return x
+
+    class Longer(Sleeps):
+        name = "longer"
+
+        def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            time.sleep(0.001)
+            return x
+
+    request = kernels.Request("layer", TOKEN, True, torch.float32, "cpu")
+    said = race.lost(Sleeps, Longer, request)
+    assert said is not None
+    assert said.endswith("of the time of 'longer' at 16 tokens")
+    assert race.lost(Longer, Sleeps, request) != said
 
 
 def test_no_kernel_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:

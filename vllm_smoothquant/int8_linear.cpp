@@ -1,81 +1,62 @@
-// y = (q_x @ q_w^T) * s_x * s_w + bias, exact in integers, for x86 with AVX2; int8.linear_reference says the same slowly.
+// y = (q_x @ q_w^T) * s_x * s_w + bias, exact in integers, on x86; int8.linear_reference says the same slowly.
 //
-// Eight-bit products added in pairs to 16 bits clip (what oneDNN does without VNNI). Here both operands are widened to
-// 16 bits, and vpmaddwd adds pairs of products to 32 bits: half as many to an instruction, and none can clip. int32
-// holds 2**31 / 128**2 = 131,072 of them.
-//
-// Activations are widened once, as they are quantised; weights stay int8 [out, in] and are widened in registers, once
-// for each ROWS rows of activations. A tile's accumulators, weights and products must all fit 16 registers: with 4 x 3
-// compilers spill, and lose a third of the speed of 2 x 4.
+// Activations are quantised once, to the integers that the tile (int8_tile.h) multiplies; weights stay as loaded.
 
-#include <immintrin.h>
+#include "int8_tile.h"
 
-#include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 
 namespace {
 
-constexpr long LANES = 16;   // products of one vpmaddwd
-constexpr long ROWS = 2;     // of activations in a tile
-constexpr long COLUMNS = 4;  // of outputs in a tile
-constexpr long CHUNK = 64;   // rows of activations that stay in the second-level cache while the weights go by
+constexpr long CHUNK = 64;  // rows of activations that stay in the second-level cache while the weights go by
 
-int32_t sum(__m256i v) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-  return _mm_cvtsi128_si32(s);
-}
+using Tile = void (*)(const Integer*, const int8_t*, int32_t (&)[ROWS][COLUMNS], long);
+template <int M, bool FETCH>
+constexpr Tile OF_COLUMNS[COLUMNS] = {tile<M, 1, FETCH>, tile<M, 2, FETCH>, tile<M, 3, FETCH>, tile<M, 4, FETCH>};
 
-// total[i][j] = sum over k of x[i, k] * weight[j, k]
-//
-// Unrolled by order, not left to the optimiser: arrays that a loop indexes live in memory. The addition is spelled out
-// because GCC puts the sum into the product's register and moves it back, which costs a sixth of the speed.
-template <int M, int N>
-void tile(const int16_t* x, const int8_t* weight, int32_t (&total)[ROWS][COLUMNS], long in) {
-  __m256i pairs[M][N];
-#pragma GCC unroll 4
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < N; j++) pairs[i][j] = _mm256_setzero_si256();
-  long k = 0;
-  for (; k + LANES <= in; k += LANES) {
-    __m256i w[N];
-#pragma GCC unroll 4
-    for (int j = 0; j < N; j++)
-      w[j] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + j * in + k)));
-#pragma GCC unroll 4
-    for (int i = 0; i < M; i++) {
-      const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i * in + k));
-#pragma GCC unroll 4
-      for (int j = 0; j < N; j++) {
-        const __m256i products = _mm256_madd_epi16(row, w[j]);
-        __asm__("vpaddd %1, %0, %0" : "+x"(pairs[i][j]) : "x"(products));
-      }
-    }
+template <bool FETCH>
+Tile tile_of(long rows, long columns) {
+  switch (rows) {
+    case 1: return OF_COLUMNS<1, FETCH>[columns - 1];
+    case 2: return OF_COLUMNS<2, FETCH>[columns - 1];
+    case 3: return OF_COLUMNS<ROWS < 3 ? 1 : 3, FETCH>[columns - 1];
+    default: return OF_COLUMNS<ROWS, FETCH>[columns - 1];
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < N; j++) {
-      total[i][j] = sum(pairs[i][j]);
-      for (long rest = k; rest < in; rest++) total[i][j] += int32_t(x[i * in + rest]) * weight[j * in + rest];
-    }
 }
 
-using Tile = void (*)(const int16_t*, const int8_t*, int32_t (&)[ROWS][COLUMNS], long);
-constexpr Tile TILES[ROWS][COLUMNS] = {
-    {tile<1, 1>, tile<1, 2>, tile<1, 3>, tile<1, 4>},
-    {tile<2, 1>, tile<2, 2>, tile<2, 3>, tile<2, 4>},
+// A bfloat16 is the upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
 };
 
+float real(float x) { return x; }
+
+float real(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+void store(float value, float* y) { *y = value; }
+
+// To the nearest, and of two to the even one; NaN stays NaN.
+void store(float value, BFloat16* y) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  y->bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 // Bits of |x| order as |x| does, and NaN's are above infinity's: the largest of integers loses no NaN.
-uint32_t absmax_bits(const float* x, long n) {
+template <class Real>
+uint32_t absmax_bits(const Real* x, long n) {
   uint32_t most = 0;
   for (long k = 0; k < n; k++) {
+    const float value = real(x[k]);
     uint32_t bits;
-    std::memcpy(&bits, x + k, sizeof bits);
+    std::memcpy(&bits, &value, sizeof bits);
     bits &= 0x7fffffffu;
     most = bits > most ? bits : most;
   }
@@ -90,27 +71,46 @@ float scale_of(uint32_t bits) {
   return scale < std::numeric_limits<float>::min() ? 1.0f : scale;
 }
 
-// int8.quantize, to 16 bits. Returns the scale, or NaN where x has one: a static scale would hide it.
-float quantize(const float* x, float scale, int16_t* integers, long n) {
+// int8.quantize. Returns the scale, or NaN where x has one: a static scale would hide it.
+template <class Real>
+float quantize(const Real* x, float scale, Integer* integers, long n) {
   int nans = 0;
   for (long k = 0; k < n; k++) {
-    float real = x[k] / scale;
-    nans += real != real;
-    real = real < -128.0f ? -128.0f : real;
-    real = real > 127.0f ? 127.0f : real;
-    integers[k] = static_cast<int16_t>(static_cast<int32_t>(__builtin_rintf(real)));
+    float step = real(x[k]) / scale;
+    nans += step != step;
+    step = step < -128.0f ? -128.0f : step;
+    step = step > 127.0f ? 127.0f : step;
+    integers[k] = static_cast<Integer>(static_cast<int32_t>(__builtin_rintf(step)) + OFFSET);
   }
   return nans ? std::numeric_limits<float>::quiet_NaN() : scale;
 }
 
-}  // namespace
+// At least `bytes`, of this thread, kept for the next call: a fresh page costs more than what is computed in it.
+void* room(size_t bytes) {
+  struct Kept {
+    void* at = nullptr;
+    size_t bytes = 0;
+    ~Kept() { std::free(at); }
+  };
+  static thread_local Kept kept;
+  if (kept.bytes < bytes) {
+    std::free(kept.at);
+    kept.at = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    kept.bytes = kept.at ? bytes : 0;
+  }
+  return kept.at;
+}
 
-// x [tokens, in], weight [out, in], weight_scale [out], bias [out] or null, input_scale [1] or null to measure it:
-// one for each token, or one for all. integers [tokens, in], absmax and scale [tokens]: room. y [tokens, out].
-extern "C" void smoothquant_int8_linear(
-    const float* x, const int8_t* weight, const float* weight_scale, const float* bias, const float* input_scale,
-    int32_t per_token, int16_t* integers, uint32_t* absmax, float* scale, float* y, long tokens, long in, long out) {
+template <class Real>
+bool linear(const Real* x, const int8_t* weight, const float* weight_scale, const int32_t* weight_sum, const Real* bias,
+            const float* input_scale, bool per_token, Real* y, long tokens, long in, long out) {
   const long blocks = (out + COLUMNS - 1) / COLUMNS;
+  const size_t integers_bytes = (tokens * in * sizeof(Integer) + 63) / 64 * 64;
+  char* bytes = static_cast<char*>(room(integers_bytes + tokens * (sizeof(uint32_t) + sizeof(float))));
+  if (!bytes) return false;
+  Integer* integers = reinterpret_cast<Integer*>(bytes);
+  uint32_t* absmax = reinterpret_cast<uint32_t*>(bytes + integers_bytes);
+  float* scale = reinterpret_cast<float*>(absmax + tokens);
 #pragma omp parallel
   {
     if (!input_scale) {
@@ -134,13 +134,32 @@ extern "C" void smoothquant_int8_linear(
         for (long m = top; m < bottom; m += ROWS) {
           const long height = bottom - m < ROWS ? bottom - m : ROWS;
           int32_t total[ROWS][COLUMNS];
-          TILES[height - 1][width - 1](integers + m * in, weight + n * in, total, in);
+          const Tile tile = m == top ? tile_of<true>(height, width) : tile_of<false>(height, width);
+          tile(integers + m * in, weight + n * in, total, in);
           for (long i = 0; i < height; i++)
-            for (long j = 0; j < width; j++)
-              y[(m + i) * out + n + j] =
-                  total[i][j] * scale[m + i] * weight_scale[n + j] + (bias ? bias[n + j] : 0.0f);
+            for (long j = 0; j < width; j++) {
+              const int32_t sum = total[i][j] - (OFFSET ? OFFSET * weight_sum[n + j] : 0);
+              store(sum * scale[m + i] * weight_scale[n + j] + (bias ? real(bias[n + j]) : 0.0f),
+                    y + (m + i) * out + n + j);
+            }
         }
       }
     }
   }
+  return true;
+}
+
+}  // namespace
+
+// x [tokens, in], weight [out, in], weight_scale [out], weight_sum [out] (the sum of each row of weight; read with VNNI
+// only), bias [out] or null, input_scale [1] or null to measure it: one for each token, or one for all. y [tokens, out].
+// x, bias and y are float, or bfloat16 where `narrow`. False where there is no memory.
+extern "C" bool smoothquant_int8_linear(
+    bool narrow, const void* x, const int8_t* weight, const float* weight_scale, const int32_t* weight_sum,
+    const void* bias, const float* input_scale, bool per_token, void* y, long tokens, long in, long out) {
+  if (narrow)
+    return linear(static_cast<const BFloat16*>(x), weight, weight_scale, weight_sum,
+                  static_cast<const BFloat16*>(bias), input_scale, per_token, static_cast<BFloat16*>(y), tokens, in, out);
+  return linear(static_cast<const float*>(x), weight, weight_scale, weight_sum, static_cast<const float*>(bias),
+                input_scale, per_token, static_cast<float*>(y), tokens, in, out);
 }

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from . import compiled, int8
+from . import compiled, int8, race
 from .checkpoint import InputActivations, Scheme, SmoothQuantError
 from .ops import int8_linear, onednn_tensor_int8, quantize_per_token, real_rows, triton_int8_mm
 
@@ -273,32 +273,59 @@ class OneDnnTensor(Kernel):
         return onednn_tensor_int8(x, self.handler.handler_tensor, self.out_features, layer.input_scale, bias)
 
 
-class Avx2(Kernel):
-    """Our own product, exact in integers: for x86 CPUs on which oneDNN's is wrong (see `onednn_is_exact`)."""
+class Compiled(Kernel):
+    """Our own product, exact in integers, compiled where it runs (compiled.py); `name` is the instructions it uses."""
 
-    name = "avx2"
-
-    @staticmethod
-    def rejects(request: Request) -> str | None:
+    @classmethod
+    def rejects(cls, request: Request) -> str | None:
+        if compiled.target() != cls.name:
+            return f"this CPU is one for {compiled.target() or 'none of ours'}"
         found = compiled.int8_linear()
-        return found if isinstance(found, str) else None
+        if isinstance(found, str):
+            return found
+        return None if compiled_is_exact() else f"wrong sums on this CPU: please report this, {compiled.SOURCE.name}"
 
     def __init__(self, request: Request) -> None:
         self.per_token = request.per_token
 
     def prepare(self, layer: Any) -> None:
-        # Sums are int32: 2**31 / 128**2 products may be added. The widest layer we know of has 53,248 (Llama 405B).
-        assert layer.weight.shape[1] <= 2**17, layer.weight.shape
+        assert layer.weight.shape[1] <= compiled.MOST, layer.weight.shape
         layer.weight = torch.nn.Parameter(layer.weight.data.contiguous(), requires_grad=False)
         scale = layer.weight_scale.data.reshape(-1).expand(layer.weight.shape[0]).contiguous()
         layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+        layer.weight_sum = torch.nn.Parameter(layer.weight.data.sum(1, dtype=torch.int32), requires_grad=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return int8_linear(x, layer.weight, layer.weight_scale, layer.input_scale, bias, self.per_token)
+        return int8_linear(
+            x, layer.weight, layer.weight_scale, layer.weight_sum, layer.input_scale, bias, self.per_token
+        )
+
+
+class Vnni(Compiled):
+    """Where vLLM has no AMX to multiply with, and where this proves faster than what comes after it."""
+
+    name = "vnni"
+
+    @classmethod
+    def rejects(cls, request: Request) -> str | None:
+        if torch.cpu._is_amx_tile_supported():
+            return "vLLM multiplies with AMX here"
+        reason = super().rejects(request)
+        if reason is not None:
+            return reason
+        later = CANDIDATES["cpu"][CANDIDATES["cpu"].index(cls) + 1 :]
+        rival = next(kernel for kernel in later if kernel.rejects(request) is None)
+        return race.lost(cls, rival, request)
+
+
+class Avx2(Compiled):
+    """Where oneDNN's sums are wrong (see `onednn_is_exact`)."""
+
+    name = "avx2"
 
 
 class Float32Integers(Kernel):
-    """The same integers in float32: where oneDNN's INT8 GEMM is wrong and Avx2 cannot be compiled.
+    """The same integers in float32: where oneDNN's INT8 GEMM is wrong and ours cannot be compiled.
 
     float32 holds every sum below 2**24 exactly (in <= 1040 at full range) and rounds longer ones by 6e-8. Weights stay
     int8 and are widened layer by layer as they are used: the memory is saved, the time is not, the result is right.
@@ -356,6 +383,18 @@ def onednn_is_exact() -> bool:
 
 
 @functools.cache
+def compiled_is_exact() -> bool:
+    """Whether Compiled adds up correctly on this CPU: measured, once, on extremes and on the remainders of tiles."""
+    tokens, out_features, in_features = 7, 7, 100
+    number = torch.arange(out_features, device="cpu").reshape(-1, 1)
+    weight = torch.where(number % 2 == 0, -128, 127 - number).expand(-1, in_features).to(torch.int8).contiguous()
+    x = torch.where(torch.arange(tokens, device="cpu").reshape(-1, 1) % 2 == 0, -128.0, 127.0).expand(-1, in_features)
+    one = torch.ones(out_features, dtype=torch.float32, device="cpu")
+    y = int8_linear(x.to(torch.float32), weight, one, weight.sum(1, dtype=torch.int32), one[:1], None, False)
+    return torch.equal(y.double(), x.double() @ weight.double().t())
+
+
+@functools.cache
 def _warn_slow() -> None:
     logger.warning(
         "%s, and ours is not at hand (%s); computing the same integers in float32: correct, but not faster than "
@@ -366,7 +405,7 @@ def _warn_slow() -> None:
 
 
 CANDIDATES: dict[str, tuple[type[Kernel], ...]] = {
-    "cpu": (VllmChoice, OneDnnTensor, Avx2, Float32Integers),
+    "cpu": (Vnni, VllmChoice, OneDnnTensor, Avx2, Float32Integers),
     "cuda": (VllmChoice, CutlassTensor, Triton),
 }
 

@@ -7,10 +7,10 @@
     smoothquant::triton_int8_mm         y = (q_x @ q_w) * s_x * s_w^T + bias        q_w int8 [in, out], s_w [out, 1]
     smoothquant::real_rows              bool [tokens]: True for tokens, False for the padding of a CUDA graph
 
-x [tokens, in] float32/bfloat16/float16; scales float32. In onednn_tensor_int8, q_w and s_w live inside vLLM's oneDNN
-handler. There and in int8_linear s_x is [1], or None to measure it: s_x = absmax(x) / 127. Real = int * scale. Every
-operator has a fake implementation and mutates nothing, so `torch.library.opcheck` passes (tests/test_plugin.py,
-tests/test_cuda.py).
+x [tokens, in] float32/bfloat16/float16; scales float32; weight_sum int32 [out], the sum of each row of q_w. In
+onednn_tensor_int8, q_w and s_w live inside vLLM's oneDNN handler. There and in int8_linear s_x is [1], or None to
+measure it: s_x = absmax(x) / 127. Real = int * scale. Every operator has a fake implementation and mutates nothing, so
+`torch.library.opcheck` passes (tests/test_plugin.py, tests/test_cuda.py).
 
 Importing this module registers the operators, once.
 """
@@ -67,30 +67,46 @@ def _int8_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
+    weight_sum: torch.Tensor,
     input_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     per_token: bool,
 ) -> torch.Tensor:
-    """per_token: whether a measured scale is each token's own. int8_linear.cpp works in float32."""
+    """per_token: whether a measured scale is each token's own."""
+    # int8_linear.cpp reads and writes these two; float16, and a bias of another dtype, go through float32.
+    if x.dtype not in (torch.float32, torch.bfloat16) or (bias is not None and bias.dtype != x.dtype):
+        bias = None if bias is None else bias.to(torch.float32)
+        x32 = x.to(torch.float32)
+        return _int8_linear(x32, weight, weight_scale, weight_sum, input_scale, bias, per_token).to(x.dtype)
     function = compiled.int8_linear()
-    assert callable(function), function  # kernels.Avx2 rejects it before
+    assert callable(function), function  # kernels.Compiled rejects it before
     (tokens, in_features), out_features = x.shape, weight.shape[0]
-    x32 = x.to(torch.float32).contiguous()
-    bias32 = None if bias is None else bias.to(torch.float32).contiguous()
-    integers = x.new_empty(x.shape, dtype=torch.int16)
-    absmax = x.new_empty(tokens, dtype=torch.int32)
-    scale, y = x32.new_empty(tokens), x32.new_empty(tokens, out_features)
-    tensors = (x32, weight, weight_scale, bias32, input_scale)
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    rooms = (tensor.data_ptr() for tensor in (integers, absmax, scale, y))
-    function(*pointers, per_token, *rooms, tokens, in_features, out_features)
-    return y.to(x.dtype)
+    x = x.contiguous()
+    y = x.new_empty(tokens, out_features)
+    done = function(
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
+        weight.data_ptr(),
+        weight_scale.data_ptr(),
+        weight_sum.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if input_scale is None else input_scale.data_ptr(),
+        per_token,
+        y.data_ptr(),
+        tokens,
+        in_features,
+        out_features,
+    )
+    if not done:
+        raise MemoryError(f"no room for the integers of {tokens} tokens of {in_features}")
+    return y
 
 
 def _int8_linear_fake(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
+    weight_sum: torch.Tensor,
     input_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     per_token: bool,

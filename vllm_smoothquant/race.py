@@ -1,0 +1,73 @@
+"""Two kernels timed on this machine, where which of them is faster depends on it.
+
+Each multiplies the same random layers, more of them than caches hold, in turn; the medians of the rounds count. It
+takes about a second of an engine's start and is done once for each scheme and dtype.
+"""
+
+import dataclasses
+import functools
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .kernels import Kernel, Request
+
+FEATURES = 2048  # in and out
+LAYERS = 16  # 64 MiB of weights
+ROUNDS = 7
+# Tokens at once -> layers a round: one request, a batch, a prompt, whose weights are read once for many tokens.
+TOKENS = {1: LAYERS, 16: LAYERS, 256: 4}
+# A rival ten times as slow is not waited for: oneDNN has plain loops for what it knows no instructions for.
+HOPELESS = 0.1
+
+
+def lost(kernel: "type[Kernel]", rival: "type[Kernel]", request: "Request") -> str | None:
+    """Why `kernel` stands back behind `rival`: at some number of tokens it was slower here. None where at none."""
+    # One race for all layers of a scheme.
+    ratios = _ratios(kernel, rival, dataclasses.replace(request, layer="race", channelwise=True, aligned=True))
+    tokens = max(ratios, key=ratios.__getitem__)
+    if ratios[tokens] < 1:
+        return None
+    return f"measured here: {ratios[tokens]:.2f} of the time of {rival.name!r} at {tokens} tokens"
+
+
+@functools.cache
+def _ratios(kernel: "type[Kernel]", rival: "type[Kernel]", request: "Request") -> dict[int, float]:
+    """Tokens at once -> the time of `kernel` over that of `rival`."""
+    dynamic = request.scheme.input_activations.dynamic
+    arms = [(k, [_layer(k, number, dynamic) for number in range(LAYERS)]) for k in (kernel(request), rival(request))]
+    ratios = {}
+    for tokens, count in TOKENS.items():
+        x = torch.ones(tokens, FEATURES, dtype=request.dtype, device="cpu")
+        found = []
+        for turn in range(ROUNDS):
+            seconds = {}
+            for k, layers in arms if turn % 2 else arms[::-1]:
+                clock = time.perf_counter()
+                for layer in layers[:count]:
+                    k.apply(layer, x, None)
+                seconds[k] = time.perf_counter() - clock
+            found.append(seconds[arms[0][0]] / seconds[arms[1][0]])
+            if found[-1] < HOPELESS:
+                break
+        ratios[tokens] = sorted(found)[len(found) // 2]
+        if ratios[tokens] < HOPELESS:
+            break
+    return ratios
+
+
+def _layer(kernel: "Kernel", seed: int, dynamic: bool) -> Any:
+    """What linear.py hands to `kernel.prepare`, with weights of chance."""
+    layer: Any = torch.nn.Module()
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    shape = (FEATURES, FEATURES)
+    weight = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8, device="cpu")
+    scale = torch.ones(FEATURES, 1, dtype=torch.float32, device="cpu")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+    layer.input_scale = None if dynamic else torch.nn.Parameter(scale[0].clone(), requires_grad=False)
+    layer.input_zero_point, layer.azp_adj, layer.logical_widths = None, None, [FEATURES]
+    kernel.prepare(layer)
+    return layer
