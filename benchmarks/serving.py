@@ -246,6 +246,15 @@ def compare(
             run(case)  # compiles, allocates
         return run
 
+    def profiled(ask: Ask) -> dict[str, dict[str, float]]:
+        """Case -> operator -> its share of the steps' time."""
+        found = {}
+        for case, (requests, length, new) in cases.items():
+            seen = ask("profile", prompts=requests, length=length, new=new, vocabulary=vocabulary)
+            whole = sum(seconds for _, _, seconds in seen["steps"])
+            found[case] = {operator: seconds / whole for operator, seconds in seen["operators"].items()}
+        return found
+
     with tempfile.TemporaryDirectory() as folder, started(reference) as (ask_reference, start):
         rows[reference] |= {"start": start} | ask_reference("about")
         run_reference = timed(ask_reference)
@@ -261,6 +270,7 @@ def compare(
                     # The logits of whole windows, which no server holds, would be the peak.
                     for name, its in asked.items():
                         rows[name]["memory"] = its("memory")
+                        rows[name]["profile"] = profiled(its)
                     for name in sorted(asked, key=lambda name: name != FLOAT):
                         way = {"keep" if name == FLOAT else "compare": f"{folder}/logits.pt"}
                         rows[name]["quality"] = asked[name]("score", windows=windows, **way)

@@ -117,6 +117,13 @@ def run(llm: Any, prompts: int, length: int, new: int, vocabulary: int) -> list[
     return list(one(llm, "taken_steps"))
 
 
+def profile(llm: Any, **case: int) -> dict[str, Any]:
+    """`run` under torch's profiler: the steps, and operator -> seconds in itself, what it called left out."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        steps = run(llm, **case)
+    return {"steps": steps, "operators": {e.key: e.self_cpu_time_total / 1e6 for e in seen.key_averages()}}
+
+
 def score(llm: Any, windows: list[list[int]], keep: str | None = None, compare: str | None = None) -> dict[str, float]:
     from calibration import _engine
 
@@ -124,7 +131,7 @@ def score(llm: Any, windows: list[list[int]], keep: str | None = None, compare: 
 
 
 ASKS: dict[str, Callable[..., Any]] = {
-    "about": about, "run": run, "score": score, "memory": lambda llm: one(llm, "resident")
+    "about": about, "run": run, "profile": profile, "score": score, "memory": lambda llm: one(llm, "resident"),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from vllm_smoothquant.kernels import INEXACT
 OUTPUT = Path(__file__).parent.parent / "docs" / "serving.md"
 FLOAT, STOCK = "floating point", "compressed-tensors"
 FEW = 5
+OPERATORS = 4  # named in a profile
 HEADER = f"""# Serving on a CPU
 
 Written by `python -m benchmarks.serving`; not by hand. Steps of vLLM's worker, its sampling included, scheduler and
@@ -21,6 +22,7 @@ ratios with their quartiles; `of {FLOAT}` is the quotient of two such medians wh
 how much longer the step takes: attention, norms, quantisation and sampling are in the step and not in the floor.
 Start: from nothing to an engine that is ready, imports and compilation included. Peak: of the worker's process,
 imports, weights and room for keys and values included, before quality is measured; anonymous: pages of no file, then.
+Where the time goes is seen by torch's profiler in one more run, in the operators themselves.
 """
 Section = Mapping[str, Any]
 # (whether it holds for a section, what must then be said, with the section's words)
@@ -97,6 +99,7 @@ def _section(mode: str, s: Section) -> str:
     text += "".join(f"\n- {said.format(**s)}" for applies, said in NOTES if applies(s)) + "\n"
     for case in host["seconds"]:
         text += f"\n### {case}\n\n{_table(*_speed(s, case))}"
+    text += f"\n### Where the time goes\n\n{_table(*_profile(s))}"
     return text + f"\n### Start, memory, quality\n\n{_table(*_costs(s))}"
 
 
@@ -118,6 +121,16 @@ def _speed(s: Section, case: str) -> tuple[list[str], list[list[str]]]:
         cells += [] if reference == FLOAT else [f"{middle / exact:.2f}"]
         rows.append([*cells, _ms(floor), f"{seconds / floor - 1:+.0%}"])
     return [*header, "floor, ms", "over it"], rows
+
+
+def _profile(s: Section) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for case in _host(s)["seconds"]:
+        for arm, row in _served(s):
+            shares = sorted(row["profile"][case].items(), key=lambda item: -item[1])[:OPERATORS]
+            named = ", ".join(f"{operator} {share:.0%}" for operator, share in shares)
+            rows.append([case, arm, f"{named}, all else {1 - sum(share for _, share in shares):.0%}"])
+    return ["", "", "of the steps' time, in the operators that take most"], rows
 
 
 def _costs(s: Section) -> tuple[list[str], list[list[str]]]:

@@ -129,11 +129,15 @@ def test_a_case_has_the_floor_of_the_step_it_measures() -> None:
     assert found == {"decode": 4 * 5.0 + 4 * 2.0, "prefill": 16 * 5.0 + 2.0}
 
 
+SHARES = {"aten::few": 0.02, "aten::most": 0.5, "aten::some": 0.1, "aten::more": 0.2, "aten::least": 0.01}
+
+
 def section(**changes: object) -> dict:
     def row(seconds: float, ratio: float | None, **quality: float) -> dict:
         return {
             "start": 30.2, "memory": {"VmHWM": 2**31, "RssAnon": 2**30}, "weights": 2**28, "kernels": {"vllm": 210},
-            "seconds": {"decode 1": [seconds]}, "quality": {"perplexity": 20.0} | quality,
+            "seconds": {"decode 1": [seconds]}, "profile": {"decode 1": SHARES},
+            "quality": {"perplexity": 20.0} | quality,
         } | ({} if ratio is None else {"ratios": {"decode 1": [ratio, ratio * 1.25, ratio * 0.75]}})  # fmt: skip
 
     host = {
@@ -162,7 +166,9 @@ def test_the_page_has_every_figure() -> None:
     assert "| default | 30 | 2048 | 1024 | 256 | vllm: 210 | 21.000 | +5.00% | 0.2000 |" in text
     assert "| O2 | failed: no kernel |" in text
     tables = [line.count("|") for line in text.splitlines() if line.startswith("|")]
-    assert tables == [8] * 5 + [10] * 6
+    assert tables == [8] * 5 + [4] * 5 + [10] * 6
+    named = "aten::most 50%, aten::more 20%, aten::some 10%, aten::few 2%, all else 18%"
+    assert f"| decode 1 | default | {named} |" in text
     assert "\n- " not in text  # nothing to warn of
 
 
