@@ -293,7 +293,9 @@ class Compiled(Kernel):
         layer.weight = torch.nn.Parameter(layer.weight.data.contiguous(), requires_grad=False)
         scale = layer.weight_scale.data.reshape(-1).expand(layer.weight.shape[0]).contiguous()
         layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
-        layer.weight_sum = torch.nn.Parameter(layer.weight.data.sum(1, dtype=torch.int32), requires_grad=False)
+        # Row by row, as it were: torch would make an int32 copy of the whole matrix first.
+        sums = [rows.sum(1, dtype=torch.int32) for rows in layer.weight.data.split(256)]
+        layer.weight_sum = torch.nn.Parameter(torch.cat(sums), requires_grad=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return int8_linear(

@@ -37,7 +37,10 @@ def lost(kernel: "type[Kernel]", rival: "type[Kernel]", request: "Request") -> s
 def _ratios(kernel: "type[Kernel]", rival: "type[Kernel]", request: "Request") -> dict[int, float]:
     """Tokens at once -> the time of `kernel` over that of `rival`."""
     dynamic = request.scheme.input_activations.dynamic
-    arms = [(k, [_layer(k, number, dynamic) for number in range(LAYERS)]) for k in (kernel(request), rival(request))]
+    arms = [
+        (k, [layer(k, seed, FEATURES, FEATURES, dynamic) for seed in range(LAYERS)])
+        for k in (kernel(request), rival(request))
+    ]
     ratios = {}
     for tokens, count in TOKENS.items():
         x = torch.ones(tokens, FEATURES, dtype=request.dtype, device="cpu")
@@ -46,8 +49,8 @@ def _ratios(kernel: "type[Kernel]", rival: "type[Kernel]", request: "Request") -
             seconds = {}
             for k, layers in arms if turn % 2 else arms[::-1]:
                 clock = time.perf_counter()
-                for layer in layers[:count]:
-                    k.apply(layer, x, None)
+                for one in layers[:count]:
+                    k.apply(one, x, None)
                 seconds[k] = time.perf_counter() - clock
             found.append(seconds[arms[0][0]] / seconds[arms[1][0]])
             if found[-1] < HOPELESS:
@@ -58,16 +61,16 @@ def _ratios(kernel: "type[Kernel]", rival: "type[Kernel]", request: "Request") -
     return ratios
 
 
-def _layer(kernel: "Kernel", seed: int, dynamic: bool) -> Any:
-    """What linear.py hands to `kernel.prepare`, with weights of chance."""
-    layer: Any = torch.nn.Module()
+def layer(kernel: "Kernel", seed: int, out_features: int, in_features: int, dynamic: bool) -> Any:
+    """What linear.py hands to `kernel.prepare`, with weights of chance, prepared."""
+    made: Any = torch.nn.Module()
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    shape = (FEATURES, FEATURES)
+    shape = (out_features, in_features)
     weight = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8, device="cpu")
-    scale = torch.ones(FEATURES, 1, dtype=torch.float32, device="cpu")
-    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
-    layer.input_scale = None if dynamic else torch.nn.Parameter(scale[0].clone(), requires_grad=False)
-    layer.input_zero_point, layer.azp_adj, layer.logical_widths = None, None, [FEATURES]
-    kernel.prepare(layer)
-    return layer
+    scale = torch.ones(out_features, 1, dtype=torch.float32, device="cpu")
+    made.weight = torch.nn.Parameter(weight, requires_grad=False)
+    made.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+    made.input_scale = None if dynamic else torch.nn.Parameter(scale[0].clone(), requires_grad=False)
+    made.input_zero_point, made.azp_adj, made.logical_widths = None, None, [out_features]
+    kernel.prepare(made)
+    return made

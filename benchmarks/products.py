@@ -1,0 +1,127 @@
+"""docs/products.md: one linear layer at a time on this CPU, in floating point, by vLLM's oneDNN in INT8, and by ours.
+
+    python -m benchmarks.products                      two minutes on one core
+    python -m benchmarks.products --dtype bfloat16     where the CPU has instructions for it
+
+All arms take x in `dtype` and give y in it: INT8 includes finding each token's scale and rounding. Layers lie in
+memory, not in caches, as a model's do. Arms take turns; a cell is the median of the rounds.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks import serving_floors
+from benchmarks.machine import describe
+
+OUTPUT = Path(__file__).parent.parent / "docs" / "products.md"
+# A layer -> its out and in.
+LAYERS = {
+    "SmolLM2-135M q, k, v": (960, 576),
+    "SmolLM2-135M gate, up": (3072, 576),
+    "SmolLM2-135M down": (576, 1536),
+    "Llama 1.1B gate, up": (11264, 2048),
+    "Llama 1.1B down": (2048, 5632),
+}
+TOKENS = (1, 16, 256)
+UNCACHED = 2**27  # bytes of INT8 weights that a round goes through
+WORK = 2e9  # multiplications of a round at most, but for one layer
+HEADER = """# Products on a CPU
+
+Written by `python -m benchmarks.products`; not by hand. Medians, in microseconds; a ratio is the median of the rounds'
+ratios. Floor: what the measured bandwidth and the measured rate of large INT8 products allow; rate: of ours.
+"""
+Product = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def arms(out_features: int, in_features: int, count: int, dtype: torch.dtype) -> dict[str, Product]:
+    """Name -> y of x by the layer of that number."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from vllm_smoothquant import compiled, kernels, race
+    from vllm_smoothquant.checkpoint import Scheme
+
+    floats = [torch.randn(out_features, in_features).to(dtype) for _ in range(max(1, count // dtype.itemsize))]
+    found: dict[str, Product] = {
+        "floating point": lambda x, number: torch.nn.functional.linear(x, floats[number % len(floats)])
+    }
+    ours = {kernel.name: kernel for kernel in (kernels.Vnni, kernels.Avx2)}[compiled.target() or ""]
+    for name, kind in (("oneDNN", kernels.VllmChoice), ("ours", ours)):
+        request = kernels.Request("layer", Scheme(), True, dtype, "cpu")
+        with set_current_vllm_config(VllmConfig()):
+            kernel = kind(request)
+        layers = [race.layer(kernel, seed, out_features, in_features, True) for seed in range(count)]
+        found[name] = lambda x, number, kernel=kernel, layers=layers: kernel.apply(layers[number], x, None)
+    return found
+
+
+def timed(products: dict[str, Product], x: torch.Tensor, count: int, rounds: int) -> dict[str, list[float]]:
+    """Arm -> seconds of one call in each round."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in products}
+    for turn in range(rounds + 1):
+        for arm in products if turn % 2 else reversed(products):
+            start = time.perf_counter()
+            for number in range(count):
+                products[arm](x, number)
+            if turn:  # the first one allocates
+                seconds[arm].append((time.perf_counter() - start) / count)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args()
+    from vllm_smoothquant.kernels import INEXACT, onednn_is_exact
+
+    dtype = getattr(torch, args.dtype)
+    limits = serving_floors.measure(dtype)
+    rows = []
+    for layer, (out_features, in_features) in LAYERS.items():
+        size = out_features * in_features
+        products = arms(out_features, in_features, max(1, UNCACHED // size), dtype)
+        for tokens in TOKENS:
+            count = max(1, min(UNCACHED // size, int(WORK / size / tokens)))
+            seconds = timed(products, torch.randn(tokens, in_features).to(dtype), count, args.rounds)
+            ours = median(seconds["ours"])
+            floor = max(size / limits["bytes_per_s"], 2 * size * tokens / limits["int8_ops_per_s"])
+            ratios = [
+                f"{median(a / b for a, b in zip(seconds['ours'], seconds[arm], strict=True)):.2f}"
+                for arm in ("floating point", "oneDNN")
+            ]
+            times = [f"{median(values) * 1e6:.0f}" for values in seconds.values()]
+            rate = f"{2 * size * tokens / ours / 1e9:.0f} GOP/s, {size / ours / 1e9:.1f} GB/s"
+            rows.append([layer, f"{tokens}", *times, *ratios, f"{floor * 1e6:.0f}", rate])
+    header = [
+        "layer",
+        "tokens",
+        "floating point",
+        "oneDNN INT8",
+        "ours",
+        "of floating point",
+        "of oneDNN",
+        "floor",
+        "rate",
+    ]
+    command = shlex.join(["python", "-m", "benchmarks.products", *sys.argv[1:]])
+    text = (
+        f"{HEADER}\n`{command}`: {args.rounds} rounds. {describe()} {args.dtype}, {torch.get_num_threads()} threads. "
+        f"Measured limits: {limits['bytes_per_s'] / 1e9:.1f} GB/s read, {limits['dtype_ops_per_s'] / 1e9:.0f} GOP/s in "
+        f"{args.dtype}, {limits['int8_ops_per_s'] / 1e9:.0f} GOP/s in INT8.\n\n"
+    )
+    text += "" if onednn_is_exact() else f"{INEXACT}: its column, and the rate of INT8, are those of wrong sums.\n\n"
+    text += "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])
+    args.output.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
