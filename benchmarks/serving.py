@@ -61,6 +61,7 @@ OURS: dict[str, list[str]] = {
 }
 ARMS = (FLOAT, STOCK, *OURS)
 PROMPT = 16  # tokens that a decoding request starts from
+NEGLIGIBLE = 1e-3  # share of an operator in a step
 CACHE_BYTES = 2**29  # for keys and values
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 Ask = Callable[..., Any]
@@ -252,7 +253,8 @@ def compare(
         for case, (requests, length, new) in cases.items():
             seen = ask("profile", prompts=requests, length=length, new=new, vocabulary=vocabulary)
             whole = sum(seconds for _, _, seconds in seen["steps"])
-            found[case] = {operator: seconds / whole for operator, seconds in seen["operators"].items()}
+            shares = {operator: seconds / whole for operator, seconds in seen["operators"].items()}
+            found[case] = {operator: share for operator, share in shares.items() if share > NEGLIGIBLE}
         return found
 
     with tempfile.TemporaryDirectory() as folder, started(reference) as (ask_reference, start):

@@ -22,7 +22,8 @@ ratios with their quartiles; `of {FLOAT}` is the quotient of two such medians wh
 how much longer the step takes: attention, norms, quantisation and sampling are in the step and not in the floor.
 Start: from nothing to an engine that is ready, imports and compilation included. Peak: of the worker's process,
 imports, weights and room for keys and values included, before quality is measured; anonymous: pages of no file, then.
-Where the time goes is seen by torch's profiler in one more run, in the operators themselves.
+Where the time goes is seen by torch's profiler in one more run, in the operators themselves; CompiledFxGraph is what
+torch.compile made of everything between them.
 """
 Section = Mapping[str, Any]
 # (whether it holds for a section, what must then be said, with the section's words)

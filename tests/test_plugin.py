@@ -363,6 +363,18 @@ def test_our_product_is_the_references(
     assert set(results.values()) == {"SUCCESS"}, results
 
 
+@pytest.mark.parametrize("target", compiled.TARGETS)
+def test_our_product_holds_the_longest_sums(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """2**16 times the extremes: 2**30 with a sign, nearly 2**31 inside the product."""
+    compile_for(target, monkeypatch)
+    x = torch.tensor([127.0, -128.0, 1.0]).reshape(3, 1).expand(3, compiled.MOST).contiguous()
+    weight = torch.tensor([-128, 127, 1, -1, 0]).reshape(5, 1).expand(5, compiled.MOST).to(torch.int8).contiguous()
+    one = torch.ones(5)
+    y = ops.int8_linear(x, weight, one, weight.sum(1, dtype=torch.int32), one[:1], None, False)
+    # float32 has 24 bits: the products are so round that none is lost but 127 * 127's last.
+    assert torch.allclose(y.double(), x.double() @ weight.double().t(), rtol=2**-24, atol=0)
+
+
 def test_our_product_takes_other_dtypes_through_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_for("avx2", monkeypatch)
     weight = torch.randint(-128, 128, (5, 20), dtype=torch.int8)

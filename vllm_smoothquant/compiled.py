@@ -23,8 +23,8 @@ TARGETS = {
     "vnni": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"),
     "avx2": ("-mavx2", "-mfma"),
 }
-# Inputs of a layer: with VNNI int32 holds the sum of 2**31 / (255 * 128) products, without it twice as many. The widest
-# layer we know of has 53,248 (Llama 405B).
+# Inputs of a layer: int32 holds the sum of 2**31 / (255 * 128) products. The widest layer we know of has 53,248 inputs
+# (Llama 405B).
 MOST = 2**16
 
 

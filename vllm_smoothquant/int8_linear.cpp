@@ -131,17 +131,23 @@ bool linear(const Real* x, const int8_t* weight, const float* weight_scale, cons
 #pragma omp for nowait
       for (long block = 0; block < blocks; block++) {
         const long n = block * COLUMNS, width = out - n < COLUMNS ? out - n : COLUMNS;
+        int32_t offset[COLUMNS] = {};
+        float step[COLUMNS] = {}, plus[COLUMNS] = {};
+        for (long j = 0; j < width; j++) {
+          offset[j] = OFFSET * weight_sum[n + j];
+          step[j] = weight_scale[n + j];
+          plus[j] = bias ? real(bias[n + j]) : 0.0f;
+        }
         for (long m = top; m < bottom; m += ROWS) {
           const long height = bottom - m < ROWS ? bottom - m : ROWS;
           int32_t total[ROWS][COLUMNS];
           const Tile tile = m == top ? tile_of<true>(height, width) : tile_of<false>(height, width);
           tile(integers + m * in, weight + n * in, total, in);
-          for (long i = 0; i < height; i++)
-            for (long j = 0; j < width; j++) {
-              const int32_t sum = total[i][j] - (OFFSET ? OFFSET * weight_sum[n + j] : 0);
-              store(sum * scale[m + i] * weight_scale[n + j] + (bias ? real(bias[n + j]) : 0.0f),
-                    y + (m + i) * out + n + j);
-            }
+          for (long i = 0; i < height; i++) {
+            float found[COLUMNS];  // whole, also where a tile is not: four at once is what compilers make of it
+            for (long j = 0; j < COLUMNS; j++) found[j] = (total[i][j] - offset[j]) * scale[m + i] * step[j] + plus[j];
+            for (long j = 0; j < width; j++) store(found[j], y + (m + i) * out + n + j);
+          }
         }
       }
     }
@@ -151,9 +157,9 @@ bool linear(const Real* x, const int8_t* weight, const float* weight_scale, cons
 
 }  // namespace
 
-// x [tokens, in], weight [out, in], weight_scale [out], weight_sum [out] (the sum of each row of weight; read with VNNI
-// only), bias [out] or null, input_scale [1] or null to measure it: one for each token, or one for all. y [tokens, out].
-// x, bias and y are float, or bfloat16 where `narrow`. False where there is no memory.
+// x [tokens, in], weight [out, in], weight_scale [out], weight_sum [out]: the sum of each row of weight, bias [out] or
+// null, input_scale [1] or null to measure it: one for each token, or one for all. y [tokens, out]. x, bias and y are
+// float, or bfloat16 where `narrow`. False where there is no memory.
 extern "C" bool smoothquant_int8_linear(
     bool narrow, const void* x, const int8_t* weight, const float* weight_scale, const int32_t* weight_sum,
     const void* bias, const float* input_scale, bool per_token, void* y, long tokens, long in, long out) {

@@ -1,6 +1,6 @@
 // The innermost product of int8_linear.cpp, for the instructions it is compiled for (compiled.TARGETS).
 //
-//     total[i][j] = sum over k of x[i, k] * weight[j, k]        exact, as int32
+//     total[i][j] = sum over k of x[i, k] * weight[j, k]        exact, as int32; 0 from j = N on
 //
 // FETCH: ask for the weights of the next tile meanwhile. Rows are too short for the processor to see where they lead, and
 // where few rows of x share them, waiting for them is most of the time.
@@ -17,6 +17,10 @@
 #include <cstdint>
 
 constexpr long COLUMNS = 4;  // rows of weights in a whole tile
+// What activations are kept plus, since vpdpbusd wants them without a sign. It adds OFFSET times the sum of each row of
+// weights, and 255 * 128 * in must stay below 2**31 (compiled.MOST). The same without VNNI, which would not need it: so
+// one code serves both, and a CPU without VNNI tests most of what one with it runs.
+constexpr int32_t OFFSET = 128;
 
 template <int N>
 void fetch(const int8_t* weight, long in) {
@@ -26,10 +30,8 @@ void fetch(const int8_t* weight, long in) {
 
 #ifdef __AVX512VNNI__
 
-// vpdpbusd multiplies bytes without a sign by bytes with one, and adds four products to 32 bits: hence OFFSET, which
-// adds 128 times the sum of each row of weights. 255 * 128 * in must stay below 2**31 (compiled.MOST).
+// vpdpbusd multiplies bytes without a sign by bytes with one, and adds four products to 32 bits.
 using Integer = uint8_t;
-constexpr int32_t OFFSET = 128;
 constexpr long ROWS = 4;
 
 // Four vectors to their four sums.
@@ -77,7 +79,6 @@ void tile(const Integer* x, const int8_t* weight, int32_t (&total)[ROWS][COLUMNS
 // Eight-bit products added in pairs to 16 bits clip (what oneDNN does without VNNI). Here both operands are 16 bits wide,
 // and vpmaddwd adds pairs of products to 32 bits: half as many to an instruction, and none can clip.
 using Integer = int16_t;
-constexpr int32_t OFFSET = 0;
 constexpr long ROWS = 2;
 
 inline __m128i add_up(__m256i a, __m256i b, __m256i c, __m256i d) {
