@@ -1,6 +1,6 @@
 """docs/products.md: one linear layer at a time on this CPU, in floating point, by vLLM's oneDNN in INT8, and by ours.
 
-    python -m benchmarks.products                      two minutes on one core
+    python -m benchmarks.products                      a minute or two on one core
     python -m benchmarks.products --dtype bfloat16     where the CPU has instructions for it
 
 All arms take x in `dtype` and give y in it: INT8 includes finding each token's scale and rounding. Layers lie in
