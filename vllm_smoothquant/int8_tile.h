@@ -32,10 +32,24 @@ void fetch(const int8_t* weight, long in) {
 
 // vpdpbusd multiplies bytes without a sign by bytes with one, and adds four products to 32 bits.
 using Integer = uint8_t;
+using Vector = __m512i;
 constexpr long ROWS = 4;
+constexpr long LANES = 64;  // of x and of weights in a vector
+
+inline Vector zero() { return _mm512_setzero_si512(); }
+
+// LANES of x, or of weights.
+inline Vector load(const void* at) { return _mm512_loadu_si512(at); }
+
+// The first `count` of them; 0 from there on.
+inline Vector load(const void* at, long count) { return _mm512_maskz_loadu_epi8((1ull << count) - 1, at); }
+
+inline void add_products(Vector& sum, Vector row, Vector weight) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(row), "v"(weight));
+}
 
 // Four vectors to their four sums.
-inline __m128i add_up(__m512i a, __m512i b, __m512i c, __m512i d) {
+inline __m128i add_up(Vector a, Vector b, Vector c, Vector d) {
   const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
   const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
   const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
@@ -43,80 +57,68 @@ inline __m128i add_up(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-template <int M, int N, bool FETCH>
-void tile(const Integer* x, const int8_t* weight, int32_t (&total)[ROWS][COLUMNS], long in) {
-  constexpr long LANES = 64;
-  __m512i sums[M][COLUMNS];
-#pragma GCC unroll 4
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < COLUMNS; j++) sums[i][j] = _mm512_setzero_si512();
-  const auto step = [&](auto load, long k) __attribute__((always_inline)) {
-    __m512i w[N];
-    if (FETCH) fetch<N>(weight + k, in);
-#pragma GCC unroll 4
-    for (int j = 0; j < N; j++) w[j] = load(weight + j * in + k);
-#pragma GCC unroll 4
-    for (int i = 0; i < M; i++) {
-      const __m512i row = load(x + i * in + k);
-#pragma GCC unroll 4
-      for (int j = 0; j < N; j++) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[i][j]) : "v"(row), "v"(w[j]));
-    }
-  };
-  long k = 0;
-  for (; k + LANES <= in; k += LANES) step([](const void* at) { return _mm512_loadu_si512(at); }, k);
-  if (k < in) {  // what is past the end counts as zero
-    const __mmask64 mask = (1ull << (in - k)) - 1;
-    step([mask](const void* at) { return _mm512_maskz_loadu_epi8(mask, at); }, k);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < M; i++)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(total[i]), add_up(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
-}
-
 #else
 
 // Eight-bit products added in pairs to 16 bits clip (what oneDNN does without VNNI). Here both operands are 16 bits wide,
 // and vpmaddwd adds pairs of products to 32 bits: half as many to an instruction, and none can clip.
 using Integer = int16_t;
+using Vector = __m256i;
 constexpr long ROWS = 2;
+constexpr long LANES = 16;  // of x and of weights in a vector
 
-inline __m128i add_up(__m256i a, __m256i b, __m256i c, __m256i d) {
+inline Vector zero() { return _mm256_setzero_si256(); }
+
+// LANES of x, or of weights, which are widened.
+inline Vector load(const int16_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+inline Vector load(const int8_t* at) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+
+// The first `count` of them; 0 from there on.
+template <class T>
+Vector load(const T* at, long count) {
+  T first[LANES] = {};
+  for (long k = 0; k < count; k++) first[k] = at[k];
+  return load(first);
+}
+
+inline void add_products(Vector& sum, Vector row, Vector weight) {
+  const __m256i products = _mm256_madd_epi16(row, weight);
+  __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+}
+
+// Four vectors to their four sums.
+inline __m128i add_up(Vector a, Vector b, Vector c, Vector d) {
   const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
   return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
 }
 
+#endif
+
 template <int M, int N, bool FETCH>
 void tile(const Integer* x, const int8_t* weight, int32_t (&total)[ROWS][COLUMNS], long in) {
-  constexpr long LANES = 16;
-  __m256i sums[M][COLUMNS];
+  Vector sums[M][COLUMNS];
 #pragma GCC unroll 4
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < COLUMNS; j++) sums[i][j] = _mm256_setzero_si256();
-  long k = 0;
-  for (; k + LANES <= in; k += LANES) {
-    __m256i w[N];
-    if (FETCH && k % 64 == 0) fetch<N>(weight + k, in);
+    for (int j = 0; j < COLUMNS; j++) sums[i][j] = zero();
+  // count: nothing for whole vectors, or how much of one is left.
+  const auto step = [&](long k, auto... count) __attribute__((always_inline)) {
+    Vector w[N];
+    if (FETCH && k % 64 == 0) fetch<N>(weight + k, in);  // a cache line
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++)
-      w[j] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + j * in + k)));
+    for (int j = 0; j < N; j++) w[j] = load(weight + j * in + k, count...);
 #pragma GCC unroll 4
     for (int i = 0; i < M; i++) {
-      const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i * in + k));
+      const Vector row = load(x + i * in + k, count...);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; j++) {
-        const __m256i products = _mm256_madd_epi16(row, w[j]);
-        __asm__("vpaddd %1, %0, %0" : "+x"(sums[i][j]) : "x"(products));
-      }
+      for (int j = 0; j < N; j++) add_products(sums[i][j], row, w[j]);
     }
-  }
+  };
+  long k = 0;
+  for (; k + LANES <= in; k += LANES) step(k);
+  if (k < in) step(k, in - k);
 #pragma GCC unroll 4
-  for (int i = 0; i < M; i++) {
+  for (int i = 0; i < M; i++)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(total[i]), add_up(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
-    for (int j = 0; j < N; j++)
-      for (long rest = k; rest < in; rest++) total[i][j] += int32_t(x[i * in + rest]) * weight[j * in + rest];
-  }
 }
-
-#endif
