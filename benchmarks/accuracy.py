@@ -20,15 +20,16 @@ import torch
 
 from benchmarks import small_opt
 from benchmarks.machine import describe
-from calibration import evaluate, simulate
-from calibration.arithmetic import compute_dtype, fast_arithmetic
+from calibration.evaluation import evaluate
 from calibration.pipeline import Prepared, as_scheme, prepare, prove, write_checkpoint
-from calibration.plan import Choice, Plan, make_plan
-from calibration.simulate import Served
+from calibration.running.precision import compute_dtype, fast_arithmetic
+from calibration.smoothing import simulate
+from calibration.smoothing.plan import Choice, Plan, make_plan
+from calibration.smoothing.simulate import LayerScheme
 from demo import assets
 
 ROOT = Path(__file__).parent.parent
-FIGURES = Path(__file__).parent / "accuracy.json"
+FIGURES = ROOT / "benchmarks" / "results" / "accuracy.json"
 OUTPUT = ROOT / "docs" / "accuracy.md"
 COMMAND = "python -m benchmarks.accuracy"
 FALLBACK = 0.1
@@ -174,7 +175,7 @@ def budget(model: Model, windows: list[list[int]]) -> dict[str, float]:
     return found
 
 
-def _logprobs(ready: Prepared, ids: torch.Tensor, layers: Mapping[str, Served]) -> list[torch.Tensor]:
+def _logprobs(ready: Prepared, ids: torch.Tensor, layers: Mapping[str, LayerScheme]) -> list[torch.Tensor]:
     model = ready.source.model
     with torch.no_grad(), fast_arithmetic(model), simulate.serving(model, layers):
         return [model(input_ids=one[None], use_cache=False).logits[0, :-1].float().log_softmax(-1) for one in ids]

@@ -1,4 +1,4 @@
-"""docs/architectures.md: what smoothing does to every architecture of tests/zoo.py.
+"""docs/architectures.md: what smoothing does to every architecture of tests/helpers/tiny_architectures.py.
 
 `python -m benchmarks.architectures`. For each tiny model: discover, smooth with alpha 0.5, pass the gate, write, and
 compare the logits of other tokens in float32. Whether vLLM serves the INT8 checkpoint is read from SERVED (JSON:
@@ -13,22 +13,24 @@ from typing import Any
 
 import torch
 
-from calibration import gate
-from calibration.graph import Graph, discover
-from calibration.observers import observe
-from calibration.smooth import smooth_groups
-from tests import zoo
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from calibration.discovery.discover import discover
+from calibration.discovery.graph import Graph
+from calibration.observation.absmax import observe
+from calibration.smoothing import gate
+from calibration.smoothing.factors import smooth_groups
+from tests.helpers import tiny_architectures
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 ROOT = Path(__file__).parent.parent
-SERVED = Path(__file__).parent / "served.json"
+SERVED = Path(__file__).parent / "results" / "served.json"
 OUTPUT = ROOT / "docs" / "architectures.md"
 BOUND = 1e-4
 
 HEADER = """# Architectures
 
 Written by `python -m benchmarks.architectures`; not by hand. Models are tiny and random, with outlier channels in every
-norm (tests/zoo.py). *Groups*: sources with a foldable scale, over both layers. *Folds*: source → the linear layers that
+norm (tests/helpers/tiny_architectures.py). *Groups*: sources with a foldable scale, over both layers. *Folds*: source
+→ the linear layers that
 take its scale; [64/256] where only that many channels of a fused projection can. *Change*: largest change of a logit,
 relative to the largest logit, when the smoothed model is written and run in float32; at most 1e-4 is asked for.
 *Not folded*: linear layers whose input keeps its scale, and the norms among the reasons.
@@ -68,7 +70,7 @@ def not_folded(graph: Graph) -> str:
 
 def measure(name: str) -> dict[str, Any]:
     """One row of the table."""
-    model, sample, other = zoo.build(name), zoo.tokens(1), zoo.tokens(2)
+    model, sample, other = tiny_architectures.build(name), tiny_architectures.tokens(1), tiny_architectures.tokens(2)
     with torch.no_grad():
         before = model(input_ids=other, use_cache=False).logits
         start = time.perf_counter()
@@ -84,7 +86,7 @@ def measure(name: str) -> dict[str, Any]:
     smoothing = smooth_groups(model, graph, absmax, 0.5)
     start = time.perf_counter()
     try:
-        gate.check(model, smoothing, graph, [zoo.tokens(3)])
+        gate.check(model, smoothing, graph, [tiny_architectures.tokens(3)])
     except SmoothQuantError as error:
         return row | {"refused": str(error)}
     seconds["gate"] = time.perf_counter() - start
@@ -98,7 +100,7 @@ def main() -> None:
     """Measure every model, write OUTPUT, print a summary."""
     torch.set_num_threads(1)
     served = json.loads(SERVED.read_text()) if SERVED.exists() else {}
-    rows = {name: measure(name) for name in zoo.ZOO}
+    rows = {name: measure(name) for name in tiny_architectures.ZOO}
     table = "".join(
         f"| {name} | {row['groups']} | {row['folds']} | "
         + (f"{row['change']:.1e}" if "change" in row else f"refused: {row['refused']}")

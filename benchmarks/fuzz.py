@@ -1,7 +1,7 @@
 """Spoilt checkpoints against `smoothquant verify` and against the server's loading: docs/fuzzing.md.
 
-`python -m benchmarks.fuzz [--cases 2000]`. tests/spoil.py draws a mutation of a sound checkpoint with hypothesis; a
-process of its own looks at it, twice:
+`python -m benchmarks.fuzz [--cases 2000]`. tests/helpers/corruptions.py draws a mutation of a sound checkpoint with
+hypothesis; a process of its own looks at it, twice:
 
     verify   with --source, so that a manifest made anew hides nothing
     server   vLLM's own way from folder to loaded model, without an engine: configuration, plugin, loader, layers
@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
-from tests import engine, spoil, tiny
+from tests.helpers import corruptions, engine, tiny_checkpoints
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "fuzzing.md"
 COMMAND = "python -m benchmarks.fuzz"
@@ -58,19 +58,19 @@ def make_bases(root: Path) -> None:
     """root/<name>: a sound checkpoint in two shards; root/source: the model of both."""
     from calibration.pipeline import calibrate
 
-    source = tiny.save("llama", root / "source")
-    text = tiny.save_text(root / "text.jsonl")
+    source = tiny_checkpoints.save("llama", root / "source")
+    text = tiny_checkpoints.save_text(root / "text.jsonl")
     for name, options in BASES.items():
         calibrate(str(source), root / name, dataset=str(text), samples=8, seq_len=32, quiet=True, **options)
-        spoil.shard(root / name)
+        corruptions.shard(root / name)
 
 
 # --- one case --------------------------------------------------------------------------------------------------------
 
 
 def verdict_of_verify(folder: Path, source: Path, sound: Any, means: Any) -> tuple[str, str]:
-    from calibration.verify import verify
-    from vllm_smoothquant.checkpoint import SmoothQuantError
+    from calibration.checkpoint.verify import verify
+    from vllm_smoothquant.format.errors import SmoothQuantError
 
     try:
         faults = verify(folder, str(source)).faults
@@ -129,11 +129,11 @@ def refuse_as_configured(folder: Path) -> None:
 
     load_as_served comes to the same calls later; most cases end here, twenty times as fast.
     """
-    from vllm_smoothquant.config import SmoothQuantConfig
+    from vllm_smoothquant.config import SmoothQuantVllmConfig
 
     config = read_config(folder)
     if "quantization_config" in config:
-        SmoothQuantConfig.from_config(config["quantization_config"]).maybe_update_config(str(folder))
+        SmoothQuantVllmConfig.from_config(config["quantization_config"]).maybe_update_config(str(folder))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def work(root: Path, seed: int, cases: int) -> None:
     with tempfile.TemporaryDirectory() as temporary, set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{temporary}/store", 0, backend="gloo")
         ensure_model_parallel_initialized(1, 1)
-        sound = {name: spoil.meaning(root / name) for name in BASES}
+        sound = {name: corruptions.meaning(root / name) for name in BASES}
         loaded = {name: load_as_served(root / name) for name in BASES}
         assert all(load_as_served(root / name).keys() == loaded[name].keys() for name in BASES)
 
@@ -250,9 +250,9 @@ def work(root: Path, seed: int, cases: int) -> None:
             with tempfile.TemporaryDirectory(dir=temporary) as place:
                 folder = Path(shutil.copytree(root / base, Path(place) / "copy"))
                 print(json.dumps({"begin": [base, "being spoilt"]}), file=out)
-                done = spoil.spoil(folder, data.draw)
+                done = corruptions.spoil(folder, data.draw)
                 print(json.dumps({"begin": [base, *done]}), file=out)
-                means = spoil.meaning(folder)
+                means = corruptions.meaning(folder)
                 # A spoilt config.json must mean what it meant; only quantization_config and tensors are ours.
                 verified = verdict_of_verify(folder, root / "source", sound[base], means)
                 print(json.dumps({"begin": [base, *done, "verified"]}), file=out)
@@ -345,7 +345,8 @@ def main() -> None:
         f"# {cases} spoilt checkpoints\n\n"
         f"Written by `{COMMAND} --cases {args.cases}`; not by hand. {describe()}\n\n"
         "Mutations of two sound checkpoints of a tiny Llama (static with fallbacks; dynamic with one scale for each "
-        "matrix), drawn by hypothesis (tests/spoil.py): tensors dropped, added, renamed, retyped, reshaped, swapped, "
+        "matrix), drawn by hypothesis (tests/helpers/corruptions.py): tensors "
+        "dropped, added, renamed, retyped, reshaped, swapped, "
         "their values NaN, zero, huge; safetensors headers no library writes; bits flipped; config.json with keys "
         "dropped, added, retyped, absurd, of another model; JSON that is none; an index that leads elsewhere; files "
         "gone, cut, doubled, links, pipes, pickles. Half of them with a manifest made anew. `verify` has `--source`; "

@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.machine import describe
-from tests.cuda_route import layer_of
-from vllm_smoothquant import int8
-from vllm_smoothquant.checkpoint import InputActivations, QuantizationConfig, Scheme, Weights
+from tests.helpers.cuda_stubs import layer_of
+from vllm_smoothquant.format import int8
+from vllm_smoothquant.format.config import CheckpointConfig, InputActivations, Scheme, Weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCHEMES = {
@@ -182,7 +182,7 @@ def rms_norm(gain: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def with_triton(ours: Any, x: torch.Tensor) -> torch.Tensor:
     """What `ours` computes, quantised by our Triton kernel with smoothing factors of one."""
-    from vllm_smoothquant.ops import quantize_per_token
+    from vllm_smoothquant.kernels.ops import quantize_per_token
 
     integers, scale = quantize_per_token(x, torch.ones(x.shape[1], device=DEVICE))
     return ours.quant_method.kernel.multiply(integers, ours.weight, scale, ours.weight_scale, x.dtype, ours.bias)
@@ -239,7 +239,7 @@ def write_checkpoints(folder: Path, model: dict[str, int]) -> dict[str, dict[str
     rows["compressed-tensors INT8"] = write("compressed", quantised["channel"], COMPRESSED)
     for name, scheme in SCHEMES.items():
         stored = "static" if not scheme.input_activations.dynamic else scheme.weights.strategy
-        ours = QuantizationConfig(scheme.weights, scheme.input_activations, ignore=frozenset(["lm_head"]))
+        ours = CheckpointConfig(scheme.weights, scheme.input_activations, ignore=frozenset(["lm_head"]))
         rows[name] = write(name.replace(", ", "-").replace(" ", "-"), quantised[stored], ours.to_dict())
     if DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
         rows["FP8, dynamic"] = {**rows["BF16"], "quantization": "fp8"}

@@ -10,7 +10,7 @@ may move a perplexity, the plugin itself shows, with embeddings larger by NUDGE:
 the last place of float32.
 
 On a CPU without VNNI the integers are halved in both (seven bits then, but the same ones): stock vLLM's product clips
-there, so that its error would be compared (vllm_smoothquant/kernels.py, onednn_is_exact).
+there, so that its error would be compared (vllm_smoothquant/kernels/exact.py).
 """
 
 import argparse
@@ -27,10 +27,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import describe
-from calibration import evaluate
-from calibration.convert import COMPRESSED_TENSORS, convert
+from calibration.checkpoint.convert import COMPRESSED_TENSORS, convert
+from calibration.evaluation import evaluate
 from demo import assets
-from vllm_smoothquant.kernels import onednn_is_exact
+from vllm_smoothquant.kernels.exact import onednn_is_exact
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "interoperability.md"
 COMMAND = "python -m benchmarks.interoperability"

@@ -18,22 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import describe
-from calibration import evaluate, simulate
-from calibration.arithmetic import compute_dtype
+from calibration.evaluation import evaluate
 from calibration.pipeline import Prepared, as_scheme, prepare, prove, write_checkpoint
-from calibration.plan import Choice, make_plan
-from calibration.simulate import Served
+from calibration.running.precision import compute_dtype
+from calibration.smoothing import simulate
+from calibration.smoothing.plan import Choice, make_plan
+from calibration.smoothing.simulate import LayerScheme
 from demo import assets
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent.parent / "docs"
-FIGURES = Path(__file__).parent / "outliers.json"
+FIGURES = Path(__file__).parent / "results" / "outliers.json"
 FACTOR, CHANNELS = 128.0, (7, 99, 201, 333, 451, 560)
 THRESHOLD = 6.0  # LLM.int8()'s
 LEVELS = {
@@ -104,7 +105,7 @@ def decomposed(ready: Prepared, windows: list[list[int]]) -> float:
     def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
         x, weight = args[0].float(), module.get_parameter("weight").detach().float()
         large = (x.abs() > THRESHOLD).flatten(0, -2).any(0)
-        quantised = simulate.output(_Matrix(weight * ~large), x * ~large, Served(scheme))
+        quantised = simulate.output(_Matrix(weight * ~large), x * ~large, LayerScheme(scheme))
         return (quantised + (x * large) @ (weight * large).t()).to(y.dtype)
 
     model = ready.source.model

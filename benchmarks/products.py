@@ -17,8 +17,8 @@ from statistics import median
 
 import torch
 
-from benchmarks import serving_floors
 from benchmarks.machine import describe
+from benchmarks.serving import floors
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "products.md"
 # A layer -> its out and in.
@@ -44,19 +44,19 @@ def arms(out_features: int, in_features: int, count: int, dtype: torch.dtype) ->
     """Name -> y of x by the layer of that number."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from vllm_smoothquant import compiled, kernels, race
-    from vllm_smoothquant.checkpoint import Scheme
+    from vllm_smoothquant.format.config import Scheme
+    from vllm_smoothquant.kernels import base, build, cpu, stock, timing
 
     floats = [torch.randn(out_features, in_features).to(dtype) for _ in range(max(1, count // dtype.itemsize))]
     found: dict[str, Product] = {
         "floating point": lambda x, number: torch.nn.functional.linear(x, floats[number % len(floats)])
     }
-    ours = {kernel.name: kernel for kernel in (kernels.Vnni, kernels.Avx2)}[compiled.target() or ""]
-    for name, kind in (("oneDNN", kernels.VllmChoice), ("ours", ours)):
-        request = kernels.Request("layer", Scheme(), True, dtype, "cpu")
+    ours = {kernel.name: kernel for kernel in (cpu.Vnni, cpu.Avx2)}[build.target() or ""]
+    for name, kind in (("oneDNN", stock.VllmChoice), ("ours", ours)):
+        request = base.Request("layer", Scheme(), True, dtype, "cpu")
         with set_current_vllm_config(VllmConfig()):
             kernel = kind(request)
-        layers = [race.layer(kernel, seed, out_features, in_features, True) for seed in range(count)]
+        layers = [timing.random_layer(kernel, seed, out_features, in_features, True) for seed in range(count)]
         found[name] = lambda x, number, kernel=kernel, layers=layers: kernel.apply(layers[number], x, None)
     return found
 
@@ -80,10 +80,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
-    from vllm_smoothquant.kernels import INEXACT, onednn_is_exact
+    from vllm_smoothquant.kernels.exact import INEXACT, onednn_is_exact
 
     dtype = getattr(torch, args.dtype)
-    limits = serving_floors.measure(dtype)
+    limits = floors.measure(dtype)
     rows = []
     for layer, (out_features, in_features) in LAYERS.items():
         size = out_features * in_features

@@ -1,8 +1,9 @@
-"""benchmarks/served.json: which architectures of tests/zoo.py vLLM's CPU backend serves in INT8, and how exactly.
+"""benchmarks/results/served.json: which architectures of tests/helpers/tiny_architectures.py vLLM's CPU backend
+serves in INT8, and how exactly.
 
 `python -m benchmarks.served [NAME ...]`. Each tiny model is calibrated (per token, alpha auto), served by vLLM's own
 implementation of its architecture in float32, and its log-probabilities of random prompts are compared with the plain
-reference on the same files (calibration/reference.py); in brackets the mean difference. Models that are named replace
+reference on the same files (tests/helpers/reference.py); in brackets the mean difference. Models that are named replace
 their answers. benchmarks/architectures.py puts them into its table. The last line printed is JSON.
 """
 
@@ -20,13 +21,13 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calibration.pipeline import calibrate
-from calibration.reference import load_reference
-from tests import engine, tiny, zoo
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from tests.helpers import engine, tiny_architectures, tiny_checkpoints
+from tests.helpers.reference import load_reference
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 # Set in the processes that main starts.
 CHILD = "SMOOTHQUANT_SERVED_CHILD"
-OUTPUT = Path(__file__).parent / "served.json"
+OUTPUT = Path(__file__).parent / "results" / "served.json"
 # Both compute the same integers, but sum norms and attention in another order: an activation that lies on a rounding
 # tie may fall to the other side, and what follows moves by a part of the rounding error. Were everything rounded apart,
 # they would be sqrt(2) of it apart; a wrong scale or slice is many times that. Means over all tokens are compared.
@@ -35,7 +36,7 @@ BOUND = 0.5
 
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, zoo.VOCAB, (n,), generator=generator).tolist() for n in (5, 16, 24)]
+    return [torch.randint(3, tiny_architectures.VOCAB, (n,), generator=generator).tolist() for n in (5, 16, 24)]
 
 
 def computed(model: PreTrainedModel) -> torch.Tensor:
@@ -60,8 +61,8 @@ def mean_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def serve(name: str, folder: Path) -> str:
     """What the table says of `name`."""
-    tiny.save(name, folder / "model")
-    text = tiny.save_text(folder / "text.jsonl")
+    tiny_checkpoints.save(name, folder / "model")
+    text = tiny_checkpoints.save_text(folder / "text.jsonl")
     try:
         # auto: what cannot be folded is divided at run time, so that is served as well.
         options = {"alpha": "auto", "dataset": str(text), "samples": 8, "seq_len": 32, "quiet": True}
@@ -111,7 +112,7 @@ def serve_all(names: list[str], output: Path) -> None:
 def main() -> None:
     """Serve the models named, or all; write what came of each; exit 1 if one was served wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", default=list(zoo.ZOO))
+    parser.add_argument("names", nargs="*", metavar="NAME", default=list(tiny_architectures.ZOO))
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     if CHILD in os.environ:

@@ -36,11 +36,11 @@ import httpx
 import psutil
 
 from benchmarks.machine import describe
-from calibration.evaluate import engine_environment
+from calibration.evaluation.evaluate import engine_environment
 from demo import assets
 from demo.server import vllm_serve
 
-OUTPUT = Path(__file__).parent / "soak.json"
+OUTPUT = Path(__file__).parent / "results" / "soak.json"
 PAGE = Path(__file__).parent.parent / "docs" / "soak.md"
 COMMAND = "python -m benchmarks.soak"
 CLIENTS = 16

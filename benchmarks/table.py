@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from calibration.arithmetic import is_native
+from calibration.running.precision import is_native
 from demo import assets
 
 ROOT = Path(__file__).parent.parent

@@ -1,7 +1,7 @@
 """docs/tensor_parallel.md: two ranks against one on vLLM's CPU backend, for every scheme.
 
-`python -m benchmarks.tensor_parallel`. A tiny Llama written by hand (tests/handmade.py: ignored, smoothed and
-overridden layers), in float32. Three questions for each scheme:
+`python -m benchmarks.tensor_parallel`. A tiny Llama written by hand (tests/helpers/handmade_checkpoint.py: ignored,
+smoothed and overridden layers), in float32. Three questions for each scheme:
 
     slices     every parameter of each rank is the part of the checkpoint's tensor that it should be, to the last bit
     logprobs   log-probabilities of every word at every position, two ranks against one
@@ -32,13 +32,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.machine import describe
-from calibration.reference import ReferenceLinear, load_reference
 from demo.server import free_port
-from tests import engine, handmade, zoo
+from tests.helpers import engine, handmade_checkpoint, tiny_architectures
+from tests.helpers.reference import ReferenceLinear, load_reference
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "tensor_parallel.md"
 COMMAND = "python -m benchmarks.tensor_parallel"
-CASES = [(w, a, True) for w, a in handmade.SCHEMES] + [(w, "static", False) for w in ("channel", "tensor")]
+
+CASES = [(w, a, True) for w, a in handmade_checkpoint.SCHEMES] + [(w, "static", False) for w in ("channel", "tensor")]
+
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -46,7 +48,7 @@ def prompts(activations: str) -> list[list[int]]:
     """One prompt where one absmax couples the requests of a batch."""
     generator = torch.Generator().manual_seed(1)
     lengths = (60,) if activations == "tensor" else (40, 7, 100)
-    return [torch.randint(0, handmade.VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    return [torch.randint(0, handmade_checkpoint.VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -65,7 +67,7 @@ def expected(folder: Path, rank: int, ranks: int) -> dict[str, torch.Tensor]:
         return tensor.chunk(ranks, dim)[rank]
 
     found = {}
-    for layer in range(handmade.LAYERS):
+    for layer in range(handmade_checkpoint.LAYERS):
         prefix = f"model.layers.{layer}"
         for block, name in (
             ("self_attn", "qkv_proj"), ("self_attn", "o_proj"), ("mlp", "gate_up_proj"), ("mlp", "down_proj"),
@@ -181,7 +183,7 @@ def engines(
 def pipeline_parallel(root: Path) -> str:
     """Whether vLLM's CPU backend runs two pipeline stages, of a model that is not quantised."""
     folder = root / "float"
-    zoo.build("llama").save_pretrained(folder)
+    tiny_architectures.build("llama").save_pretrained(folder)
     try:
         engine.logprobs(
             folder, [[1, 2, 3, 4]], pipeline_parallel_size=2,
@@ -209,7 +211,7 @@ def main() -> None:
         models = []
         for weights, activations, overridden in CASES:
             folder = root / f"{weights}-{activations}-{'overrides' if overridden else 'plain'}"
-            handmade.checkpoint(folder, weights, activations, **({} if overridden else {"overrides": {}}))
+            handmade_checkpoint.checkpoint(folder, weights, activations, **({} if overridden else {"overrides": {}}))
             models.append((folder, prompts(activations)))
         one = engines(models)
         two = engines(models, ranks=2)

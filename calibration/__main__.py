@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vllm_smoothquant.checkpoint import MANIFEST, SmoothQuantError
+from vllm_smoothquant.format.errors import SmoothQuantError
+from vllm_smoothquant.format.files import MANIFEST
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -120,7 +121,7 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     add("doctor", _doctor, "Tell what this machine can do with INT8, which kernels would run, and what to do about it.")
 
-    from . import evaluate
+    from .evaluation import evaluate
 
     sub = add("evaluate", _evaluate, "Measure perplexity through vLLM, of one or several checkpoints and a baseline.")
     evaluate.add_arguments(sub)
@@ -172,14 +173,14 @@ def _source_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    _calm_libraries()
+    _silence_libraries()
     from . import recipe
 
     if args.print_recipe:
         print(recipe.dump(args, args.parser), end="")
         return 0
     from .pipeline import LEVELS, calibrate
-    from .progress import PeakMemory
+    from .running.progress import PeakMemory
 
     clock = time.perf_counter()
     weights, activations = LEVELS.get(args.level, ("channel", "token"))
@@ -189,9 +190,9 @@ def _calibrate(args: argparse.Namespace) -> int:
             do="give one of the two options",
         )  # fmt: skip
     if args.push_to_hub:
-        from . import card
+        from .checkpoint import model_card
 
-        card.check_repository(args.push_to_hub)
+        model_card.check_repository(args.push_to_hub)
     with PeakMemory() as memory:
         manifest = calibrate(
             args.model,
@@ -215,20 +216,20 @@ def _calibrate(args: argparse.Namespace) -> int:
     hint = f"took:      {time.perf_counter() - clock:.0f} s, at most {memory.bytes / 1e9:.2f} GB of memory"
     hint += f"\nserve it:  vllm serve {args.output} --quantization smoothquant"
     if args.push_to_hub:
-        hint += f"\nuploaded:  {card.push(Path(args.output), args.push_to_hub)}"
+        hint += f"\nuploaded:  {model_card.push(Path(args.output), args.push_to_hub)}"
     return _finish(args, manifest, hint)
 
 
 def _smooth(args: argparse.Namespace) -> int:
-    _calm_libraries()
+    _silence_libraries()
     from .pipeline import smooth
 
     return _finish(args, smooth(args.model, args.output, **_source_options(args)), "same function, floating point")
 
 
 def _verify(args: argparse.Namespace) -> int:
-    _calm_libraries()
-    from .verify import verify
+    _silence_libraries()
+    from .checkpoint.verify import verify
 
     verdict = verify(args.checkpoint, args.source)
     if args.json:
@@ -244,8 +245,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    _calm_libraries()
-    from .convert import convert
+    _silence_libraries()
+    from .checkpoint.convert import convert
 
     manifest = convert(args.checkpoint, args.output, args.format)
     print(
@@ -258,8 +259,8 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    _calm_libraries()
-    from .report import report
+    _silence_libraries()
+    from .report.page import report
 
     output = args.output or f"{os.path.basename(os.path.abspath(args.checkpoint))}-report.html"
     done = report(args.checkpoint, output, png=args.png, evaluation=args.evaluation)
@@ -269,7 +270,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    _calm_libraries()
+    _silence_libraries()
     from .doctor import examine, format_report
 
     facts = examine()
@@ -278,8 +279,9 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    _calm_libraries()
-    from . import evaluate, table
+    _silence_libraries()
+    from .evaluation import evaluate
+    from .report import table
 
     if args.table:
         if not args.baseline:
@@ -320,7 +322,7 @@ def _summary(manifest: dict[str, Any]) -> str:
     return text
 
 
-def _calm_libraries() -> None:
+def _silence_libraries() -> None:
     """Our own bars and lines are the progress; the libraries' would drown them. Errors still come as exceptions."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

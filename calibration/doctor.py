@@ -1,7 +1,7 @@
 """`smoothquant doctor`: what this machine can do with INT8, and what to do about it. Nothing is changed or loaded.
 
-Kernels are those vllm_smoothquant/kernels.py would choose, asked of the very code that chooses. Advice is a table: what
-must be so, and what to say then.
+Kernels are those vllm_smoothquant/kernels/select.py would choose, asked of the very code that chooses. Advice is a
+table: what must be so, and what to say then.
 """
 
 import os
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from vllm_smoothquant import SUPPORTED_VLLM, supports
-from vllm_smoothquant.checkpoint import QUANT_METHOD, Scheme, SmoothQuantError
+from vllm_smoothquant.format.config import QUANT_METHOD, Scheme
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 from .pipeline import ACTIVATIONS
 
@@ -192,7 +193,8 @@ def _platform() -> str | None:
 def _kernels() -> dict[str, dict[str, Any]]:
     """Scheme -> the kernel that would compute it here, and why each before it was passed over."""
     try:
-        from vllm_smoothquant.kernels import explain_kernels, request_here
+        from vllm_smoothquant.kernels.base import request_here
+        from vllm_smoothquant.kernels.select import explain_kernels
     except Exception as error:  # As above: the fault is the finding.
         raise SmoothQuantError(
             "vllm", expected="an installation that can be imported", got=f"{type(error).__name__}: {error}"[:200],

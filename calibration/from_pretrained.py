@@ -20,32 +20,26 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from vllm_smoothquant import int8
-from vllm_smoothquant.checkpoint import (
-    QUANT_METHOD,
-    QuantizationConfig,
-    Scheme,
-    SmoothQuantError,
-    header_faults,
-    read_headers,
-)
+from vllm_smoothquant.format import int8
+from vllm_smoothquant.format.config import QUANT_METHOD, CheckpointConfig, Scheme
+from vllm_smoothquant.format.errors import SmoothQuantError
+from vllm_smoothquant.format.files import header_faults, read_headers
 
-from .architecture import SCALES, architecture_faults
-from .probe import own_parameters
-from .quantize import LINEAR_TYPES, weight_shape
+from .checkpoint.architecture import SCALES, architecture_faults
+from .running.modules import LINEAR_TYPES, own_parameters, weight_shape
 
 
 @register_quantization_config(QUANT_METHOD)
-class SmoothQuantConfig(QuantizationConfigMixin):
+class SmoothQuantHfConfig(QuantizationConfigMixin):
     """`quantization_config` as transformers carries it about."""
 
-    def __init__(self, config: QuantizationConfig) -> None:
+    def __init__(self, config: CheckpointConfig) -> None:
         self.quant_method = QUANT_METHOD
         self.config = config
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **_: Any) -> "SmoothQuantConfig":
-        return cls(QuantizationConfig.from_dict(config_dict))
+    def from_dict(cls, config_dict: dict[str, Any], **_: Any) -> "SmoothQuantHfConfig":
+        return cls(CheckpointConfig.from_dict(config_dict))
 
     def to_dict(self) -> dict[str, Any]:
         return self.config.to_dict()
@@ -95,7 +89,7 @@ class Int8Linear(nn.Module):
 class SmoothQuantQuantizer(HfQuantizer):
     """Raises SmoothQuantError where the files do not fit format and architecture, or a scale is no scale."""
 
-    quantization_config: SmoothQuantConfig
+    quantization_config: SmoothQuantHfConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:

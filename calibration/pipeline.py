@@ -18,26 +18,24 @@ from typing import Any
 
 import torch
 
-from vllm_smoothquant.checkpoint import (
-    MANIFEST,
-    InputActivations,
-    QuantizationConfig,
-    Scheme,
-    SmoothQuantError,
-    Weights,
-)
+from vllm_smoothquant.format.config import CheckpointConfig, InputActivations, Scheme, Weights
+from vllm_smoothquant.format.errors import SmoothQuantError
+from vllm_smoothquant.format.files import MANIFEST
 
-from . import card, channels, data, export, gate, quantize
-from .arithmetic import compute_dtype
-from .graph import TRACE_SHAPE, discover
-from .load import Source, load, untie_head
-from .passes import BATCH_SIZE, observe_samples
-from .plan import Choice, Plan, Watched, make_plan
-from .ranks import Ranks
-from .sinks import SAMPLES, first_readers, name_sinks
-from .smooth import Smoothing, smooth_groups
-from .state import State
-from .statistics import load_statistics, save_statistics
+from .checkpoint import channel_statistics, export, model_card, quantize
+from .discovery import linears
+from .discovery.discover import TRACE_SHAPE, discover
+from .inputs import text
+from .inputs.model import Source, load, untie_head
+from .observation.observe import BATCH_SIZE, observe_samples
+from .observation.processes import Processes
+from .observation.resume import State
+from .observation.saved import load_statistics, save_statistics
+from .observation.sinks import SAMPLES, first_readers, name_sinks
+from .running.precision import compute_dtype
+from .smoothing import gate
+from .smoothing.factors import Smoothing, smooth_groups
+from .smoothing.plan import Choice, Plan, Watched, make_plan
 
 # The paper's three levels (table 2): weights, activations.
 LEVELS = {"O1": ("tensor", "token"), "O2": ("tensor", "tensor"), "O3": ("tensor", "static")}
@@ -59,7 +57,7 @@ class Prepared:
     """
 
     source: Source
-    samples: data.Samples
+    samples: text.Samples
     kept: dict[str, str]
     watched: Watched
     sinks: list[dict[str, Any]]
@@ -78,7 +76,7 @@ def calibrate(
     max_fallback: float = 0.0,
     budget_ppl: float | None = None,
     static_range: str = "absmax",
-    dataset: str = data.DEFAULT_DATASET,
+    dataset: str = text.DEFAULT_DATASET,
     text_column: str = "text",
     samples: int = 64,
     seq_len: int = 512,
@@ -109,7 +107,7 @@ def calibrate(
     scheme = as_scheme(weights, activations)
     choice = Choice(alpha if smoothing else None, max_fallback, budget_ppl, static_range)
     choice.check()
-    ranks = Ranks.of_launcher()
+    ranks = Processes.of_launcher()
     state = State(Path(output), asked)
     finished = state.finished() if ranks.first else None
     if ranks.any(finished is not None):
@@ -148,7 +146,7 @@ def smooth(
     output: str | Path,
     *,
     alpha: float = 0.5,
-    dataset: str = data.DEFAULT_DATASET,
+    dataset: str = text.DEFAULT_DATASET,
     text_column: str = "text",
     samples: int = 64,
     seq_len: int = 512,
@@ -181,20 +179,20 @@ def smooth(
 def prepare(
     model: str, *, dataset: str, text_column: str, samples: int, seq_len: int, seed: int, ignore: frozenset[str],
     device_map: str, quiet: bool, quantize_lm_head: bool = False, state: State | None = None,
-    ranks: Ranks | None = None, stats: str | Path | None = None, save_stats: str | Path | None = None,
+    ranks: Processes | None = None, stats: str | Path | None = None, save_stats: str | Path | None = None,
 ) -> Prepared:  # fmt: skip
     """Load and observe: all that calibrate does before it decides anything, with the same arguments.
 
     One preparation serves any number of plans. state: where to go on from. ranks: who shares the samples.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or Processes()
     lap = _stopwatch(quiet or not ranks.first)
     source = load(model, ranks.placement(device_map))
     if quantize_lm_head:
         untie_head(model, source.model)
-    names, kept = quantize.choose_linears(source.model, ignore, lm_head=quantize_lm_head)
+    names, kept = linears.choose_linears(source.model, ignore, lm_head=quantize_lm_head)
     lap("load")
-    drawn = data.load_samples(
+    drawn = text.load_samples(
         dataset, source.tokenizer, text_column=text_column, samples=samples, seq_len=seq_len, seed=seed
     )
     check_positions(source, seq_len)
@@ -251,7 +249,7 @@ def write_checkpoint(
         before = {name for names in export.written_tensors(folder) for name in names}
         with torch.inference_mode():
             export.write_tensors(folder, _quantized_tensors(ready, plan, before))
-        config = QuantizationConfig(
+        config = CheckpointConfig(
             plan.scheme.weights,
             plan.scheme.input_activations,
             overrides={
@@ -264,7 +262,7 @@ def write_checkpoint(
             ignore=frozenset(n for name in kept for n in (name, export.hub_module_name(model, name))),
         )
         export.write_config(folder, model, ready.source.tokenizer, config.to_dict())
-        channels.write(folder, channels.collect(ready.watched, plan))
+        channel_statistics.write(folder, channel_statistics.collect(ready.watched, plan))
         manifest = _manifest(ready, folder, plan.smoothing, proof) | {
             "inputs": [
                 [export.hub_module_name(model, name) for name in reading if name in plan.schemes]
@@ -274,7 +272,7 @@ def write_checkpoint(
             "kept": kept, "quantized": list(plan.schemes), "quantization_config": config.to_dict(), **_measured(plan),
         }  # fmt: skip
         export.write_json(folder / MANIFEST, manifest)
-        card.write(folder, manifest)
+        model_card.write(folder, manifest)
     return manifest
 
 

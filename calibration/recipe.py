@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 RECIPE = "recipe.yaml"
 # How a run talks, or where its result goes, is no part of how a checkpoint is made.

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from openai import OpenAI
 
-from calibration import evaluate
-from calibration.arithmetic import is_native
+from calibration.evaluation import evaluate
+from calibration.running.precision import is_native
 from demo import assets
 from demo.server import vllm_serve
 

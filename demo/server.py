@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from calibration.evaluate import engine_environment
+from calibration.evaluation.evaluate import engine_environment
 
 # A start takes 25 s eager and up to two minutes compiled on two cores; ten times that means it hangs.
 START_SECONDS = 600

@@ -7,7 +7,8 @@ match --word (medical words, unless you say others). The first half of every doc
 measures, so that no text is in both. Two checkpoints, OUT/domain and OUT/general, differ only in what they were
 calibrated on; static scales show most of it. OUT/figures.json has what is printed.
 
-Perplexities are computed by the plain reference (calibration/reference.py), which is slow and needs no vLLM; with vLLM,
+Perplexities are computed by the plain reference (tests/helpers/reference.py), which is slow and needs no vLLM; with
+vLLM,
 `smoothquant evaluate OUT/domain OUT/general --baseline MODEL --text OUT/domain-held-out.jsonl` gives the served ones.
 """
 
@@ -20,9 +21,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from calibration.evaluate import token_windows
+from calibration.evaluation.evaluate import token_windows
 from calibration.pipeline import calibrate
-from calibration.reference import load_reference
+from tests.helpers.reference import load_reference
 
 RATE = 3
 MEDICAL = r"disease|patient|medic(al|ine)|symptom|clinical|syndrome|therap|diagnos|drug|surgery|infection"

@@ -6,7 +6,8 @@
 
 Read: every `from vllm... import` of ours resolves; what we call takes the arguments we pass; what we override takes
 what vLLM passes; the compiled operators we name are called by vLLM itself with as many arguments. Python's own parser
-does that; USED and WORDS have the rest, which no parser sees. Run, but with --installed: tests/cuda_route.py, our CUDA
+does that; USED and WORDS have the rest, which no parser sees. Run, but with --installed: tests/helpers/cuda_stubs.py,
+our CUDA
 code on vLLM's own Python. One line a fact; exit status 1, and what differs said once more, where one does not hold.
 """
 
@@ -424,9 +425,9 @@ def main() -> None:
             held += why is None
         if not args.installed:
             path = os.pathsep.join([str(folder), str(ROOT)])
-            route = [sys.executable, str(ROOT / "tests" / "cuda_route.py")]
+            route = [sys.executable, str(ROOT / "tests" / "helpers" / "cuda_stubs.py")]
             done = subprocess.run(route, env=os.environ | {"PYTHONPATH": path}, check=False)
-            wrong += [f"{name}  tests/cuda_route.py failed"] if done.returncode else []
+            wrong += [f"{name}  tests/helpers/cuda_stubs.py failed"] if done.returncode else []
         print(f"vLLM {name}: {held} facts hold")
     for line in wrong:
         print(f"differs: {line}", file=sys.stderr)

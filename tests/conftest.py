@@ -20,7 +20,6 @@ TINY = (
     "test_verify",
 )  # fmt: skip
 
-
 settings.register_profile("repeatable", derandomize=True)  # benchmarks/fuzz.py is the one that explores
 settings.load_profile("repeatable")
 

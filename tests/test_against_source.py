@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration import __main__ as cli
-from calibration.verify import verify
-from tests import tiny
-from vllm_smoothquant.checkpoint import MANIFEST
+from calibration.checkpoint.verify import verify
+from tests.helpers import tiny_checkpoints
+from vllm_smoothquant.format.files import MANIFEST
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(model, options) -> (source, checkpoint), in bfloat16 as models come; made when first asked for."""
-    get = tiny.checkpoints(tmp_path_factory.mktemp("made"), torch.bfloat16)
+    get = tiny_checkpoints.checkpoints(tmp_path_factory.mktemp("made"), torch.bfloat16)
 
     def pair(name: str, **options) -> tuple[Path, Path]:
         folder = get(name, **options)
-        return tiny.source(folder), folder
+        return tiny_checkpoints.source(folder), folder
 
     return pair
 
@@ -97,7 +97,7 @@ TAMPERED = {
 
 
 def remade(folder: Path) -> None:
-    tiny.rehash(folder)
+    tiny_checkpoints.rehash(folder)
     assert not verify(folder).faults  # nothing else shows it
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import handmade
-from tests.test_plugin import FUSED, STATIC_SMOOTHED, build, load, one_rank, tensors  # noqa: F401 (a fixture)
-from vllm_smoothquant.checkpoint import QuantizationConfig, SmoothQuantError
-from vllm_smoothquant.config import SmoothQuantConfig
+from tests.helpers import handmade_checkpoint
+from tests.test_plugin import STATIC_SMOOTHED, build_layer, load, tensors
+from vllm_smoothquant.config import SmoothQuantVllmConfig
+from vllm_smoothquant.format.config import CheckpointConfig
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 
 def flipped(value: float, bit: int) -> float:
@@ -23,14 +24,14 @@ def flipped(value: float, bit: int) -> float:
 @pytest.mark.parametrize("value", [1.0, 1.5, 0.0078125, 2.0**-126])
 @pytest.mark.parametrize("tensor", ["weight_scale", "input_scale", "smoothing_factor"])
 def test_a_flip_in_a_scale_is_refused_where_it_is_no_scale_any_more(
-    one_rank: None,  # noqa: F811
+    one_rank: None,
     tensor: str,
     value: float,
 ) -> None:
     refused = set()
     for bit in range(32):
         now = flipped(value, bit)
-        layer = build("o_proj", config := one_layer(), torch.float32)
+        layer = build_layer("o_proj", config := one_layer(), torch.float32)
         found = tensors("o_proj", config)
         found[0][tensor] = torch.full_like(found[0][tensor], value)
         found[0][tensor].view(-1)[0] = now
@@ -44,16 +45,16 @@ def test_a_flip_in_a_scale_is_refused_where_it_is_no_scale_any_more(
     assert (30 in refused) == (value in (1.0, 1.5))
 
 
-def one_layer() -> QuantizationConfig:
-    return QuantizationConfig(
+def one_layer() -> CheckpointConfig:
+    return CheckpointConfig(
         input_activations=STATIC_SMOOTHED.input_activations, smoothed=frozenset(["model.layers.0.o_proj"])
     )
 
 
 def test_a_flip_in_the_configuration_is_refused_or_without_effect(tmp_path: Path) -> None:
     """Every bit of quantization_config. A name in `ignore` that changed leaves a float layer to be found at loading."""
-    quantization = handmade.config("channel", "static")
-    folder = handmade.write(tmp_path / "model", quantization, handmade.tensors(quantization))
+    quantization = handmade_checkpoint.config("channel", "static")
+    folder = handmade_checkpoint.write(tmp_path / "model", quantization, handmade_checkpoint.tensors(quantization))
     text = json.dumps(quantization.to_dict()).encode()
     accepted = 0
     for place in range(8 * len(text)):
@@ -64,7 +65,7 @@ def test_a_flip_in_the_configuration_is_refused_or_without_effect(tmp_path: Path
         except ValueError:
             continue  # vLLM reads config.json before it knows of us
         try:
-            config = SmoothQuantConfig.from_config(said)
+            config = SmoothQuantVllmConfig.from_config(said)
             config.maybe_update_config(str(folder))
         except SmoothQuantError:
             continue

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from calibration import arithmetic
-from calibration.activations import Activations
-from calibration.observers import observe
-from calibration.passes import BY_BLOCKS, observe_samples
-from calibration.quantize import choose_linears
-from tests import zoo
+from calibration.discovery.linears import choose_linears
+from calibration.observation.absmax import observe
+from calibration.observation.block_outputs import BlockOutputs
+from calibration.observation.observe import BY_BLOCKS, observe_samples
+from calibration.running import precision
+from tests.helpers import tiny_architectures
 
 # One of each way to hand things from block to block: masks and positions of their own kind for each block, tuples,
 # recurrent and hybrid blocks, routed experts, scaled embeddings, projections around the blocks.
@@ -20,14 +20,14 @@ FAMILIES = (
 
 
 def samples(count: int = 10, length: int = 24) -> torch.Tensor:
-    return torch.randint(3, zoo.VOCAB, (count, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, tiny_architectures.VOCAB, (count, length), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("how", ["float32", "bfloat16 in float32", "bfloat16"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_block_by_block_is_the_whole_model_bit_for_bit(name, how, monkeypatch):
-    monkeypatch.setitem(arithmetic._NATIVE_ON_CPU, torch.bfloat16, lambda: how == "bfloat16")
-    model = zoo.build(name)
+    monkeypatch.setitem(precision._NATIVE_ON_CPU, torch.bfloat16, lambda: how == "bfloat16")
+    model = tiny_architectures.build(name)
     if how != "float32":
         for parameter in model.parameters():  # not .to(dtype): buffers are loaded in float32
             parameter.data = parameter.data.bfloat16()
@@ -42,7 +42,7 @@ def test_block_by_block_is_the_whole_model_bit_for_bit(name, how, monkeypatch):
 
 
 def test_the_head_is_observed_behind_the_last_block():
-    model = zoo.build("llama")
+    model = tiny_architectures.build("llama")
     names, _ = choose_linears(model, frozenset(), lm_head=True)
     whole = observe(model, names, samples(), quiet=True)
     observed = observe_samples(model, names, names[:1], samples(), quiet=True)
@@ -57,7 +57,7 @@ class Stack(nn.Module):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.embed = nn.Embedding(zoo.VOCAB, 16)
+            self.embed = nn.Embedding(tiny_architectures.VOCAB, 16)
             self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
         self.flow = flow
 
@@ -90,7 +90,7 @@ def test_blocks_that_cannot_run_alone_are_run_in_the_whole_model_and_it_is_said(
 
 def test_activations_beyond_the_limit_go_to_files(tmp_path):
     given = [torch.full((2, 3), float(batch), dtype=torch.bfloat16) for batch in range(4)]
-    kept = Activations(in_memory=2 * given[0].nbytes)
+    kept = BlockOutputs(in_memory=2 * given[0].nbytes)
     for batch, tensor in enumerate(given):
         kept.write(0, batch, tensor)
     assert len(kept.held) == 2

@@ -13,19 +13,22 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from calibration import __main__ as cli
-from calibration import export, observers
+from calibration.checkpoint import export
+from calibration.observation import absmax
 from calibration.pipeline import as_scheme, calibrate, prepare, prove, smooth, write_checkpoint
-from calibration.plan import Choice, make_plan
-from calibration.reference import load_reference
-from tests import tiny, zoo
-from vllm_smoothquant.checkpoint import MANIFEST, QuantizationConfig, SmoothQuantError
+from calibration.smoothing.plan import Choice, make_plan
+from tests.helpers import tiny_architectures, tiny_checkpoints
+from tests.helpers.reference import load_reference
+from vllm_smoothquant.format.config import CheckpointConfig
+from vllm_smoothquant.format.errors import SmoothQuantError
+from vllm_smoothquant.format.files import MANIFEST
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "bloom")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    return tiny.save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+    return tiny_checkpoints.save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +39,19 @@ def models(tmp_path_factory):
 
     def get(name: str) -> Path:
         if name not in made:
-            made[name] = tiny.save(name, root / name)
+            made[name] = tiny_checkpoints.save(name, root / name)
         return made[name]
 
     return get
 
 
 def run(model, output, text, **options):
-    options = {"dataset": str(text), "samples": tiny.SAMPLES, "seq_len": tiny.SEQ_LEN, "quiet": True} | options
+    options = {
+        "dataset": str(text),
+        "samples": tiny_checkpoints.SAMPLES,
+        "seq_len": tiny_checkpoints.SEQ_LEN,
+        "quiet": True,
+    } | options
     return calibrate(str(model), output, **options)
 
 
@@ -52,7 +60,7 @@ def tensors(folder):
 
 
 def token_ids():
-    return torch.randint(3, zoo.VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, tiny_architectures.VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 def relative_error(ours, original):
@@ -63,7 +71,7 @@ def relative_error(ours, original):
 def test_every_tensor_is_what_the_format_says(name, models, text, tmp_path):
     manifest = run(models(name), tmp_path / "out", text, activations="static")
     stored, source = tensors(tmp_path / "out"), tensors(models(name))
-    config = QuantizationConfig.from_dict(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"])
+    config = CheckpointConfig.from_dict(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"])
     expected = {k: (t.dtype, tuple(t.shape)) for k, t in source.items()}
     for layer in manifest["quantized"]:
         prefix = next(p for p in (layer, layer.removeprefix("transformer.")) if f"{p}.weight" in source)
@@ -88,18 +96,18 @@ def test_smoothing_brings_the_checkpoint_nearer_to_the_original(name, models, te
 def test_static_scale_is_the_range_of_the_smoothed_activation(models, text, tmp_path):
     """Computed from the original's ranges and the factors; here the smoothed model is observed anew."""
     ready = prepare(
-        str(models("llama")), dataset=str(text), text_column="text", samples=tiny.SAMPLES,
-        seq_len=tiny.SEQ_LEN, seed=0, ignore=frozenset(), device_map="auto", quiet=True,
+        str(models("llama")), dataset=str(text), text_column="text", samples=tiny_checkpoints.SAMPLES,
+        seq_len=tiny_checkpoints.SEQ_LEN, seed=0, ignore=frozenset(), device_map="auto", quiet=True,
     )  # fmt: skip
     plan = make_plan(ready.watched, as_scheme("channel", "static"), Choice())
     write_checkpoint(ready, plan, prove(ready, plan.smoothing), tmp_path / "out")
     stored = tensors(tmp_path / "out")
     plan.smoothing.apply_(ready.source.model)
-    for name, absmax in observers.observe(
+    for name, largest in absmax.observe(
         ready.source.model, ready.watched.names, ready.samples.input_ids, quiet=True
     ).items():
         # The smoothed model rounds W * s and x / s again in float32, layer after layer.
-        torch.testing.assert_close(stored[f"{name}.input_scale"][0], absmax.max() / 127, rtol=1e-4, atol=0)
+        torch.testing.assert_close(stored[f"{name}.input_scale"][0], largest.max() / 127, rtol=1e-4, atol=0)
 
 
 def test_a_tied_head_gets_a_weight_of_its_own_in_int8(models, text, tmp_path):
@@ -119,7 +127,13 @@ def test_a_tied_head_gets_a_weight_of_its_own_in_int8(models, text, tmp_path):
 
 
 def test_smooth_changes_weights_and_not_one_bit_of_the_function(models, text, tmp_path):
-    smooth(str(models("opt")), tmp_path / "out", dataset=str(text), samples=tiny.SAMPLES, seq_len=tiny.SEQ_LEN)
+    smooth(
+        str(models("opt")),
+        tmp_path / "out",
+        dataset=str(text),
+        samples=tiny_checkpoints.SAMPLES,
+        seq_len=tiny_checkpoints.SEQ_LEN,
+    )
     with torch.no_grad():
         a, b = (AutoModelForCausalLM.from_pretrained(f)(token_ids()).logits for f in (models("opt"), tmp_path / "out"))
     assert torch.equal(a, b)
@@ -136,7 +150,7 @@ def test_the_same_inputs_give_the_same_bytes(models, text, tmp_path):
 
 
 def test_bfloat16_stays_bfloat16(text, tmp_path):
-    tiny.save("llama", tmp_path / "model", torch.bfloat16)
+    tiny_checkpoints.save("llama", tmp_path / "model", torch.bfloat16)
     run(tmp_path / "model", tmp_path / "out", text)
     stored = tensors(tmp_path / "out")
     assert {t.dtype for k, t in stored.items() if "norm" in k or "embed" in k} == {torch.bfloat16}
@@ -144,7 +158,7 @@ def test_bfloat16_stays_bfloat16(text, tmp_path):
 
 
 def test_tied_embeddings_stay_tied(text, tmp_path):
-    tiny.save("llama-tied", tmp_path / "model")
+    tiny_checkpoints.save("llama-tied", tmp_path / "model")
     run(tmp_path / "model", tmp_path / "out", text)
     assert "lm_head.weight" not in tensors(tmp_path / "out")
 
@@ -189,12 +203,12 @@ class Loop(torch.nn.Module):
 
 def test_absmax_is_per_input_channel():
     ids = torch.tensor([[[1, -5, 0, 2], [3, 4, 0, -2]]])
-    assert observers.observe(Loop(), ["used"], ids, quiet=True)["used"].tolist() == [3, 5, 0, 2]
+    assert absmax.observe(Loop(), ["used"], ids, quiet=True)["used"].tolist() == [3, 5, 0, 2]
 
 
 def test_a_layer_never_reached_is_an_error():
     with pytest.raises(SmoothQuantError, match="idle: expected every linear layer to be reached"):
-        observers.observe(Loop(), ["used", "idle"], torch.ones(1, 2, 4), quiet=True)
+        absmax.observe(Loop(), ["used", "idle"], torch.ones(1, 2, 4), quiet=True)
 
 
 # --- bad input: one line, exit code 1, nothing left behind ---
@@ -205,7 +219,7 @@ def broken_model(models, tmp_path, change) -> Path:
     model = AutoModelForCausalLM.from_pretrained(models("llama"))
     change(model)
     model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny_checkpoints.tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -339,7 +353,7 @@ def test_manifest_says_what_made_it(models, text, tmp_path):
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     weights = models("llama") / "model.safetensors"
     assert manifest["source"]["sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
-    assert manifest["calibration"]["samples"] == tiny.SAMPLES
+    assert manifest["calibration"]["samples"] == tiny_checkpoints.SAMPLES
     assert manifest["gate"]["logits"]["change"] <= manifest["gate"]["logits"]["allowed"]
 
 

@@ -7,12 +7,12 @@ import pytest
 from huggingface_hub import ModelCard
 
 from calibration import __main__ as cli
-from calibration import card
-from calibration.convert import convert
+from calibration.checkpoint import model_card
+from calibration.checkpoint.convert import convert
+from calibration.checkpoint.verify import verify
 from calibration.pipeline import calibrate
-from calibration.verify import verify
-from tests import tiny
-from vllm_smoothquant.checkpoint import MANIFEST
+from tests.helpers import tiny_checkpoints
+from vllm_smoothquant.format.files import MANIFEST
 
 SOURCE_CARD = (
     "---\nlicense: other\nlicense_name: house\nlicense_link: LICENSE\nlanguage: [en, fr]\ntags: [x]\n---\n# Source\n"
@@ -21,14 +21,14 @@ SOURCE_CARD = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tiny.save("llama", tmp_path_factory.mktemp("card") / "model")
+    folder = tiny_checkpoints.save("llama", tmp_path_factory.mktemp("card") / "model")
     (folder / "README.md").write_text(SOURCE_CARD)
     return folder
 
 
 @pytest.fixture(scope="module")
 def text(model):
-    return tiny.save_text(model.parent / "my-secret-notes.jsonl")
+    return tiny_checkpoints.save_text(model.parent / "my-secret-notes.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +55,18 @@ class Hub:
 
 
 def test_metadata_as_the_hub_reads_it_and_the_licence_carried_over(checkpoint):
-    data = ModelCard.load(checkpoint / card.CARD).data.to_dict()
+    data = ModelCard.load(checkpoint / model_card.CARD).data.to_dict()
     assert data["license"] == "other"
     assert data["license_name"] == "house"
     assert data["language"] == ["en", "fr"]
-    assert data["tags"] == card.TAGS
+    assert data["tags"] == model_card.TAGS
     assert data["library_name"] == "vllm"
     assert data["pipeline_tag"] == "text-generation"
     assert "base_model" not in data  # a folder is no model of the hub
 
 
 def test_it_says_what_the_manifest_says_and_not_where_things_lay(checkpoint, model):
-    said = (checkpoint / card.CARD).read_text()
+    said = (checkpoint / model_card.CARD).read_text()
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     assert f"| linear layers in INT8 | {len(manifest['quantized'])} |" in said
     assert "fixed by calibration" in said
@@ -78,9 +78,9 @@ def test_it_says_what_the_manifest_says_and_not_where_things_lay(checkpoint, mod
 
 def test_the_same_manifest_gives_the_same_card_and_verify_does_not_mind_another(checkpoint, tmp_path):
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    card.write(tmp_path, manifest)
-    assert (tmp_path / card.CARD).read_bytes() == (checkpoint / card.CARD).read_bytes()
-    assert card.CARD not in manifest["files"]
+    model_card.write(tmp_path, manifest)
+    assert (tmp_path / model_card.CARD).read_bytes() == (checkpoint / model_card.CARD).read_bytes()
+    assert model_card.CARD not in manifest["files"]
     assert not verify(checkpoint).faults
 
 
@@ -92,9 +92,9 @@ def test_models_and_data_of_the_hub_are_named(checkpoint, tmp_path, monkeypatch)
     def nowhere(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(card, "hf_hub_download", nowhere)
-    card.write(tmp_path, manifest)
-    loaded = ModelCard.load(tmp_path / card.CARD)
+    monkeypatch.setattr(model_card, "hf_hub_download", nowhere)
+    model_card.write(tmp_path, manifest)
+    loaded = ModelCard.load(tmp_path / model_card.CARD)
     assert loaded.data.base_model == "someone/a-model"
     assert loaded.data.to_dict()["base_model_relation"] == "quantized"
     assert loaded.data.datasets == ["someone/data"]
@@ -104,14 +104,14 @@ def test_models_and_data_of_the_hub_are_named(checkpoint, tmp_path, monkeypatch)
 def test_a_converted_checkpoint_says_how_that_one_is_served(checkpoint, model, text, tmp_path):
     calibrate(str(model), tmp_path / "ours", dataset=str(text), samples=4, seq_len=32, quiet=True)
     convert(tmp_path / "ours", tmp_path / "out", "compressed-tensors")
-    said = (tmp_path / "out" / card.CARD).read_text()
+    said = (tmp_path / "out" / model_card.CARD).read_text()
     assert "needs no plugin" in said
     assert "one scale per token" in said
 
 
 def test_push_to_hub_uploads_what_was_written(model, text, tmp_path, monkeypatch, capsys):
     calls: list = []
-    monkeypatch.setattr(card, "HfApi", lambda: Hub(calls))
+    monkeypatch.setattr(model_card, "HfApi", lambda: Hub(calls))
     command = ["calibrate", str(model), "-o", str(tmp_path / "out"), "--dataset", str(text), "--samples", "4"]
     assert cli.main([*command, "--seq-len", "32", "--push-to-hub", "me/repo"]) == 0
     names = [name for name, _, _ in calls]
@@ -126,7 +126,7 @@ def test_push_to_hub_uploads_what_was_written(model, text, tmp_path, monkeypatch
 def test_what_cannot_be_uploaded_is_refused_before_the_work(
     model, text, tmp_path, monkeypatch, capsys, fails, repository
 ):
-    monkeypatch.setattr(card, "HfApi", lambda: Hub([], fails))
+    monkeypatch.setattr(model_card, "HfApi", lambda: Hub([], fails))
     command = ["calibrate", str(model), "-o", str(tmp_path / "out"), "--dataset", str(text)]
     assert cli.main([*command, "--push-to-hub", repository]) == 1
     assert "hf auth login" in capsys.readouterr().err
@@ -134,6 +134,6 @@ def test_what_cannot_be_uploaded_is_refused_before_the_work(
 
 
 def test_a_failed_upload_leaves_the_checkpoint_and_says_how_to_go_on(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(card, "HfApi", lambda: Hub([], "upload_folder"))
-    with pytest.raises(card.SmoothQuantError, match="hf upload me/repo"):
-        card.push(checkpoint, "me/repo")
+    monkeypatch.setattr(model_card, "HfApi", lambda: Hub([], "upload_folder"))
+    with pytest.raises(model_card.SmoothQuantError, match="hf upload me/repo"):
+        model_card.push(checkpoint, "me/repo")

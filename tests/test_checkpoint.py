@@ -14,15 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from vllm_smoothquant.checkpoint import (
-    FORMAT_VERSION,
-    InputActivations,
-    QuantizationConfig,
-    SmoothQuantError,
-    Weights,
-    header_faults,
-    read_headers,
-)
+from vllm_smoothquant.format.config import FORMAT_VERSION, CheckpointConfig, InputActivations, Weights
+from vllm_smoothquant.format.errors import SmoothQuantError
+from vllm_smoothquant.format.files import header_faults, read_headers
 
 names = st.from_regex(r"model\.layers\.[0-9]\.(self_attn|mlp)\.[a-z_]{2,9}", fullmatch=True)
 activations = st.sampled_from(
@@ -31,9 +25,9 @@ activations = st.sampled_from(
 
 
 @st.composite
-def configs(draw: Any) -> QuantizationConfig:
+def configs(draw: Any) -> CheckpointConfig:
     quantised = draw(st.frozensets(names, max_size=4))
-    return QuantizationConfig(
+    return CheckpointConfig(
         weights=Weights(draw(st.sampled_from(["channel", "tensor"]))),
         input_activations=draw(activations),
         overrides=draw(st.dictionaries(st.sampled_from(sorted(quantised)), activations)) if quantised else {},
@@ -44,22 +38,22 @@ def configs(draw: Any) -> QuantizationConfig:
 
 @given(config=configs())
 @settings(max_examples=100, deadline=None)
-def test_config_survives_json(config: QuantizationConfig) -> None:
-    assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+def test_config_survives_json(config: CheckpointConfig) -> None:
+    assert CheckpointConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @given(config=configs(), data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_any_unknown_key_anywhere_is_refused(config: QuantizationConfig, data: st.DataObject) -> None:
+def test_any_unknown_key_anywhere_is_refused(config: CheckpointConfig, data: st.DataObject) -> None:
     value = config.to_dict()
     places = [value, value["weights"], value["input_activations"]]
     places += [o for override in value["overrides"].values() for o in (override, override["input_activations"])]
     data.draw(st.sampled_from(places))["kv_cache_scheme"] = None
     with pytest.raises(SmoothQuantError, match=r"kv_cache_scheme: expected one of .* an unknown key"):
-        QuantizationConfig.from_dict(value)
+        CheckpointConfig.from_dict(value)
 
 
-GOOD = QuantizationConfig(
+GOOD = CheckpointConfig(
     overrides={"a.b": InputActivations("tensor", False)}, smoothed=frozenset(["a.b"]), ignore=frozenset(["lm_head"])
 ).to_dict()
 
@@ -94,7 +88,7 @@ def test_a_value_out_of_range_is_one_line(path: list[str], value: Any, message: 
         place = place[key]
     place[path[-1]] = value
     with pytest.raises(SmoothQuantError) as caught:
-        QuantizationConfig.from_dict(config)
+        CheckpointConfig.from_dict(config)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -104,17 +98,17 @@ def test_a_missing_key_is_refused(key: str) -> None:
     config = copy.deepcopy(GOOD)
     del config[key]
     with pytest.raises(SmoothQuantError, match=key):
-        QuantizationConfig.from_dict(config)
+        CheckpointConfig.from_dict(config)
 
 
 @pytest.mark.parametrize("value", [None, [], "smoothquant"])
 def test_what_is_no_object_is_refused(value: Any) -> None:
     with pytest.raises(SmoothQuantError, match="expected an object"):
-        QuantizationConfig.from_dict(value)
+        CheckpointConfig.from_dict(value)
 
 
 def test_scheme_follows_ignore_and_overrides() -> None:
-    config = QuantizationConfig.from_dict(GOOD)
+    config = CheckpointConfig.from_dict(GOOD)
     assert config.scheme("lm_head") is None
     overridden, plain = config.scheme("a.b"), config.scheme("a.c")
     assert overridden is not None
@@ -133,7 +127,7 @@ def test_an_error_crosses_processes() -> None:
 
 # --- the files -------------------------------------------------------------------------------------------------------
 
-FILE_CONFIG = QuantizationConfig(
+FILE_CONFIG = CheckpointConfig(
     weights=Weights("channel"),
     input_activations=InputActivations("tensor", False),
     overrides={"b": InputActivations("token", True)},

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calibration import __main__ as cli
-from calibration.convert import COMPRESSED_TENSORS, convert
-from calibration.reference import load_reference
-from calibration.verify import verify
-from tests import engine, tiny
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from calibration.checkpoint.convert import COMPRESSED_TENSORS, convert
+from calibration.checkpoint.verify import verify
+from tests.helpers import engine, tiny_checkpoints
+from tests.helpers.reference import load_reference
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 # name -> how it was calibrated: every strategy; layers that fell back, and an output head.
 SCHEMES = {
@@ -26,7 +26,7 @@ SCHEMES = {
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """(name of the model, name in SCHEMES) -> a checkpoint of ours; made when first asked for."""
-    get = tiny.checkpoints(tmp_path_factory.mktemp("checkpoints"))
+    get = tiny_checkpoints.checkpoints(tmp_path_factory.mktemp("checkpoints"))
     return lambda scheme, model="llama", **options: get(model, **SCHEMES[scheme] | options)
 
 
@@ -35,7 +35,7 @@ def change(folder: Path, change_tensors) -> Path:
     path = folder / "model.safetensors"
     state = load_file(path)
     save_file({name: change_tensors(name, tensor) for name, tensor in state.items()}, path, metadata={"format": "pt"})
-    tiny.rehash(folder)
+    tiny_checkpoints.rehash(folder)
     return folder
 
 
@@ -76,8 +76,8 @@ def test_compressed_tensors_own_reader_reads_the_same_numbers(checkpoints, tmp_p
 @pytest.mark.slow
 def test_stock_vllm_without_our_plugin_computes_the_same(checkpoints, tmp_path):
     """In float32 around the integers, which are halved: oneDNN adds pairs of products in 16 bits on CPUs without VNNI,
-    and clips them where |weight| may exceed 64 (vllm_smoothquant/kernels.py). So it is right on any CPU, and equal but
-    for the order of sums; where that tips an activation over a rounding tie, the tokens after it differ."""
+    and clips them where |weight| may exceed 64 (vllm_smoothquant/kernels/exact.py). So it is right on any CPU, and
+    equal but for the order of sums; where that tips an activation over a rounding tie, the tokens after it differ."""
     prompts = [list(range(i, i + 30)) for i in (3, 100)]
     folder, ours = tmp_path / "there", tmp_path / "ours"
     convert(checkpoints("mixed"), folder, COMPRESSED_TENSORS)
@@ -117,7 +117,7 @@ def test_what_cannot_be_expressed_is_refused_with_the_reason(
     checkpoints, tmp_path, capsys, monkeypatch, model, options, reason
 ):
     # Any gain at run time is enough, so that a random model has a layer that divides its own input.
-    monkeypatch.setattr("calibration.search.RUNTIME_GAIN", 2.0)
+    monkeypatch.setattr("calibration.smoothing.search.RUNTIME_GAIN", 2.0)
     ours = checkpoints("token", model, **options)
     command = ["convert", str(ours), "-o", str(tmp_path / "out"), "--format", COMPRESSED_TENSORS]
     assert cli.main(command) == 1

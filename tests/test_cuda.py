@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_smoothquant import int8
+from vllm_smoothquant.format import int8
+from vllm_smoothquant.format.config import InputActivations, Scheme
+from vllm_smoothquant.format.errors import SmoothQuantError
+from vllm_smoothquant.kernels import base, cuda, ops, select
 
 pytest.importorskip("vllm", reason="the plugin needs vLLM; `make venv` installs it")
-
-from vllm_smoothquant import kernels, ops
-from vllm_smoothquant.checkpoint import InputActivations, Scheme, SmoothQuantError
 
 ROOT = Path(__file__).parent.parent
 TENSOR = InputActivations("tensor", dynamic=True)
@@ -57,8 +57,8 @@ def test_the_check_finds_what_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_scheme_on_vllms_cuda_python() -> None:
-    """All but the compiled operators: tests/cuda_route.py."""
-    done = run("tests/cuda_route.py", "--quick")
+    """All but the compiled operators: tests/helpers/cuda_stubs.py."""
+    done = run("tests/helpers/cuda_stubs.py", "--quick")
     assert done.returncode == 0, done.stdout
     lines = [line for line in done.stdout.splitlines() if line.startswith("ok")]
     # 3 activations, smoothed or not, 2 shapes, eager or compiled; and three facts besides.
@@ -110,7 +110,7 @@ def test_stale_rows_do_not_reach_the_scale() -> None:
     x[5:] = torch.tensor([float("nan"), float("inf"), 1e30])[:, None]
     mapping = slots(5, 8)
     torch.compiler.reset()
-    function = torch.compile(lambda x: kernels.quantize_on_cuda(layer, x, TENSOR), fullgraph=True, backend="aot_eager")
+    function = torch.compile(lambda x: cuda.quantize_on_cuda(layer, x, TENSOR), fullgraph=True, backend="aot_eager")
     for real in (5, 3):
         mapping.copy_(slots(real, 8))
         with set_forward_context(None, VllmConfig(), num_tokens=8, slot_mapping={"a": mapping}):
@@ -124,12 +124,12 @@ def test_context_parallel_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
     config = VllmConfig()
     monkeypatch.setattr(config.parallel_config, "decode_context_parallel_size", 2)
-    request = kernels.Request("l", Scheme(input_activations=TENSOR), True, torch.bfloat16, "cuda", 90)
+    request = base.Request("l", Scheme(input_activations=TENSOR), True, torch.bfloat16, "cuda", 90)
     with (
         set_current_vllm_config(config),
         pytest.raises(SmoothQuantError, match=r"1 rank of context .*got 2"),
     ):
-        kernels.select_kernel(request)
+        select.select_kernel(request)
 
 
 # --- fusion ----------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_inductor_makes_the_quantisation_a_part_of_the_norm(activations: InputAc
     gain = torch.rand(64) + 0.5
 
     def norm_and_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernels.quantize_on_cuda(layer, norm(x, gain), activations)
+        return cuda.quantize_on_cuda(layer, norm(x, gain), activations)
 
     torch.compiler.reset()
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
@@ -199,7 +199,13 @@ def test_the_triton_kernel_is_the_reference_bit_for_bit(tmp_path: Path) -> None:
     apart = random(4, 80).bfloat16()[:, :40]
     cases += [(odd, torch.ones(33)), (ties, torch.ones(255)), (apart, torch.rand(40, generator=generator))]
     torch.save(cases, tmp_path / "in.pt")
-    done = run("-m", "tests.interpreted", str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), TRITON_INTERPRET="1")
+    done = run(
+        "-m",
+        "tests.helpers.triton_interpreter",
+        str(tmp_path / "in.pt"),
+        str(tmp_path / "out.pt"),
+        TRITON_INTERPRET="1",
+    )
     assert done.returncode == 0, done.stdout
     answer = torch.load(tmp_path / "out.pt")
     assert set(answer["opcheck"].values()) == {"SUCCESS"}, answer["opcheck"]

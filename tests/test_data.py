@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from calibration import data
-from tests.tiny import save_text, tokenizer
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from calibration.inputs import text
+from tests.helpers.tiny_checkpoints import save_text, tokenizer
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 
 def windows(path, **options):
     options = {"text_column": "text", "samples": 4, "seq_len": 16, "seed": 0} | options
-    return data.load_samples(str(path), tokenizer(), **options)
+    return text.load_samples(str(path), tokenizer(), **options)
 
 
 def write(path, texts):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calibration import __main__ as cli
-from tests import tiny
+from tests.helpers import tiny_checkpoints
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,8 +56,8 @@ def _complete(words: list[str]) -> list[str]:
 def test_what_readme_says_runs_in_that_order_on_a_small_model(tmp_path, monkeypatch, capsys):
     """Evaluation starts engines: tests/test_evaluate.py runs it. Names of models and texts stand for small ones."""
     monkeypatch.chdir(tmp_path)
-    tiny.save("llama", tmp_path / "MODEL")
-    tiny.save_text(tmp_path / "mine.jsonl")
+    tiny_checkpoints.save("llama", tmp_path / "MODEL")
+    tiny_checkpoints.save_text(tmp_path / "mine.jsonl")
     ran = []
     for page, words in commands():
         if page != "README.md" or words[0] == "evaluate" or _complete(words) != words:

@@ -50,7 +50,7 @@ def test_advice_comes_when_it_applies(changes, said, unsaid):
 
 def test_this_machine_is_told_in_words_and_in_json(capsys, monkeypatch):
     """With the kernels the plugin itself would choose."""
-    from vllm_smoothquant import kernels
+    from vllm_smoothquant.kernels import exact, select
 
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     assert cli.main(["doctor", "--json"]) == 0
@@ -58,8 +58,8 @@ def test_this_machine_is_told_in_words_and_in_json(capsys, monkeypatch):
     assert facts["vllm"]["plugin"]
     assert set(facts["kernels"]) == {"--activations token", "--activations tensor", "--activations static"}
     for name, found in facts["kernels"].items():
-        assert found["kernel"] in {k.name for k in kernels.CANDIDATES[facts["vllm"]["platform"]]}, name
-    exact = kernels.onednn_is_exact() if facts["vllm"]["platform"] == "cpu" else None
+        assert found["kernel"] in {k.name for k in select.CANDIDATES[facts["vllm"]["platform"]]}, name
+    exact = exact.onednn_is_exact() if facts["vllm"]["platform"] == "cpu" else None
     if exact is not None:
         # With VNNI, it depends on what is faster on this machine.
         expected = {"vllm", "vnni"} if exact else {"avx2"}

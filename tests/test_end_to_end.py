@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibration.pipeline import as_scheme, prepare, prove, write_checkpoint
-from calibration.plan import Choice, make_plan
-from calibration.reference import load_reference
-from tests import engine
+from calibration.smoothing.plan import Choice, make_plan
+from tests.helpers import engine
+from tests.helpers.reference import load_reference
 
 SCHEMES = list(product(("channel", "tensor"), ("token", "tensor", "static")))
 # One prompt: dynamic per-tensor scales couple the prompts of a batch, and the reference would have to batch alike.

@@ -15,34 +15,41 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from calibration import __main__ as cli
-from calibration import evaluate
+from calibration.evaluation import evaluate
 from calibration.pipeline import calibrate
-from calibration.reference import load_reference
-from tests import tiny
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from tests.helpers import tiny_checkpoints
+from tests.helpers.reference import load_reference
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 ENGINE = {"enforce_eager": True, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    return tiny.save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+    return tiny_checkpoints.save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny.save("llama", tmp_path_factory.mktemp("models") / "llama")
+    return tiny_checkpoints.save("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="module")
 def int8(model, text, tmp_path_factory):
     output = tmp_path_factory.mktemp("int8") / "llama-int8"
-    calibrate(str(model), output, dataset=str(text), samples=tiny.SAMPLES, seq_len=tiny.SEQ_LEN, quiet=True)
+    calibrate(
+        str(model),
+        output,
+        dataset=str(text),
+        samples=tiny_checkpoints.SAMPLES,
+        seq_len=tiny_checkpoints.SEQ_LEN,
+        quiet=True,
+    )
     return output
 
 
 def with_bos():
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny_checkpoints.tokenizer()
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     return tokenizer
@@ -71,7 +78,7 @@ def test_ended_from_outside_it_takes_its_engine_along(model, text):
 
 
 def test_leading_tokens_are_the_tokenizers():
-    assert evaluate.leading_tokens(tiny.tokenizer()) == []
+    assert evaluate.leading_tokens(tiny_checkpoints.tokenizer()) == []
     assert evaluate.leading_tokens(with_bos()) == [with_bos().bos_token_id]
 
 
@@ -161,7 +168,7 @@ def test_missing_model_is_named(text, tmp_path):
 
 
 def test_other_tokens_do_not_compare(model, text, tmp_path):
-    other = tiny.tokenizer()
+    other = tiny_checkpoints.tokenizer()
     other.add_tokens(["another"])
     other.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
@@ -279,7 +286,7 @@ def test_a_task_of_the_harness_is_scored_as_pytorch_scores_it(model, tmp_path):
     (tmp_path / "endings.yaml").write_text(json.dumps(task))  # JSON is YAML
     found = evaluate.run_tasks(model, ["endings"], include_path=str(tmp_path), max_model_len=64, **ENGINE)
 
-    network, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tiny.tokenizer()
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tiny_checkpoints.tokenizer()
 
     def loglikelihood(doc, choice):
         ids, start = tokenizer(f"{doc['text']} {choice}").input_ids, len(tokenizer(doc["text"]).input_ids)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from calibration.evaluate import engine_environment
+from calibration.evaluation.evaluate import engine_environment
 from demo.server import free_port
-from tests import tiny
+from tests.helpers import tiny_checkpoints
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -34,8 +34,8 @@ def test_every_example_is_run_here():
 
 
 def test_calibrate(tmp_path):
-    model = tiny.save("llama", tmp_path / "model")
-    text = tiny.save_text(tmp_path / "text.jsonl")
+    model = tiny_checkpoints.save("llama", tmp_path / "model")
+    text = tiny_checkpoints.save_text(tmp_path / "text.jsonl")
     script = str(EXAMPLES / "calibrate.py")
     output = output_of([sys.executable, script, str(model), str(tmp_path / "out"), str(text), "8", "32"])
     assert "14 linear layers in INT8" in output

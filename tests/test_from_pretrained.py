@@ -12,16 +12,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import calibration.from_pretrained  # noqa: F401 (what this module is about)
-from calibration.reference import load_reference
-from tests import tiny, zoo
-from vllm_smoothquant.checkpoint import TRANSFORMERS_WEIGHTS, SmoothQuantError
+from tests.helpers import tiny_architectures, tiny_checkpoints
+from tests.helpers.reference import load_reference
+from vllm_smoothquant.format.config import TRANSFORMERS_WEIGHTS
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """name -> a checkpoint of that model with every kind of tensor; made when first asked for."""
     options = {"activations": "static", "alpha": "auto", "max_fallback": 0.2}
-    return tiny.checkpoints(tmp_path_factory.mktemp("checkpoints"), **options)
+    return tiny_checkpoints.checkpoints(tmp_path_factory.mktemp("checkpoints"), **options)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_it_computes_what_the_reference_computes(name, options, dtype, checkpoin
     folder = checkpoints(name, **options)
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not any(info.values()), info
-    ids = torch.randint(3, zoo.VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, tiny_architectures.VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, load_reference(folder, dtype)(ids).logits)
 
@@ -125,9 +126,9 @@ def test_an_index_cannot_lead_outside_the_folder(copy, tmp_path):
 
 
 def test_a_floating_point_model_is_not_quantised_on_the_way(tmp_path):
-    from calibration.from_pretrained import SmoothQuantConfig
-    from vllm_smoothquant.checkpoint import QuantizationConfig
+    from calibration.from_pretrained import SmoothQuantHfConfig
+    from vllm_smoothquant.format.config import CheckpointConfig
 
-    folder = tiny.save("llama", tmp_path / "model")
+    folder = tiny_checkpoints.save("llama", tmp_path / "model")
     with pytest.raises(SmoothQuantError, match="run `smoothquant calibrate MODEL -o OUT`"):
-        AutoModelForCausalLM.from_pretrained(folder, quantization_config=SmoothQuantConfig(QuantizationConfig()))
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=SmoothQuantHfConfig(CheckpointConfig()))

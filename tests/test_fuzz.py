@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from calibration.checkpoint.verify import verify
 from calibration.pipeline import calibrate
-from calibration.verify import verify
-from tests import spoil, tiny, zoo
-from vllm_smoothquant.checkpoint import SmoothQuantError, size_faults
+from tests.helpers import corruptions, tiny_architectures, tiny_checkpoints
+from vllm_smoothquant.format.errors import SmoothQuantError
+from vllm_smoothquant.format.files import size_faults
 
 config = pytest.importorskip("vllm_smoothquant.config", reason="the plugin needs vLLM; `make venv` installs it")
 
@@ -20,12 +21,13 @@ config = pytest.importorskip("vllm_smoothquant.config", reason="the plugin needs
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     root = tmp_path_factory.mktemp("sound")
-    text = tiny.save_text(root / "text.jsonl")
+    text = tiny_checkpoints.save_text(root / "text.jsonl")
     calibrate(
-        str(tiny.save("llama", root / "source")), root / "int8", dataset=str(text), samples=8, seq_len=32, quiet=True,
+        str(tiny_checkpoints.save("llama", root / "source")), root / "int8", dataset=str(text), samples=8, seq_len=32,
+        quiet=True,
         activations="static", alpha="auto",
     )  # fmt: skip
-    spoil.shard(root / "int8")
+    corruptions.shard(root / "int8")
     assert not verify(root / "int8").faults
     return root / "int8"
 
@@ -40,8 +42,8 @@ def read_by_the_plugin(folder: Path) -> None:
 def test_a_spoilt_checkpoint_is_refused_by_our_error_or_means_the_same(data, sound):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(shutil.copytree(sound, Path(temporary) / "copy"))
-        done = spoil.spoil(folder, data.draw)
-        same = spoil.meaning(folder) == spoil.meaning(sound)
+        done = corruptions.spoil(folder, data.draw)
+        same = corruptions.meaning(folder) == corruptions.meaning(sound)
         faults = verify(folder).faults
         assert all(str(fault).isprintable() for fault in faults)
         # With a manifest made anew only --source can tell other values (test_against_source.py).
@@ -52,7 +54,7 @@ def test_a_spoilt_checkpoint_is_refused_by_our_error_or_means_the_same(data, sou
             pass
         except (OSError, ValueError, KeyError, RecursionError, TypeError):
             # Of JSON that vLLM could not have read either.
-            assert spoil.meaning(folder) is None, done
+            assert corruptions.meaning(folder) is None, done
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_attention_heads", "num_labels"])
@@ -65,8 +67,8 @@ def test_an_absurd_size_is_refused_before_anything_is_built(key, sound, tmp_path
         read_by_the_plugin(folder)
 
 
-@pytest.mark.parametrize("name", list(zoo.ZOO))
+@pytest.mark.parametrize("name", list(tiny_architectures.ZOO))
 def test_no_architecture_we_try_has_an_absurd_size(name):
-    model = zoo.build(name)
+    model = tiny_architectures.build(name)
     headers = {key: ("F32", tuple(tensor.shape)) for key, tensor in model.state_dict().items()}
     assert not list(map(str, size_faults(model.config.to_dict(), headers)))

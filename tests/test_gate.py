@@ -10,20 +10,22 @@ import torch
 from accelerate import dispatch_model
 from torch import nn
 
-from calibration import gate
-from calibration.graph import Graph, discover
-from calibration.smooth import Smoothing
-from tests import toys, zoo
+from calibration.discovery.discover import discover
+from calibration.discovery.graph import Graph
+from calibration.smoothing import gate
+from calibration.smoothing.factors import Smoothing
+from tests.helpers import tiny_architectures, toy_block
 from tests.test_smooth import logits, observe, plan
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from vllm_smoothquant.format.errors import SmoothQuantError
 
-BATCHES = (zoo.tokens(7), zoo.tokens(8))
+BATCHES = (tiny_architectures.tokens(7), tiny_architectures.tokens(8))
+
 ARCHITECTURES = ("llama", "opt", "gpt2", "falcon-7b", "phi3", "gemma2")
 
 
 @cache
 def built(name: str) -> tuple[nn.Module, Graph, Smoothing]:
-    model = zoo.build(name)
+    model = tiny_architectures.build(name)
     return model, *plan(model)
 
 
@@ -46,7 +48,7 @@ def changed(graph: Graph, source: str, **changes: object) -> Graph:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma", "glm4-moe"])
 def test_exact_smoothing_passes_and_leaves_the_model(name: str, dtype: torch.dtype) -> None:
-    model = zoo.build(name, dtype=dtype)
+    model = tiny_architectures.build(name, dtype=dtype)
     graph, smoothing = plan(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     pointers = {key: value.data_ptr() for key, value in model.state_dict().items()}
@@ -64,22 +66,22 @@ def test_exact_smoothing_passes_and_leaves_the_model(name: str, dtype: torch.dty
 
 def test_runs_in_float32_whatever_the_model_is_stored_in() -> None:
     """The gate's original model is the float32 model, not the bfloat16 one."""
-    model = zoo.build("llama", dtype=torch.bfloat16)
+    model = tiny_architectures.build("llama", dtype=torch.bfloat16)
     with torch.no_grad():
         run = gate._run(model, BATCHES[0], ["lm_head"], lambda name: gate.float_parameters(model.get_submodule(name)))
     expected = logits(model.float(), BATCHES[0])
-    torch.testing.assert_close(run[gate.LOGITS], expected.reshape(-1, zoo.VOCAB), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run[gate.LOGITS], expected.reshape(-1, tiny_architectures.VOCAB), rtol=1e-5, atol=1e-5)
 
 
 def test_no_groups_pass_at_once() -> None:
-    model = zoo.build("llama")
-    graph = discover(model, zoo.tokens())
+    model = tiny_architectures.build("llama")
+    graph = discover(model, tiny_architectures.tokens())
     report = gate.check(model, Smoothing(model, graph, {}), graph, BATCHES)
     assert report["logits"] == {"change": 0.0, "allowed": 0.0}
 
 
 def test_dispatched_by_accelerate() -> None:
-    model = zoo.build("llama", dtype=torch.bfloat16)
+    model = tiny_architectures.build("llama", dtype=torch.bfloat16)
     dispatch_model(model, {"": "cpu"}, force_hooks=True)
     graph, smoothing = plan(model)
     assert len(graph.groups) == 9
@@ -190,13 +192,13 @@ def _through_python(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("reader", [_through_numpy, _through_python])
 def test_an_unseen_reader_is_caught_and_its_source_named(reader: Callable) -> None:
-    toy = toys.Toy(reader)
-    graph = discover(toy, toys.tokens())
+    toy = toy_block.Toy(reader)
+    graph = discover(toy, toy_block.tokens())
     assert "layers.0.norm" in {g.source for g in graph.groups}, "the trace did see it: this test shows nothing"
-    absmax = observe(toy, graph, toys.tokens())
+    absmax = observe(toy, graph, toy_block.tokens())
     factors = {g.source: torch.where(g.foldable, 2.0, 1.0) for g in graph.groups}
     with pytest.raises(SmoothQuantError) as raised:
-        gate.check(toy, Smoothing(toy, graph, factors), graph, [toys.tokens(3)])
+        gate.check(toy, Smoothing(toy, graph, factors), graph, [toy_block.tokens(3)])
     assert raised.value.where == "smoothing of layers.0.norm (read by layers.0.up)"
     assert "not known to read the source" in raised.value.got
     assert absmax
@@ -206,7 +208,7 @@ def test_an_unseen_reader_is_caught_and_its_source_named(reader: Callable) -> No
 
 
 def test_original_that_is_not_finite() -> None:
-    model = zoo.build("llama")
+    model = tiny_architectures.build("llama")
     graph, smoothing = plan(model)
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(SmoothQuantError, match="expected finite output of the original model"):
@@ -215,7 +217,7 @@ def test_original_that_is_not_finite() -> None:
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, RuntimeError])
 def test_restored_when_the_model_fails(fault: type[BaseException]) -> None:
-    model = zoo.build("llama", dtype=torch.bfloat16)
+    model = tiny_architectures.build("llama", dtype=torch.bfloat16)
     graph, smoothing = plan(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
 
@@ -238,20 +240,20 @@ def test_a_tie_that_rounding_decides_is_not_a_fault() -> None:
         a, b = block.spare(x).split(8, -1)
         return 0.5 * (a.sum() > b.flip(-1).sum()).float()
 
-    toy = toys.Toy(tie)
+    toy = toy_block.Toy(tie)
     with torch.no_grad():
         for block in toy.layers:
             block.spare.weight[8:] = block.spare.weight[:8].flip(0)
             block.spare.bias[8:] = block.spare.bias[:8].flip(0)
-    graph = discover(toy, toys.tokens())
+    graph = discover(toy, toy_block.tokens())
     group = graph.groups[0]
     assert "layers.0.spare" in {r.name for r in group.readers}
     flips = 0
     for seed in range(8):
         factors = {group.source: 1 + torch.rand(16, generator=torch.Generator().manual_seed(seed))}
         smoothing = Smoothing(toy, graph, factors)
-        gate.check(toy, smoothing, graph, [toys.tokens(seed)])
+        gate.check(toy, smoothing, graph, [toy_block.tokens(seed)])
         with gate._settled(toy):
-            once = gate._compare(toy, smoothing, toys.tokens(seed), [], floors=1)
+            once = gate._compare(toy, smoothing, toy_block.tokens(seed), [], floors=1)
         flips += not once[gate.LOGITS].within
     assert flips, "no tie was decided differently: this test shows nothing"

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
-from vllm_smoothquant.checkpoint import QuantizationConfig, header_faults, read_headers
+from vllm_smoothquant.format.config import CheckpointConfig
+from vllm_smoothquant.format.files import header_faults, read_headers
 
 
 def test_candidates_are_measured_in_turn() -> None:
@@ -22,7 +23,7 @@ def test_the_synthetic_checkpoints_are_checkpoints(tmp_path: Path) -> None:
     assert [name for name in rows if name.startswith("ours")] == list(gpu.SCHEMES)
     for name in gpu.SCHEMES:
         folder = Path(rows[name]["model"])
-        config = QuantizationConfig.from_dict(json.loads((folder / "config.json").read_text())["quantization_config"])
+        config = CheckpointConfig.from_dict(json.loads((folder / "config.json").read_text())["quantization_config"])
         assert config.scheme("model.layers.0.mlp.down_proj") == gpu.SCHEMES[name]
         assert not list(header_faults(config, read_headers(folder)))
     # What it is compared with has the same integers.

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_smoothquant import int8
+from vllm_smoothquant.format import int8
 
 values = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 matrices = st.tuples(st.integers(1, 6), st.integers(1, 8)).flatmap(

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from calibration import last_word
-from tests import tiny
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from calibration.evaluation import last_word
+from tests.helpers import tiny_checkpoints
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 SENTENCE = "One two three four five six seven eight nine ten."
 
@@ -27,9 +27,9 @@ def test_a_number_or_a_symbol_is_no_word():
 
 
 def test_all_tokens_of_the_last_word_are_the_target():
-    passage = last_word.tokenize("The capital of France is Paris", tiny.tokenizer())
+    passage = last_word.tokenize("The capital of France is Paris", tiny_checkpoints.tokenizer())
     assert passage is not None
-    assert tiny.tokenizer().decode(passage["ids"][-passage["target"] :]) == " Paris"
+    assert tiny_checkpoints.tokenizer().decode(passage["ids"][-passage["target"] :]) == " Paris"
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def text(tmp_path):
 
 def load(text, passages, **options):
     options = {"text_column": "text", "max_tokens": 500, "seed": 0} | options
-    return last_word.load_passages(text, tiny.tokenizer(), passages=passages, **options)
+    return last_word.load_passages(text, tiny_checkpoints.tokenizer(), passages=passages, **options)
 
 
 def test_the_seed_draws_them(text):

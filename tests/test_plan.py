@@ -10,26 +10,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration import fallback, search, simulate
-from calibration.graph import discover
-from calibration.observers import observe
+from calibration.discovery.discover import discover
+from calibration.observation.absmax import observe
 from calibration.pipeline import as_scheme, calibrate, prepare, prove, write_checkpoint
-from calibration.plan import Choice, Watched, make_plan, perplexity
-from calibration.reference import load_reference
-from tests import tiny, zoo
-from vllm_smoothquant.checkpoint import QuantizationConfig, SmoothQuantError
+from calibration.smoothing import fallback, search, simulate
+from calibration.smoothing.plan import Choice, Watched, make_plan, perplexity
+from tests.helpers import tiny_architectures, tiny_checkpoints
+from tests.helpers.reference import load_reference
+from vllm_smoothquant.format.config import CheckpointConfig
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 SCHEMES = list(product(("channel", "tensor"), ("token", "tensor", "static")))
 
 
 def watch(name: str, spike: float = 0.0) -> Watched:
     """A tiny model of the zoo after calibration. spike: times what one channel of each down_proj's input is larger."""
-    model = zoo.build(name)
+    model = tiny_architectures.build(name)
     if spike:
         for block in model.model.layers:
             block.mlp.up_proj.weight.data[3] *= spike
             block.mlp.down_proj.weight.data[:, 3] /= spike
-    ids = zoo.tokens(1)
+    ids = tiny_architectures.tokens(1)
     head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
     graph = discover(model, ids, keep={head})
     names = [linear.name for linear in graph.linears if linear.name != head]
@@ -40,13 +41,15 @@ def watch(name: str, spike: float = 0.0) -> Watched:
 def ready(tmp_path_factory):
     """name -> what `prepare` makes of a tiny model."""
     root = tmp_path_factory.mktemp("models")
-    text = tiny.save_text(root / "text.jsonl")
+    text = tiny_checkpoints.save_text(root / "text.jsonl")
 
     def get(name):
         folder = root / name
         return prepare(
-            str(folder if folder.exists() else tiny.save(name, folder)), dataset=str(text), text_column="text",
-            samples=tiny.SAMPLES, seq_len=tiny.SEQ_LEN, seed=0, ignore=frozenset(), device_map="auto", quiet=True,
+            str(folder if folder.exists() else tiny_checkpoints.save(name, folder)), dataset=str(text),
+        text_column="text",
+            samples=tiny_checkpoints.SAMPLES, seq_len=tiny_checkpoints.SEQ_LEN, seed=0,
+        ignore=frozenset(), device_map="auto", quiet=True,
         )  # fmt: skip
 
     return get
@@ -65,7 +68,9 @@ def test_the_simulation_computes_what_the_checkpoint_does(name, scheme, ready, t
     model, watched = made.source.model, made.watched
     plan = make_plan(watched, as_scheme(*scheme), Choice("auto", 0.25), quiet=True)
     write_checkpoint(made, plan, prove(made, plan.smoothing), tmp_path / "out")
-    ids = zoo.tokens(2)[:1]  # one sample: a dynamic scale for the whole tensor is the reference's whole batch
+    ids = tiny_architectures.tokens(2)[
+        :1
+    ]  # one sample: a dynamic scale for the whole tensor is the reference's whole batch
     exact = logits(model, ids)
     layers = plan.layers()
     with simulate.serving(model, layers):
@@ -78,7 +83,7 @@ def test_the_simulation_computes_what_the_checkpoint_does(name, scheme, ready, t
 
 def test_tokens_that_a_model_flattens_are_scaled_by_their_sample(monkeypatch):
     """As OPT does before fc1: one scale for a tensor (O2) is one for each sample, in whatever shape its tokens come."""
-    linear, served = torch.nn.Linear(16, 8), simulate.Served(as_scheme("tensor", "tensor"))
+    linear, served = torch.nn.Linear(16, 8), simulate.LayerScheme(as_scheme("tensor", "tensor"))
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10, 100])[:, None, None]
     flat = x.flatten(0, 1)
     with torch.no_grad():
@@ -231,7 +236,7 @@ def test_what_cannot_be_folded_is_divided_at_run_time_where_that_pays(ready, tmp
         assert (plan.alphas[source] is not None) == pays == (name in plan.smoothing.runtime)
     assert plan.smoothing.runtime
     write_checkpoint(made, plan, prove(made, plan.smoothing), tmp_path / "out")
-    config = QuantizationConfig.from_dict(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"])
+    config = CheckpointConfig.from_dict(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"])
     assert {name.removeprefix("transformer.") for name in config.smoothed} == {
         name.removeprefix("transformer.") for name in plan.smoothing.runtime
     }
@@ -250,9 +255,9 @@ def test_fallbacks_are_overrides_in_the_checkpoint(ready, tmp_path):
     made = ready("llama")
     manifest = calibrate(
         made.source.name, tmp_path / "out", weights="channel", activations="static", alpha="auto", max_fallback=0.3,
-        dataset=made.samples.dataset, samples=tiny.SAMPLES, seq_len=tiny.SEQ_LEN, quiet=True,
+        dataset=made.samples.dataset, samples=tiny_checkpoints.SAMPLES, seq_len=tiny_checkpoints.SEQ_LEN, quiet=True,
     )  # fmt: skip
-    config = QuantizationConfig.from_dict(manifest["quantization_config"])
+    config = CheckpointConfig.from_dict(manifest["quantization_config"])
     per_token = {name for name, to in manifest["fallen_back"].items() if to == fallback.TOKEN}
     assert set(config.overrides) == per_token
     assert set(manifest["fallen_back"]) - per_token <= config.ignore

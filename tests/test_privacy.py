@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests import tiny
+from tests.helpers import tiny_checkpoints
 
 SCRIPT = Path(__file__).parent.parent / "examples/domain_data.py"
 # Python tells every socket that is made, and every name that is looked up, to such a hook, whatever library asks. What
@@ -43,8 +43,10 @@ def test_the_hook_notices():
 
 def test_the_domain_example_verify_and_report_open_no_socket(tmp_path):
     """Documents full of the word "tumour" against others; both held-out texts are measured for all three models."""
-    model = tiny.save("llama", tmp_path / "model")
-    plain = [json.loads(line)["text"] for line in tiny.save_text(tmp_path / "t.jsonl").read_text().splitlines()]
+    model = tiny_checkpoints.save("llama", tmp_path / "model")
+    plain = [
+        json.loads(line)["text"] for line in tiny_checkpoints.save_text(tmp_path / "t.jsonl").read_text().splitlines()
+    ]
     documents = plain + [text.replace("a", " tumours ") for text in plain]
     text, out = tmp_path / "text.jsonl", tmp_path / "out"
     text.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))

@@ -7,12 +7,13 @@ import socket
 import pytest
 import torch
 
+from calibration.observation.processes import Processes
 from calibration.pipeline import calibrate
-from calibration.ranks import Ranks
-from tests import tiny
+from tests.helpers import tiny_checkpoints
 
 FORK = multiprocessing.get_context("fork")
-OPTIONS = {"samples": 11, "seq_len": tiny.SEQ_LEN, "activations": "static", "quiet": True}
+
+OPTIONS = {"samples": 11, "seq_len": tiny_checkpoints.SEQ_LEN, "activations": "static", "quiet": True}
 
 
 def launched(rank: int, port: int, model: str, output: str, text: str, given) -> None:
@@ -27,7 +28,7 @@ def launched(rank: int, port: int, model: str, output: str, text: str, given) ->
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_two_processes_make_the_bytes_of_one(name, tmp_path):
-    model, text = tiny.save(name, tmp_path / "model"), tiny.save_text(tmp_path / "text.jsonl")
+    model, text = tiny_checkpoints.save(name, tmp_path / "model"), tiny_checkpoints.save_text(tmp_path / "text.jsonl")
     calibrate(str(model), tmp_path / "one", dataset=str(text), **OPTIONS)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -50,13 +51,13 @@ def test_two_processes_make_the_bytes_of_one(name, tmp_path):
 
 def test_batches_are_shared_without_rest():
     batches = torch.arange(7).split(1)
-    shared = [Ranks(rank, 3).mine(batches) for rank in range(3)]
+    shared = [Processes(rank, 3).mine(batches) for rank in range(3)]
     assert sorted(number for mine in shared for number, _ in mine) == list(range(7))
     assert all(torch.equal(batch, batches[number]) for mine in shared for number, batch in mine)
 
 
 def test_without_a_launcher_nothing_is_joined(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    ranks = Ranks.of_launcher()
-    assert (ranks, torch.distributed.is_initialized()) == (Ranks(0, 1), False)
+    ranks = Processes.of_launcher()
+    assert (ranks, torch.distributed.is_initialized()) == (Processes(0, 1), False)
     assert ranks.largest({"a": torch.ones(2)}, {"a": 2})["a"].tolist() == [1, 1]

@@ -7,8 +7,8 @@ import yaml
 
 from calibration import __main__ as cli
 from calibration import recipe
-from tests import tiny
-from vllm_smoothquant.checkpoint import MANIFEST
+from tests.helpers import tiny_checkpoints
+from vllm_smoothquant.format.files import MANIFEST
 
 
 def printed(capsys, *arguments: str) -> dict:
@@ -81,7 +81,10 @@ def test_what_is_no_recipe_is_an_error_in_one_line(capsys, tmp_path, text, expec
 
 
 def test_the_saved_recipe_makes_the_same_checkpoint(tmp_path, capsys):
-    model, text = tiny.save("llama", tmp_path / "model"), tiny.save_text(tmp_path / "text.jsonl")
+    model, text = (
+        tiny_checkpoints.save("llama", tmp_path / "model"),
+        tiny_checkpoints.save_text(tmp_path / "text.jsonl"),
+    )
     first, second = tmp_path / "first", tmp_path / "second"
     command = ["calibrate", str(model), "-o", str(first), "--dataset", str(text), "--samples", "4", "--seq-len", "32"]
     assert cli.main([*command, "--quiet", "--activations", "static", "--static-range", "percentile"]) == 0

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.reference import ReferenceLinear, load_reference
-from tests import handmade, zoo
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from tests.helpers import handmade_checkpoint, tiny_architectures
+from tests.helpers.reference import ReferenceLinear, load_reference
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 
 def edit(folder: Path, **changes: torch.Tensor | None) -> Path:
     """The handmade checkpoint with some tensors replaced, or removed where None."""
-    quantization = handmade.config("channel", "token")
-    found: dict[str, torch.Tensor | None] = {**handmade.tensors(quantization), **changes}
-    return handmade.write(folder, quantization, {n: t for n, t in found.items() if t is not None}, shards=2)
+    quantization = handmade_checkpoint.config("channel", "token")
+    found: dict[str, torch.Tensor | None] = {**handmade_checkpoint.tensors(quantization), **changes}
+    return handmade_checkpoint.write(folder, quantization, {n: t for n, t in found.items() if t is not None}, shards=2)
 
 
 @pytest.mark.parametrize(
@@ -47,20 +47,22 @@ def test_a_quantised_layer_the_model_has_not(tmp_path: Path) -> None:
 
 
 def test_a_floating_point_model_is_refused(tmp_path: Path) -> None:
-    folder = handmade.write(tmp_path / "model", None, {"model.norm.weight": torch.ones(4)})
+    folder = handmade_checkpoint.write(tmp_path / "model", None, {"model.norm.weight": torch.ones(4)})
     with pytest.raises(SmoothQuantError, match="run `smoothquant calibrate"):
         load_reference(folder)
 
 
 def test_no_files_are_refused(tmp_path: Path) -> None:
-    folder = handmade.write(tmp_path / "model", handmade.config("channel", "token"), {"a": torch.ones(1)})
+    folder = handmade_checkpoint.write(
+        tmp_path / "model", handmade_checkpoint.config("channel", "token"), {"a": torch.ones(1)}
+    )
     (folder / "model.safetensors").unlink()
     with pytest.raises(SmoothQuantError, match="expected safetensors files"):
         load_reference(folder)
 
 
 def test_scales_stay_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
-    model = load_reference(handmade.checkpoint(tmp_path / "model", "channel", "static"), torch.bfloat16)
+    model = load_reference(handmade_checkpoint.checkpoint(tmp_path / "model", "channel", "static"), torch.bfloat16)
     layers = [m for m in model.modules() if isinstance(m, ReferenceLinear)]
     assert len(layers) == 13  # 14 and one ignored
     for layer in layers:
@@ -71,8 +73,8 @@ def test_scales_stay_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "opt", "bloom", "gpt2", "phi3"])
 def test_the_reference_is_near_the_model_it_came_from(tmp_path: Path, architecture: str) -> None:
     """Per channel and per token, INT8 moves these logits by percents; a misread layer moves them by all."""
-    model = zoo.build(architecture).eval()
-    folder = handmade.from_model(tmp_path / "model", model, "channel", "token")
+    model = tiny_architectures.build(architecture).eval()
+    folder = handmade_checkpoint.from_model(tmp_path / "model", model, "channel", "token")
     assert "quantization_config" in json.loads((folder / "config.json").read_text())
     ids = torch.arange(3, 40).reshape(1, -1)
     with torch.no_grad():

@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 
 from calibration import __main__ as cli
-from calibration import channels, figures
+from calibration.checkpoint import channel_statistics
+from calibration.checkpoint.verify import verify
 from calibration.pipeline import as_scheme, calibrate, prepare
-from calibration.plan import Choice, make_plan
-from calibration.report import MAX_BYTES, report
-from calibration.verify import verify
-from tests import tiny
-from vllm_smoothquant.checkpoint import MANIFEST, SmoothQuantError
+from calibration.report import figures
+from calibration.report.page import MAX_BYTES, report
+from calibration.smoothing.plan import Choice, make_plan
+from tests.helpers import tiny_checkpoints
+from vllm_smoothquant.format.errors import SmoothQuantError
+from vllm_smoothquant.format.files import MANIFEST
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://example.org/x onerror=alert(1)>{{ 7 * 7 }}'\"&amp;"
 
@@ -31,7 +33,7 @@ def checkpoint(tmp_path_factory):
     """One that has all there is to show: a search's alphas and errors, static scales, fallbacks."""
     root = tmp_path_factory.mktemp("report")
     options = {"activations": "static", "alpha": "auto", "max_fallback": 0.2}
-    model, text = tiny.save("llama", root / "model"), tiny.save_text(root / "text.jsonl")
+    model, text = tiny_checkpoints.save("llama", root / "model"), tiny_checkpoints.save_text(root / "text.jsonl")
     calibrate(str(model), root / "out", dataset=str(text), samples=8, seq_len=32, quiet=True, **options)
     return root / "out"
 
@@ -110,9 +112,13 @@ def test_hostile_words_stay_words(copy, tmp_path):
     manifest["sinks"] = [{"layers": ["a"], "times_median": 30.0, "first_token": 0.5, "tokens": ["<b>"]}]
     config = manifest.pop("quantization_config")
     path.write_text(json.dumps(spoiled(manifest) | {"quantization_config": config}))
-    seen = channels.read(copy)
-    channels.write(
-        copy, [channels.Channels((c.layers[0] + HOSTILE,), *(getattr(c, k) for k in channels.ARRAYS)) for c in seen]
+    seen = channel_statistics.read(copy)
+    channel_statistics.write(
+        copy,
+        [
+            channel_statistics.Channels((c.layers[0] + HOSTILE,), *(getattr(c, k) for k in channel_statistics.ARRAYS))
+            for c in seen
+        ],
     )
     evil = copy.rename(tmp_path / "<img src=x onerror=alert(1)>")
     html = page(evil, tmp_path / "report.html")
@@ -127,14 +133,17 @@ def test_hostile_words_stay_words(copy, tmp_path):
 
 def test_statistics_are_what_was_observed(tmp_path):
     """Against the model, the observer's maxima and the plan, read from the file."""
-    model, text = tiny.save("llama", tmp_path / "model"), tiny.save_text(tmp_path / "text.jsonl")
+    model, text = (
+        tiny_checkpoints.save("llama", tmp_path / "model"),
+        tiny_checkpoints.save_text(tmp_path / "text.jsonl"),
+    )
     ready = prepare(
         str(model), dataset=str(text), text_column="text", samples=4, seq_len=32, seed=0, ignore=frozenset(),
         device_map="auto", quiet=True,
     )  # fmt: skip
     plan = make_plan(ready.watched, as_scheme("channel", "token"), Choice())
-    channels.write(tmp_path, channels.collect(ready.watched, plan))
-    seen = {c.layers[0]: c for c in channels.read(tmp_path)}
+    channel_statistics.write(tmp_path, channel_statistics.collect(ready.watched, plan))
+    seen = {c.layers[0]: c for c in channel_statistics.read(tmp_path)}
     assert len(seen) == 8
     assert seen["model.layers.1.self_attn.q_proj"].layers == tuple(f"model.layers.1.self_attn.{x}_proj" for x in "qkv")
     c = seen["model.layers.1.mlp.down_proj"]
@@ -153,29 +162,29 @@ def test_statistics_are_what_was_observed(tmp_path):
 
 def test_vllm_and_transformers_do_not_take_the_statistics_for_weights(checkpoint):
     """By the endings each looks for; verify knows the file by its hash."""
-    assert channels.STATISTICS in json.loads((checkpoint / MANIFEST).read_text())["files"]
+    assert channel_statistics.STATISTICS in json.loads((checkpoint / MANIFEST).read_text())["files"]
     assert not verify(checkpoint).faults
-    assert not channels.STATISTICS.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json"))
+    assert not channel_statistics.STATISTICS.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json"))
 
 
 def test_the_same_calibration_writes_the_same_statistics(tmp_path):
-    one = [channels.Channels(("a",), *(np.arange(1, 9, dtype=np.float32),) * 4)]
+    one = [channel_statistics.Channels(("a",), *(np.arange(1, 9, dtype=np.float32),) * 4)]
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        channels.write(tmp_path / name, one)
-    first, second = ((tmp_path / name / channels.STATISTICS).read_bytes() for name in ("first", "second"))
+        channel_statistics.write(tmp_path / name, one)
+    first, second = ((tmp_path / name / channel_statistics.STATISTICS).read_bytes() for name in ("first", "second"))
     assert first == second
 
 
 def test_without_statistics_the_page_says_so(copy, tmp_path):
-    (copy / channels.STATISTICS).unlink()
+    (copy / channel_statistics.STATISTICS).unlink()
     assert "no channel statistics" in Page(page(copy, tmp_path / "report.html")).text
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not a zip", b"\x80\x04N."])
 def test_damaged_statistics_are_an_error_and_no_page(copy, tmp_path, damage):
-    (copy / channels.STATISTICS).write_bytes(damage)
-    with pytest.raises(SmoothQuantError, match=re.escape(channels.STATISTICS)):
+    (copy / channel_statistics.STATISTICS).write_bytes(damage)
+    with pytest.raises(SmoothQuantError, match=re.escape(channel_statistics.STATISTICS)):
         report(copy, tmp_path / "report.html")
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
 
@@ -194,7 +203,7 @@ def test_a_manifest_of_another_shape_is_an_error_in_one_line(copy, tmp_path, cap
 
 
 def test_an_evaluation_is_shown_with_it(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("calibration.report.draw", lambda facts, seen: {})
+    monkeypatch.setattr("calibration.report.page.draw", lambda facts, seen: {})
     row = {"model": "a/b", "perplexity": 12.3456, "baseline": False, "perplexity_change": 0.01234}
     (tmp_path / "e.json").write_text(json.dumps({"models": [row, {"model": "c", "perplexity": 11.0}]}))
     text = Page(page(checkpoint, tmp_path / "report.html", evaluation=tmp_path / "e.json")).text
@@ -206,10 +215,12 @@ def test_a_large_model_stays_under_five_megabytes(checkpoint, tmp_path, monkeypa
     """80 blocks of 8192 channels, random ones: nothing compresses worse. Four such inputs fit, as a block has."""
     rng = np.random.default_rng(0)
     seen = [
-        channels.Channels((f"model.layers.{i}.mlp.up_proj",), *rng.lognormal(size=(4, 8192)).astype(np.float32))
+        channel_statistics.Channels(
+            (f"model.layers.{i}.mlp.up_proj",), *rng.lognormal(size=(4, 8192)).astype(np.float32)
+        )
         for i in range(80)
     ]
-    monkeypatch.setattr(channels, "read", lambda folder: seen)
+    monkeypatch.setattr(channel_statistics, "read", lambda folder: seen)
     assert report(checkpoint, tmp_path / "report.html")["bytes"] < MAX_BYTES / 4
 
 

@@ -16,12 +16,14 @@ import pytest
 from safetensors import safe_open
 
 from calibration import __main__ as cli
-from calibration import activations, export, state
-from calibration.passes import BATCH_SIZE
+from calibration.checkpoint import export
+from calibration.observation import block_outputs, resume
+from calibration.observation.observe import BATCH_SIZE
 from calibration.pipeline import calibrate
 from calibration.recipe import RECIPE
-from tests import tiny
-from vllm_smoothquant.checkpoint import MANIFEST, SmoothQuantError
+from tests.helpers import tiny_checkpoints
+from vllm_smoothquant.format.errors import SmoothQuantError
+from vllm_smoothquant.format.files import MANIFEST
 
 FORK = multiprocessing.get_context("fork")
 SHARD = 60_000  # bytes: several shards of a tiny model
@@ -30,7 +32,7 @@ SHARD = 60_000  # bytes: several shards of a tiny model
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
-    return tiny.save("llama", folder / "llama"), tiny.save_text(folder / "text.jsonl")
+    return tiny_checkpoints.save("llama", folder / "llama"), tiny_checkpoints.save_text(folder / "text.jsonl")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +44,7 @@ def small_shards():
 
 def run(source, output, **options):
     model, text = source
-    options = {"samples": 2 * BATCH_SIZE + 1, "seq_len": tiny.SEQ_LEN, "activations": "static"} | options
+    options = {"samples": 2 * BATCH_SIZE + 1, "seq_len": tiny_checkpoints.SEQ_LEN, "activations": "static"} | options
     return calibrate(str(model), output, **({"dataset": str(text), "quiet": True} | options))
 
 
@@ -101,7 +103,7 @@ def killed_in_write(source, output: Path, at: int) -> None:
             die()
 
     save = export.save_file
-    for module in (activations, export, state):
+    for module in (block_outputs, export, resume):
         module.save_file = half
     run(source, output)
 
@@ -168,7 +170,7 @@ def test_finished_blocks_and_shards_are_not_made_again(source, whole, tmp_path, 
         save(tensors, path, metadata)
 
     monkeypatch.setattr(export, "save_file", noting)
-    monkeypatch.setattr(activations, "save_file", None)  # no block runs
+    monkeypatch.setattr(block_outputs, "save_file", None)  # no block runs
     run(source, output)
     assert not {f"{name}.partial" for name in shards} & set(written)
     assert contents(output) == whole
@@ -194,15 +196,15 @@ def test_another_command_is_refused_with_the_difference(options, difference, sou
 
 
 def test_a_changed_model_or_text_is_refused_with_the_difference(source, tmp_path):
-    model = tiny.save("llama", tmp_path / "model")
-    text = tiny.save_text(tmp_path / "text.jsonl")
+    model = tiny_checkpoints.save("llama", tmp_path / "model")
+    text = tiny_checkpoints.save_text(tmp_path / "text.jsonl")
     output = tmp_path / "out"
     assert forked(killed_in_write, (model, text), output, 5) == -signal.SIGKILL
-    tiny.save_text(text, documents=13)
+    tiny_checkpoints.save_text(text, documents=13)
     with pytest.raises(SmoothQuantError, match=r"tokens\.sha256 was "):
         run((model, text), output)
-    tiny.save_text(text)
-    tiny.save("llama-bias", model)
+    tiny_checkpoints.save_text(text)
+    tiny_checkpoints.save("llama-bias", model)
     with pytest.raises(SmoothQuantError, match=r"source\.model\.safetensors was "):
         run((model, text), output)
 
@@ -230,7 +232,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(source, whole, tmp_path, monk
 
     model, text = source
     argv = ["calibrate", str(model), "-o", str(output), "--dataset", str(text), "--samples", "9", "--seq-len"]
-    argv += [str(tiny.SEQ_LEN), "--activations", "static", "--quiet"]
+    argv += [str(tiny_checkpoints.SEQ_LEN), "--activations", "static", "--quiet"]
     with monkeypatch.context() as patch:
         patch.setattr(export, "save_file", full)
         assert cli.main(argv) == 1
@@ -244,7 +246,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(source, whole, tmp_path, monk
 
 
 def test_a_full_disk_while_observing_loses_nothing(source, whole, tmp_path, monkeypatch):
-    save, calls = activations.save_file, []
+    save, calls = block_outputs.save_file, []
 
     def full(tensors, path):
         calls.append(path)
@@ -253,7 +255,7 @@ def test_a_full_disk_while_observing_loses_nothing(source, whole, tmp_path, monk
         save(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(activations, "save_file", full)
+        patch.setattr(block_outputs, "save_file", full)
         with pytest.raises(SmoothQuantError, match="No space left on device"):
             run(source, tmp_path / "out")
     assert (tmp_path / "out.state/block/00000.safetensors").exists()

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 import calibration.from_pretrained  # noqa: F401 (registers)
 from calibration import __main__ as cli
-from calibration.load import load
+from calibration.checkpoint.verify import verify
+from calibration.inputs.model import load
 from calibration.pipeline import calibrate
-from calibration.reference import load_reference
-from calibration.verify import verify
-from tests import tiny
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from tests.helpers import tiny_checkpoints
+from tests.helpers.reference import load_reference
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 ROOT = Path(__file__).parent.parent
 EVIL = "from pathlib import Path\nPath({!r}).touch()\nclass Config: pass\nclass Model: pass\nclass Tokenizer: pass\n"
@@ -26,8 +26,8 @@ EVIL = "from pathlib import Path\nPath({!r}).touch()\nclass Config: pass\nclass 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
-    text = tiny.save_text(root / "text.jsonl")
-    source = tiny.save("llama", root / "source")
+    text = tiny_checkpoints.save_text(root / "text.jsonl")
+    source = tiny_checkpoints.save("llama", root / "source")
     calibrate(str(source), root / "int8", dataset=str(text), samples=8, seq_len=32, quiet=True)
     return source, root / "int8"
 
@@ -72,7 +72,7 @@ def test_code_in_a_model_to_calibrate_does_not_run_nor_is_it_copied(made, model_
     ran = tmp_path / "ran"
     folder = with_code(Path(shutil.copytree(made[0], tmp_path / "copy")), ran, model_type)
     if model_type == "llama":
-        text = tiny.save_text(tmp_path / "text.jsonl")
+        text = tiny_checkpoints.save_text(tmp_path / "text.jsonl")
         calibrate(str(folder), tmp_path / "out", dataset=str(text), samples=8, seq_len=32, quiet=True)
         assert not verify(tmp_path / "out").faults
         assert not (tmp_path / "out" / "evil.py").exists()
@@ -117,7 +117,7 @@ def test_a_long_value_is_cut():
 def test_nothing_in_the_tree_trusts_remote_code_or_unpickles():
     """Every from_pretrained and from_config of the two packages says no; tests and benchmarks do not say yes."""
     for folder in ("calibration", "vllm_smoothquant", "benchmarks", "demo", "examples"):
-        for file in (ROOT / folder).glob("*.py"):
+        for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if not isinstance(node, ast.Call):
                     continue

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from calibration.evaluate import engine_environment
+from calibration.evaluation.evaluate import engine_environment
 from demo.server import free_port, vllm_serve
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import serving, serving_floors, serving_page
-from benchmarks.serving_engine import Steps
-from benchmarks.serving_floors import Part
+from benchmarks.serving import floors, page, run
+from benchmarks.serving.engine import Steps
+from benchmarks.serving.floors import Part
 
 LIMITS = {"bytes_per_s": 100.0, "dtype_ops_per_s": 10.0, "int8_ops_per_s": 40.0}
 
@@ -54,8 +54,8 @@ def test_a_worker_that_answers_before_it_is_done_is_refused() -> None:
 
 def test_the_prompts_step_is_no_decoding() -> None:
     steps = [(32, 2, 9.0), (2, 2, 1.0), (2, 2, 5.0), (2, 2, 2.0)]
-    assert serving.seconds_of(steps, (2, 16, 4)) == 2.0
-    assert serving.seconds_of(steps[:1], (2, 16, 1)) == 9.0
+    assert run.seconds_of(steps, (2, 16, 4)) == 2.0
+    assert run.seconds_of(steps[:1], (2, 16, 1)) == 9.0
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_prompts_step_is_no_decoding() -> None:
 )
 def test_other_steps_are_refused(steps: list[tuple[float, ...]]) -> None:
     with pytest.raises(ValueError, match="expected one step for 2 prompts of 16 tokens and 3 more"):
-        serving.seconds_of(steps, (2, 16, 4))
+        run.seconds_of(steps, (2, 16, 4))
 
 
 def test_a_pair_takes_turns() -> None:
@@ -77,7 +77,7 @@ def test_a_pair_takes_turns() -> None:
     def arm(name: str) -> object:
         return lambda case: order.append(f"{name}{case[0]}") or len(order)
 
-    found = serving.in_turn({name: arm(name) for name in "ab"}, {"one": (1, 1, 1), "two": (2, 1, 1)}, rounds=2)
+    found = run.in_turn({name: arm(name) for name in "ab"}, {"one": (1, 1, 1), "two": (2, 1, 1)}, rounds=2)
     assert order == ["a1", "b1", "a2", "b2", "b1", "a1", "b2", "a2"]
     assert found == {"a": {"one": [1, 6], "two": [3, 8]}, "b": {"one": [2, 5], "two": [4, 7]}}
 
@@ -85,9 +85,9 @@ def test_a_pair_takes_turns() -> None:
 def test_ratios_are_of_one_round() -> None:
     """A machine that grows slower by the round moves both, and no ratio."""
     found = {"ours": {"decode": [1.0, 2.0, 4.0]}, "its": {"decode": [2.0, 4.0, 8.0]}}
-    assert serving_page.ratios(found, "ours", "its") == {"decode": [0.5, 0.5, 0.5]}
-    assert serving_page.spread([0.5]) == (0.5, 0.5, 0.5)
-    assert serving_page.spread([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 2.0, 4.0)
+    assert page.ratios(found, "ours", "its") == {"decode": [0.5, 0.5, 0.5]}
+    assert page.spread([0.5]) == (0.5, 0.5, 0.5)
+    assert page.spread([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 2.0, 4.0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -105,7 +105,7 @@ def test_parts_are_what_a_step_reads(tmp_path: Path, tied: bool) -> None:
     # The head is the table of embeddings, or its own; the table is not read where it is not the head.
     head = Part(False, True, 40, 80) if tied else Part(True, True, 40, 40 + 10 * 4)
     expected = {head, Part(False, False, 24, 2 * (24 + 4)), Part(True, False, 24, 24 + 6 * 4)}
-    assert set(serving_floors.parts(tmp_path, itemsize=2)) == expected
+    assert set(floors.parts(tmp_path, itemsize=2)) == expected
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_parts_are_what_a_step_reads(tmp_path: Path, tied: bool) -> None:
     ],
 )
 def test_a_floor_is_the_larger_of_both(part: Part, tokens: int, requests: int, seconds: float) -> None:
-    assert serving_floors.floor([part], LIMITS, tokens, requests) == seconds
-    assert serving_floors.floor([part, part], LIMITS, tokens, requests) == 2 * seconds
+    assert floors.floor([part], LIMITS, tokens, requests) == seconds
+    assert floors.floor([part, part], LIMITS, tokens, requests) == 2 * seconds
 
 
 def test_a_case_has_the_floor_of_the_step_it_measures() -> None:
     body, head = Part(True, False, 100, 0), Part(False, True, 10, 0)
     cases = {"decode": (4, 16, 33), "prefill": (1, 16, 1)}
-    found = serving_floors.floors([body, head], LIMITS, cases)
+    found = floors.floors([body, head], LIMITS, cases)
     assert found == {"decode": 4 * 5.0 + 4 * 2.0, "prefill": 16 * 5.0 + 2.0}
 
 
@@ -147,10 +147,10 @@ def section(**changes: object) -> dict:
     return {
         "machine": "a machine", "command": "a command", "what": "A model", "speaks": True, "dtype": "bfloat16",
         "native": True, "calibrated": [16, 512], "windows": [4, 512], "kept": False, "rounds": 8, "steps": 32,
-        "reference": serving_page.STOCK, "limits": LIMITS, "floors": {arm: {"decode 1": 0.010} for arm in serving.ARMS},
+        "reference": page.STOCK, "limits": LIMITS, "floors": {arm: {"decode 1": 0.010} for arm in run.ARMS},
         "rows": {
-            serving_page.FLOAT: row(0.040, 2.0),
-            serving_page.STOCK: row(0.020, None, kl_divergence=0.03) | host,
+            page.FLOAT: row(0.040, 2.0),
+            page.STOCK: row(0.020, None, kl_divergence=0.03) | host,
             "default": row(0.015, 0.75, kl_divergence=0.2, perplexity=21.0),
             "O2": {"failed": "no kernel"},
         },
@@ -158,7 +158,7 @@ def section(**changes: object) -> dict:
 
 
 def test_the_page_has_every_figure() -> None:
-    text = serving_page.page({"model": {"eager": section()}})
+    text = page.page({"model": {"eager": section()}})
     assert "## A model, eager" in text
     assert "3 threads on cores 1, 2, 5; malloc: tcmalloc; LD_PRELOAD=libfast.so" in text
     assert "| default | 15.00 | 0.750 | 0.656 to 0.844 | 0.38 | 10.00 | +50% |" in text
@@ -174,17 +174,17 @@ def test_the_page_has_every_figure() -> None:
 
 def test_beside_floating_point_there_is_one_ratio() -> None:
     rows = section()["rows"]
-    rows[serving_page.FLOAT] |= {key: rows[serving_page.STOCK][key] for key in ("threads", "cores", "environment")}
-    rows[serving_page.FLOAT] |= {"malloc": "tcmalloc", "onednn_is_exact": True}
-    del rows[serving_page.FLOAT]["ratios"], rows[serving_page.STOCK]
-    text = serving_page.page({"model": {"eager": section(rows=rows, reference=serving_page.FLOAT)}})
+    rows[page.FLOAT] |= {key: rows[page.STOCK][key] for key in ("threads", "cores", "environment")}
+    rows[page.FLOAT] |= {"malloc": "tcmalloc", "onednn_is_exact": True}
+    del rows[page.FLOAT]["ratios"], rows[page.STOCK]
+    text = page.page({"model": {"eager": section(rows=rows, reference=page.FLOAT)}})
     assert "|  | ms a step | of floating point | quartiles | floor, ms | over it |" in text
 
 
 def test_the_page_says_what_a_reader_must_know() -> None:
     rows = section()["rows"]
-    rows[serving_page.STOCK] |= {"malloc": "glibc", "onednn_is_exact": False}
-    text = serving_page.page({"model": {"eager": section(rows=rows, native=False, kept=True, rounds=2, speaks=False)}})
+    rows[page.STOCK] |= {"malloc": "glibc", "onednn_is_exact": False}
+    text = page.page({"model": {"eager": section(rows=rows, native=False, kept=True, rounds=2, speaks=False)}})
     notes = [line for line in text.splitlines() if line.startswith("- ")]
     words = ("wrong sums", "emulates bfloat16", "glibc's malloc", "`--keep`", "2 rounds", "random")
     assert len(notes) == len(words)

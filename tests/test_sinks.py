@@ -2,19 +2,19 @@
 
 import torch
 
-from calibration.sinks import TIMES, first_readers, name_sinks, watching_peaks
-from tests import tiny, zoo
+from calibration.observation.sinks import TIMES, first_readers, name_sinks, watching_peaks
+from tests.helpers import tiny_architectures, tiny_checkpoints
 
 
 def find_sinks(model, inputs, ids):
     readers = first_readers(inputs)
     with torch.no_grad(), watching_peaks(model, readers) as peaks:
         model(ids)
-    return name_sinks(peaks, readers, ids, tiny.tokenizer())
+    return name_sinks(peaks, readers, ids, tiny_checkpoints.tokenizer())
 
 
 def test_the_token_and_the_layers_are_named():
-    model = zoo.build("llama")
+    model = tiny_architectures.build("llama")
     ids = torch.randint(30, 200, (4, 24), generator=torch.Generator().manual_seed(0))
     inputs = [["model.layers.0.mlp.down_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]]
     assert find_sinks(model, inputs, ids) == []
@@ -30,4 +30,4 @@ def test_the_token_and_the_layers_are_named():
     handle.remove()
     assert sink["layers"] == ["model.layers.0.mlp.down_proj"]
     assert sink["times_median"] > TIMES
-    assert (sink["first_token"], sink["tokens"]) == (1.0, [tiny.tokenizer().decode([70])])
+    assert (sink["first_token"], sink["tokens"]) == (1.0, [tiny_checkpoints.tokenizer().decode([70])])

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from calibration import gate
-from calibration.graph import Graph, Group, discover
-from calibration.smooth import Smoothing, smooth_groups, smoothing_factors
-from tests import toys, zoo
-from vllm_smoothquant.checkpoint import SmoothQuantError
+from calibration.discovery.discover import discover
+from calibration.discovery.graph import Graph, Group
+from calibration.smoothing import gate
+from calibration.smoothing.factors import Smoothing, smooth_groups, smoothing_factors
+from tests.helpers import tiny_architectures, toy_block
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 # Of the issue: relative change of the logits, in float32.
 BOUND = 1e-4
@@ -47,13 +48,13 @@ def change(before: torch.Tensor, after: torch.Tensor) -> float:
 
 
 def plan(model: nn.Module, alpha: float = 0.5, **options: bool) -> tuple[Graph, Smoothing]:
-    graph = discover(model, zoo.tokens())
-    return graph, smooth_groups(model, graph, observe(model, graph, zoo.tokens()), alpha, **options)
+    graph = discover(model, tiny_architectures.tokens())
+    return graph, smooth_groups(model, graph, observe(model, graph, tiny_architectures.tokens()), alpha, **options)
 
 
 # --- Eq. 4 ---
 
-TOY = discover(toys.Toy(), toys.tokens())
+TOY = discover(toy_block.Toy(), toy_block.tokens())
 
 
 def toy_group(source: str) -> Group:
@@ -61,8 +62,8 @@ def toy_group(source: str) -> Group:
 
 
 def test_factors_are_equation_4() -> None:
-    toy = toys.Toy(lambda block, x: block.spare(x))
-    graph = discover(toy, toys.tokens())
+    toy = toy_block.Toy(lambda block, x: block.spare(x))
+    graph = discover(toy, toy_block.tokens())
     group = next(g for g in graph.groups if g.source == "layers.0.norm")
     absmax = {"layers.0.up": torch.full((16,), 8.0), "layers.0.spare": torch.arange(1.0, 17.0)}
     with torch.no_grad():
@@ -76,7 +77,7 @@ def test_factors_are_equation_4() -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_channels_without_range_keep_scale_one(alpha: float) -> None:
-    toy = toys.Toy()
+    toy = toy_block.Toy()
     absmax = {"layers.0.up": torch.ones(16).index_fill(0, torch.tensor([3]), 0.0)}
     with torch.no_grad():
         toy.layers[0].up.weight[:, 5] = 0
@@ -87,9 +88,9 @@ def test_channels_without_range_keep_scale_one(alpha: float) -> None:
 
 
 def test_readers_in_floating_point_follow_without_a_vote() -> None:
-    model = zoo.build("llama")
+    model = tiny_architectures.build("llama")
     names = [f"model.layers.0.self_attn.{p}_proj" for p in "qkv"]
-    graph = discover(model, zoo.tokens(), keep=set(names[1:]))
+    graph = discover(model, tiny_architectures.tokens(), keep=set(names[1:]))
     absmax = {names[0]: torch.ones(128)}
     s = smoothing_factors(graph.groups[0], absmax, model, 0.5)
     q = model.get_submodule(names[0]).weight.detach().abs().amax(0)
@@ -98,8 +99,8 @@ def test_readers_in_floating_point_follow_without_a_vote() -> None:
 
 
 def test_grouped_queries_take_the_largest_of_their_heads() -> None:
-    model = zoo.build("llama")
-    graph = discover(model, zoo.tokens())
+    model = tiny_architectures.build("llama")
+    graph = discover(model, tiny_architectures.tokens())
     group = next(g for g in graph.groups if g.source.endswith("0.self_attn.v_proj"))
     absmax = torch.ones(256)
     absmax[64 + 7] = 100.0  # query head 1 reads value head 0
@@ -113,8 +114,8 @@ def test_grouped_queries_take_the_largest_of_their_heads() -> None:
 def test_non_finite_statistics_name_the_layer(value: float) -> None:
     absmax = {"layers.0.up": torch.full((16,), value)}
     with pytest.raises(SmoothQuantError, match=r"layers\.0\.up: expected finite activation"):
-        smoothing_factors(toy_group("layers.0.norm"), absmax, toys.Toy(), 0.5)
-    toy = toys.Toy()
+        smoothing_factors(toy_group("layers.0.norm"), absmax, toy_block.Toy(), 0.5)
+    toy = toy_block.Toy()
     toy.layers[0].up.weight.data[2, 3] = value
     with pytest.raises(SmoothQuantError, match=r"layers\.0\.up: expected finite weight"):
         smoothing_factors(toy_group("layers.0.norm"), {"layers.0.up": torch.ones(16)}, toy, 0.5)
@@ -122,20 +123,20 @@ def test_non_finite_statistics_name_the_layer(value: float) -> None:
 
 def test_missing_statistics_name_the_layer() -> None:
     with pytest.raises(SmoothQuantError, match=r"layers\.0\.up: expected an activation maximum"):
-        smoothing_factors(toy_group("layers.0.norm"), {}, toys.Toy(), 0.5)
+        smoothing_factors(toy_group("layers.0.norm"), {}, toy_block.Toy(), 0.5)
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(16), torch.full((16,), torch.nan), -torch.ones(16), torch.ones(3)])
 def test_plan_refuses_factors_that_are_none(bad: torch.Tensor) -> None:
     with pytest.raises(SmoothQuantError, match="positive finite factors"):
-        Smoothing(toys.Toy(), TOY, {"layers.0.norm": bad})
+        Smoothing(toy_block.Toy(), TOY, {"layers.0.norm": bad})
 
 
 # --- The plan ---
 
 
 def test_plan_modifies_nothing_until_applied() -> None:
-    model = zoo.build("opt")
+    model = tiny_architectures.build("opt")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     _, smoothing = plan(model)
     for name in smoothing.modules:
@@ -147,7 +148,7 @@ def test_plan_modifies_nothing_until_applied() -> None:
 
 def test_factors_of_a_layer_that_is_source_and_reader() -> None:
     """v_proj: columns times the norm's s, rows and bias over its own; everything else of the model as it was."""
-    model = zoo.build("opt")
+    model = tiny_architectures.build("opt")
     graph, smoothing = plan(model)
     name = "model.decoder.layers.0.self_attn.v_proj"
     v = model.get_submodule(name)
@@ -170,25 +171,25 @@ def test_factors_of_a_layer_that_is_source_and_reader() -> None:
 
 
 def test_no_smoothing_is_an_empty_plan() -> None:
-    model = zoo.build("llama")
-    graph = discover(model, zoo.tokens())
+    model = tiny_architectures.build("llama")
+    graph = discover(model, tiny_architectures.tokens())
     smoothing = smooth_groups(model, graph, {}, None)
     assert not smoothing.modules
     assert smoothing.describe(graph.groups[0])["smoothed"] is False
 
 
 def test_alpha_for_each_group() -> None:
-    model = zoo.build("llama")
-    graph = discover(model, zoo.tokens())
+    model = tiny_architectures.build("llama")
+    graph = discover(model, tiny_architectures.tokens())
     chosen = graph.groups[0].source
-    smoothing = smooth_groups(model, graph, observe(model, graph, zoo.tokens()), {chosen: 0.8})
+    smoothing = smooth_groups(model, graph, observe(model, graph, tiny_architectures.tokens()), {chosen: 0.8})
     assert set(smoothing.factors) == {chosen}
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "nemotron"])
 def test_rounding_of_a_stored_norm_is_given_to_its_readers(name: str) -> None:
     """In bfloat16: (what is stored) * s' is the original weight to float32 rounding, and what is stored is bfloat16."""
-    model = zoo.build(name, dtype=torch.bfloat16)
+    model = tiny_architectures.build(name, dtype=torch.bfloat16)
     _, smoothing = plan(model)
     norm = "model.layers.0.input_layernorm"
     plus = 0.0 if name == "llama" else 1.0
@@ -202,8 +203,8 @@ def test_rounding_of_a_stored_norm_is_given_to_its_readers(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "dead"), [("llama", 0.0), ("gemma", -1.0)])
 def test_dead_channel_of_a_norm_keeps_scale_one(name: str, dead: float) -> None:
-    model = zoo.build(name, dtype=torch.bfloat16)
-    graph = discover(model, zoo.tokens())
+    model = tiny_architectures.build(name, dtype=torch.bfloat16)
+    graph = discover(model, tiny_architectures.tokens())
     norm = model.model.layers[0].input_layernorm
     norm.weight.data[9] = dead
     smoothing = Smoothing(model, graph, {graph.groups[0].source: torch.full((128,), 3.0)})
@@ -214,8 +215,8 @@ def test_dead_channel_of_a_norm_keeps_scale_one(name: str, dead: float) -> None:
 
 
 def test_overflow_writes_nothing() -> None:
-    model = zoo.build("llama", dtype=torch.float16)
-    graph = discover(model.float(), zoo.tokens())
+    model = tiny_architectures.build("llama", dtype=torch.float16)
+    graph = discover(model.float(), tiny_architectures.tokens())
     model.half()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     source = "model.layers.0.mlp.up_proj"
@@ -226,7 +227,7 @@ def test_overflow_writes_nothing() -> None:
 
 
 def test_tied_embeddings_stay_tied() -> None:
-    model = zoo.build("llama-tied")
+    model = tiny_architectures.build("llama-tied")
     _, smoothing = plan(model)
     embedding = model.model.embed_tokens.weight.clone()
     smoothing.apply_(model)
@@ -236,13 +237,13 @@ def test_tied_embeddings_stay_tied() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "arcee"])
 def test_powers_of_two_keep_every_bit_of_a_bfloat16_model(name: str) -> None:
-    model = zoo.build(name, dtype=torch.bfloat16)
+    model = tiny_architectures.build(name, dtype=torch.bfloat16)
     _, smoothing = plan(model, power_of_two=True)
     norms = [f for s, f in smoothing.factors.items() if "norm" in s or "ln" in s]
     assert any(f.ne(1).any() for f in norms)
-    before = logits(model, zoo.tokens(2))
+    before = logits(model, tiny_architectures.tokens(2))
     smoothing.apply_(model)
-    assert torch.equal(before, logits(model, zoo.tokens(2)))
+    assert torch.equal(before, logits(model, tiny_architectures.tokens(2)))
 
 
 # --- The zoo ---
@@ -257,15 +258,15 @@ MLP_INPUTS = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "d
 @cache
 def smoothed(name: str) -> tuple[float, Graph]:
     """Relative change of the logits of zoo model `name` when smoothed and written, and its graph."""
-    model = zoo.build(name)
+    model = tiny_architectures.build(name)
     graph, smoothing = plan(model)
-    gate.check(model, smoothing, graph, [zoo.tokens(2), zoo.tokens(3)])
-    before = logits(model, zoo.tokens(4))
+    gate.check(model, smoothing, graph, [tiny_architectures.tokens(2), tiny_architectures.tokens(3)])
+    before = logits(model, tiny_architectures.tokens(4))
     smoothing.apply_(model)
-    return change(before, logits(model, zoo.tokens(4))), graph
+    return change(before, logits(model, tiny_architectures.tokens(4))), graph
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", tiny_architectures.ZOO)
 def test_smoothing_keeps_the_function(name: str) -> None:
     measured, _ = smoothed(name)
     assert 0 < measured <= BOUND
@@ -273,7 +274,7 @@ def test_smoothing_keeps_the_function(name: str) -> None:
 
 def test_attention_and_mlp_inputs_are_smoothed_on_at_least_24_architectures() -> None:
     full = []
-    for name in zoo.ZOO:
+    for name in tiny_architectures.ZOO:
         measured, graph = smoothed(name)
         inputs = [
             [linear for linear in graph.linears if linear.name.rpartition(".")[2] in names]
@@ -286,9 +287,9 @@ def test_attention_and_mlp_inputs_are_smoothed_on_at_least_24_architectures() ->
 
 @cache
 def unscaled(name: str) -> tuple[nn.Module, Graph, torch.Tensor, dict[str, torch.Tensor]]:
-    model = zoo.build(name)
+    model = tiny_architectures.build(name)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    return model, discover(model, zoo.tokens()), logits(model, zoo.tokens(5)), state
+    return model, discover(model, tiny_architectures.tokens()), logits(model, tiny_architectures.tokens(5)), state
 
 
 @settings(max_examples=12, deadline=None)
@@ -306,6 +307,6 @@ def test_any_positive_factors_keep_the_function(name: str, exponents: list[float
         drawn = values[torch.randint(len(values), (group.channels,), generator=generator)]
         factors[group.source] = torch.where(group.foldable, drawn, 1.0)
     Smoothing(model, graph, factors).apply_(model)
-    after = logits(model, zoo.tokens(5))
+    after = logits(model, tiny_architectures.tokens(5))
     model.load_state_dict(state)
     assert change(before, after) <= BOUND

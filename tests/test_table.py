@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from calibration import __main__ as cli
-from calibration import evaluate, table
+from calibration.evaluation import evaluate
+from calibration.report import table
 
 ROW = {
     "perplexity": 12.3456, "last_word_accuracy": 0.25, "passages": 8, "memory_bytes": 300 << 20, "baseline": False,

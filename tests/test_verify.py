@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from calibration import __main__ as cli
-from calibration.verify import verify
-from tests import tiny
-from vllm_smoothquant.checkpoint import MANIFEST
+from calibration.checkpoint.verify import verify
+from tests.helpers import tiny_checkpoints
+from vllm_smoothquant.format.files import MANIFEST
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """name -> a checkpoint of that model, static so that it has every kind of tensor; made when first asked for."""
-    return tiny.checkpoints(tmp_path_factory.mktemp("checkpoints"), activations="static", alpha="auto")
+    return tiny_checkpoints.checkpoints(tmp_path_factory.mktemp("checkpoints"), activations="static", alpha="auto")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def edit(folder: Path, change) -> None:
     state = load_file(path)
     change(state)
     save_file({k: v.contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
-    tiny.rehash(folder)
+    tiny_checkpoints.rehash(folder)
 
 
 @pytest.mark.parametrize("weights", ["channel", "tensor"])

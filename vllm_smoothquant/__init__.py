@@ -28,14 +28,14 @@ def register() -> None:
     """
     from vllm.version import __version__
 
-    from .checkpoint import QUANT_METHOD
+    from .format.config import QUANT_METHOD
 
     if supports(__version__):
         from vllm.model_executor.layers.quantization import register_quantization_config
 
-        from .config import SmoothQuantConfig
+        from .config import SmoothQuantVllmConfig
 
-        register_quantization_config(QUANT_METHOD)(SmoothQuantConfig)
+        register_quantization_config(QUANT_METHOD)(SmoothQuantVllmConfig)
         return
 
     logger = logging.getLogger("vllm.smoothquant")
@@ -55,7 +55,7 @@ def _refusing(version: str) -> type:
     """A stand-in for SmoothQuantConfig which answers every use with one line."""
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-    from .checkpoint import SmoothQuantError
+    from .format.errors import SmoothQuantError
 
     def refuse(*_: object, **__: object) -> object:
         raise SmoothQuantError(

@@ -18,30 +18,23 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
-from .checkpoint import (
-    QUANT_METHOD,
-    QuantizationConfig,
-    Scheme,
-    SmoothQuantError,
-    header_faults,
-    read_headers,
-    read_json,
-    size_faults,
-)
+from .bloom import RepeatingMapper, repeating_mapper
+from .format.config import QUANT_METHOD, CheckpointConfig, Scheme
+from .format.errors import SmoothQuantError
+from .format.files import header_faults, read_headers, read_json, size_faults
 from .linear import SmoothQuantLinearMethod
-from .repack import RepeatingMapper, repeating_mapper
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
 
-class SmoothQuantConfig(VllmQuantizationConfig):
+class SmoothQuantVllmConfig(VllmQuantizationConfig):
     """config: what the checkpoint says; None where a model without `quantization_config` was asked to be "smoothquant".
 
     tensors: the names in the checkpoint's files, where they are at hand when the engine is configured; else None.
     """
 
-    def __init__(self, config: QuantizationConfig | None = None) -> None:
+    def __init__(self, config: CheckpointConfig | None = None) -> None:
         super().__init__()
         self.config = config
         self.tensors: frozenset[str] | None = None
@@ -67,8 +60,8 @@ class SmoothQuantConfig(VllmQuantizationConfig):
         return []  # config.json only: vLLM then builds `cls()` for a model that has no quantization_config
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "SmoothQuantConfig":
-        return cls(QuantizationConfig.from_dict(config))
+    def from_config(cls, config: dict[str, Any]) -> "SmoothQuantVllmConfig":
+        return cls(CheckpointConfig.from_dict(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """vLLM calls this in the parent process once the model is known: refuse here what can be refused here."""
@@ -117,7 +110,9 @@ class SmoothQuantConfig(VllmQuantizationConfig):
         self._asked.update(names)
         scheme, smoothed = self._agreed(prefix, names)
         if scheme is not None:
-            return SmoothQuantLinearMethod(self, prefix, names, scheme, smoothed)
+            return SmoothQuantLinearMethod(
+                prefix, names, scheme, smoothed, self.tensors, self.repeating, self.check_all_names_met
+            )
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def check_all_names_met(self) -> None:
@@ -150,13 +145,13 @@ class SmoothQuantConfig(VllmQuantizationConfig):
             raise SmoothQuantError(
                 f"quantization_config: {prefix}",
                 expected=f"one scheme for {', '.join(names)}, which vLLM computes as one layer",
-                got="; ".join(f"{name.rpartition('.')[2]} {_say(*value)}" for name, value in said.items()),
+                got="; ".join(f"{name.rpartition('.')[2]} {_describe(*value)}" for name, value in said.items()),
                 do="recalibrate so that these layers are ignored, overridden and smoothed alike",
             )
         return said[names[0]]
 
 
-def _say(scheme: Scheme | None, smoothed: bool) -> str:
+def _describe(scheme: Scheme | None, smoothed: bool) -> str:
     if scheme is None:
         return "ignored"
     activations = scheme.input_activations

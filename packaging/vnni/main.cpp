@@ -27,7 +27,7 @@ void* __dso_handle;
 }
 
 #define thread_local
-#include "../../vllm_smoothquant/int8_linear.cpp"
+#include "../../vllm_smoothquant/kernels/int8_linear.cpp"
 
 namespace {
 

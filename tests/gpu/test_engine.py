@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import engine
+from tests.helpers import engine
 
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
@@ -26,13 +26,13 @@ def test_an_engine_is_as_good_as_bfloat16(tmp_path: Path, mode: str) -> None:
     handmade's models have smoothed layers, an overridden and an ignored one. One engine each, in one process. One
     absmax couples a batch: the prompt is alone in its batch, and vLLM pads it where it replays graphs (60 to 64).
     """
-    from tests import handmade
+    from tests.helpers import handmade_checkpoint
     from tests.test_plugin import distance, prompts, reference
 
     ids = prompts((60,))
     folders = {
-        scheme: handmade.checkpoint(tmp_path / "-".join(scheme), *scheme)
-        for scheme in (handmade.SCHEMES if mode == "eager" else COMPILED)
+        scheme: handmade_checkpoint.checkpoint(tmp_path / "-".join(scheme), *scheme)
+        for scheme in (handmade_checkpoint.SCHEMES if mode == "eager" else COMPILED)
     }
     answers = engine.logprobs_of(
         list(folders.values()), ids, vocabulary=True, environment=ENVIRONMENT, **LLM, **MODES[mode]
@@ -45,11 +45,11 @@ def test_an_engine_is_as_good_as_bfloat16(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_serve_the_reference(tmp_path: Path) -> None:
-    from tests import handmade
+    from tests.helpers import handmade_checkpoint
     from tests.test_plugin import distance, prompts, reference
 
     ids = prompts((40, 7, 100))
-    folder = handmade.checkpoint(tmp_path / "model", "channel", "static", overrides={})
+    folder = handmade_checkpoint.checkpoint(tmp_path / "model", "channel", "static", overrides={})
     environment = ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     served = engine.logprobs(
         folder, ids, vocabulary=True, environment=environment, tensor_parallel_size=2, **LLM, **MODES["graphs"]
@@ -65,7 +65,7 @@ def test_a_real_model_loses_no_more_than_its_reference(smollm2_int8: Path, cache
     Rounding weights and activations costs this model 0.014 (README); a wrong scale costs whole nats. INT8 keys and
     values come on top in the second case.
     """
-    from calibration.reference import load_reference
+    from tests.helpers.reference import load_reference
 
     ids = [list(range(100, 228)), list(range(5000, 5064))]
     served = engine.logprobs(smollm2_int8, ids, environment=ENVIRONMENT, kv_cache_dtype=cache, **LLM, **MODES["graphs"])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_smoothquant import int8
-from vllm_smoothquant.checkpoint import InputActivations, Scheme, Weights
+from vllm_smoothquant.format import int8
+from vllm_smoothquant.format.config import InputActivations, Scheme, Weights
 
 ACTIVATIONS = {
     "token": InputActivations("token", dynamic=True),
@@ -88,7 +88,7 @@ CASES = [
 def test_a_layer_is_the_reference(
     weights: str, activations: str, shape: str, smoothed: bool, dtype: torch.dtype, compiled: bool
 ) -> None:
-    from tests.cuda_route import layer_of
+    from tests.helpers.cuda_stubs import layer_of
 
     scheme = Scheme(Weights(weights), ACTIVATIONS[activations])
     layer, found = layer_of(scheme, smoothed, SHAPES[shape], dtype, "cuda")
@@ -109,7 +109,7 @@ def test_a_layer_is_the_reference(
 @pytest.mark.parametrize("shape", ["small", "odd out"])
 def test_a_cuda_graph_replays_it_and_ignores_its_padding(shape: str, activations: str, smoothed: bool) -> None:
     """Captured with every row padding, as vLLM does; replayed with fewer tokens than rows, and stale rows behind."""
-    from tests.cuda_route import layer_of
+    from tests.helpers.cuda_stubs import layer_of
 
     scheme = Scheme(Weights("channel"), ACTIVATIONS[activations])
     layer, found = layer_of(scheme, smoothed, SHAPES[shape], device="cuda")
@@ -137,7 +137,7 @@ def test_a_cuda_graph_replays_it_and_ignores_its_padding(shape: str, activations
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_nothing_waits_for_the_device(activations: str) -> None:
-    from tests.cuda_route import layer_of
+    from tests.helpers.cuda_stubs import layer_of
 
     layer, _ = layer_of(Scheme(Weights("channel"), ACTIVATIONS[activations]), True, SHAPES["small"], device="cuda")
     x = tokens(16, SHAPES["small"][1], torch.bfloat16).cuda()
@@ -155,7 +155,7 @@ def test_inductor_makes_the_quantisation_a_part_of_the_norm(activations: str) ->
     from torch._inductor.utils import run_and_get_code
 
     from tests.test_cuda import norm
-    from vllm_smoothquant.kernels import quantize_on_cuda
+    from vllm_smoothquant.kernels.cuda import quantize_on_cuda
 
     layer = torch.nn.Module()
     layer.input_scale = torch.tensor(0.03, device="cuda")
@@ -169,7 +169,7 @@ def test_inductor_makes_the_quantisation_a_part_of_the_norm(activations: str) ->
 
 
 def test_the_triton_kernel_is_the_reference_bit_for_bit() -> None:
-    from vllm_smoothquant import ops
+    from vllm_smoothquant.kernels import ops
 
     for rows, columns, dtype in ((3, 64, torch.bfloat16), (33, 1000, torch.float16), (5, 14336, torch.bfloat16)):
         x = tokens(rows, columns, dtype).cuda()
@@ -182,7 +182,7 @@ def test_the_triton_kernel_is_the_reference_bit_for_bit() -> None:
 
 
 def test_operators_keep_their_word() -> None:
-    from vllm_smoothquant import ops
+    from vllm_smoothquant.kernels import ops
 
     x = tokens(5, 48, torch.bfloat16).cuda()
     inverse = torch.rand(48, device="cuda") + 0.5

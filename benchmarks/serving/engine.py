@@ -1,0 +1,159 @@
+"""The process that serving.py starts for each arm: one vLLM engine, its worker, and nothing else.
+
+`python -m benchmarks.serving.engine FD` reads lines of JSON from stdin and writes an answer to each into the open file
+FD, as everything else that a process prints, libraries print as well. The first line is what vllm.LLM gets, the others
+are [name of one of ASKS, its arguments].
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Library in the worker's memory -> how it is called; one of them stands before glibc's malloc.
+ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
+THREADING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "LD_PRELOAD")
+
+
+class Steps:
+    """Extends vLLM's worker (worker_extension_cls): notes its steps, and tells where it runs and with what."""
+
+    def note_steps(self: Any) -> None:
+        """From now on each step is noted as [tokens, requests, seconds].
+
+        vLLM splits a step in two, the model and the sampling; between them the engine does what is not the model's.
+        """
+        self.noted: list[list[float]] = []
+        execute, sample = self.execute_model, self.sample_tokens
+
+        def timed_execute(scheduled: Any) -> Any:
+            start = time.perf_counter()
+            output = execute(scheduled)
+            seconds = time.perf_counter() - start
+            if scheduled.total_num_scheduled_tokens:
+                counts = [scheduled.total_num_scheduled_tokens, len(scheduled.num_scheduled_tokens)]
+                self.noted.append([*counts, seconds])
+            return output
+
+        def timed_sample(grammar: Any) -> Any:
+            start = time.perf_counter()
+            output = sample(grammar)
+            if hasattr(output, "get_output"):
+                raise TypeError("the worker answers before it is done: this step's time would be part of it")
+            self.noted[-1][2] += time.perf_counter() - start
+            return output
+
+        self.execute_model, self.sample_tokens = timed_execute, timed_sample
+
+    def taken_steps(self: Any) -> list[list[float]]:
+        """The steps since this was asked last."""
+        steps, self.noted = self.noted, []
+        return steps
+
+    def whereabouts(self) -> dict[str, Any]:
+        """Threads, cores, what was preloaded, the malloc that answers, and whether oneDNN's INT8 sums are right."""
+        from vllm_smoothquant.kernels.exact import onednn_is_exact
+
+        maps = Path("/proc/self/maps").read_text()
+        # As the process was started: vLLM adds to LD_PRELOAD later, for processes that it would start itself.
+        found = dict(entry.split("=", 1) for entry in Path("/proc/self/environ").read_text().split("\0") if entry)
+        return {
+            "threads": torch.get_num_threads(), "cores": sorted(os.sched_getaffinity(0)),
+            "environment": {name: file_names(found[name]) for name in THREADING if found.get(name)},
+            "malloc": next((name for name in ALLOCATORS if re.search(rf"/lib{name}[^/]*\.so", maps)), "glibc"),
+            "onednn_is_exact": onednn_is_exact(),
+        }  # fmt: skip
+
+    def resident(self) -> dict[str, int]:
+        """Bytes: VmHWM, the most pages that were ever resident, and RssAnon, those of no file that are resident now."""
+        status = Path("/proc/self/status").read_text()
+        return {key: int(kb) * 1024 for key, kb in re.findall(r"^(VmHWM|RssAnon):\s+(\d+)", status, re.M)}
+
+    def multipliers(self: Any) -> dict[str, int]:
+        """What computes the quantised layers, by our names and vLLM's classes -> in how many layers."""
+        from vllm_smoothquant.linear import SmoothQuantLinearMethod
+
+        found: Counter[str] = Counter()
+        for module in self.get_model().modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, SmoothQuantLinearMethod):
+                inner = getattr(method.kernel, "kernel", None)  # vllm: its own choice
+                found[method.kernel.name + (f", {type(inner).__name__}" if inner else "")] += 1
+            elif kernel := getattr(getattr(module, "scheme", None), "kernel", None):
+                found[type(kernel).__name__] += 1
+        return found
+
+
+def file_names(value: str) -> str:
+    """Without their folders, which are this machine's."""
+    return ":".join(Path(part).name for part in value.split(":"))
+
+
+def one(llm: Any, what: str) -> Any:
+    """What the only worker answers."""
+    (answer,) = llm.collective_rpc(what)
+    return answer
+
+
+def about(llm: Any) -> dict[str, Any]:
+    return one(llm, "whereabouts") | {"kernels": one(llm, "multipliers"), "weights": one(llm, "memory_of_weights")}
+
+
+def run(llm: Any, prompts: int, length: int, new: int, vocabulary: int) -> list[list[float]]:
+    """The steps of `prompts` prompts of `length` tokens at once, continued by `new` tokens each."""
+    from vllm import SamplingParams
+
+    ids = [[(7 * i + j) % vocabulary for j in range(length)] for i in range(prompts)]
+    sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False)
+    one(llm, "taken_steps")
+    llm.generate([{"prompt_token_ids": prompt} for prompt in ids], sampling, use_tqdm=False)
+    return list(one(llm, "taken_steps"))
+
+
+def profile(llm: Any, **case: int) -> dict[str, Any]:
+    """`run` under torch's profiler: the steps, and operator -> seconds in itself, what it called left out."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        steps = run(llm, **case)
+    return {"steps": steps, "operators": {e.key: e.self_cpu_time_total / 1e6 for e in seen.key_averages()}}
+
+
+def score(llm: Any, windows: list[list[int]], keep: str | None = None, compare: str | None = None) -> dict[str, float]:
+    from calibration.evaluation import engine
+
+    return engine.score(llm, windows, keep=keep, compare=compare)
+
+
+ASKS: dict[str, Callable[..., Any]] = {
+    "about": about, "run": run, "profile": profile, "score": score, "memory": lambda llm: one(llm, "resident"),
+}  # fmt: skip
+
+
+def main() -> None:
+    with os.fdopen(int(sys.argv[1]), "w") as answers:
+
+        def answer(value: Any) -> None:
+            print(json.dumps(value), file=answers, flush=True)
+
+        from vllm import LLM
+
+        llm = LLM(
+            worker_cls="calibration.evaluation.engine.MeasuredWorker",
+            worker_extension_cls="benchmarks.serving.engine.Steps",
+            skip_tokenizer_init=True, enable_prefix_caching=False, **json.loads(sys.stdin.readline()),
+        )  # fmt: skip
+        llm.collective_rpc("note_steps")
+        answer("ready")
+        for line in sys.stdin:
+            what, arguments = json.loads(line)
+            answer(ASKS[what](llm, **arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""How fast a step could be at best: what memory and arithmetic of this machine allow the weights of a checkpoint.
+
+    floor = sum over parts of max(bytes / bandwidth, 2 * weights * rows / peak)
+
+A part is what is multiplied in one arithmetic by one number of rows: INT8 layers, layers in floating point, and the
+head, which sees one row of each request only. Attention, norms, quantisation and sampling come on top.
+
+`python -m benchmarks.serving.floors DTYPE` measures bandwidth and peaks in a process of its own and prints JSON.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_smoothquant.format.files import read_headers, read_json
+
+ROWS, COLUMNS = 2**15, 2**12  # of float32: half a GiB, more than any cache
+LONG_ENOUGH_S = 0.05
+LARGEST = 2**14
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Part:
+    """weights: elements that are multiplied; bytes: what is read for that, scales included."""
+
+    int8: bool
+    head: bool
+    weights: int
+    bytes: int
+
+
+def parts(folder: Path, itemsize: int) -> list[Part]:
+    """Of the checkpoint in `folder`, whose floating-point tensors take `itemsize` bytes an element when served."""
+    tied = read_json(folder / "config.json").get("tie_word_embeddings", False)
+    headers = read_headers(folder)
+    found: dict[tuple[bool, bool], list[int]] = {}
+    for name, (dtype, shape) in headers.items():
+        layer, _, kind = name.rpartition(".")
+        embeddings = "embed_tokens" in layer
+        if embeddings and not tied:
+            continue  # a row is read, not the table
+        int8 = headers.get(f"{layer}.weight", (dtype,))[0] == "I8"
+        sums = found.setdefault((int8, embeddings or layer.endswith("lm_head")), [0, 0])
+        elements = math.prod(shape)
+        sums[0] += elements if kind == "weight" and len(shape) == 2 else 0
+        sums[1] += elements * (1 if dtype == "I8" else 4 if int8 else itemsize)
+    return [Part(*key, *sums) for key, sums in found.items()]
+
+
+def floor(of: Iterable[Part], limits: Mapping[str, float], tokens: int, requests: int) -> float:
+    """Seconds of a step of so many tokens, a next one wanted for each request; limits: as `measure` gives them."""
+
+    def seconds(part: Part) -> float:
+        peak = limits["int8_ops_per_s" if part.int8 else "dtype_ops_per_s"]
+        return max(part.bytes / limits["bytes_per_s"], 2 * part.weights * (requests if part.head else tokens) / peak)
+
+    return math.fsum(map(seconds, of))
+
+
+def floors(
+    of: Sequence[Part], limits: Mapping[str, float], cases: Mapping[str, tuple[int, int, int]]
+) -> dict[str, float]:
+    """Case of serving.py (requests, tokens of each prompt, new tokens of each) -> seconds of the step it measures."""
+    return {
+        case: floor(of, limits, requests * length if new == 1 else requests, requests)
+        for case, (requests, length, new) in cases.items()
+    }
+
+
+def best(run: Callable[[], Any]) -> float:
+    """Seconds of the fastest of some calls, after one that allocates."""
+    run()
+    found = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def peak(product: Callable[[int], Callable[[], Any]]) -> float:
+    """Operations a second of product(n), square: n doubles until one takes long enough."""
+    n = 256
+    while (seconds := best(product(n))) < LONG_ENOUGH_S and n < LARGEST:
+        n *= 2
+    return 2 * n**3 / seconds
+
+
+def floating(dtype: torch.dtype) -> Callable[[int], Callable[[], Any]]:
+    def product(n: int) -> Callable[[], Any]:
+        a, b = torch.randn(2, n, n).to(dtype)
+        return lambda: torch.nn.functional.linear(a, b)
+
+    return product
+
+
+def plain_int8(n: int) -> Callable[[], Any]:
+    a, b = torch.randint(-127, 128, (2, n, n), dtype=torch.int8)
+    return lambda: torch._int_mm(a, b.t())
+
+
+def onednn_int8(n: int) -> Callable[[], Any]:
+    """As vLLM calls it (kernels.py); where it saturates, the speed is that of wrong sums."""
+    from vllm import _custom_ops as vllm_ops
+
+    a, b = torch.randint(-127, 128, (2, n, n), dtype=torch.int8)
+    one, out = torch.ones(1), torch.empty(n, n)
+    handler = vllm_ops.create_onednn_scaled_mm(b.t(), one, torch.float32, False, False, 1)
+    return lambda: torch.ops._C.onednn_scaled_mm(out, a, one, None, None, None, handler.handler_tensor)
+
+
+def measure(dtype: torch.dtype) -> dict[str, float]:
+    """bytes_per_s of reading, dtype_ops_per_s and int8_ops_per_s of square products: the fastest ways known here."""
+    matrix, vector = torch.ones(ROWS, COLUMNS), torch.ones(COLUMNS)
+    read = min(best(lambda: torch.mv(matrix, vector)), best(matrix.sum))
+    return {
+        "bytes_per_s": matrix.nbytes / read, "dtype_ops_per_s": peak(floating(dtype)),
+        "int8_ops_per_s": max(map(peak, (plain_int8, onednn_int8))),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(getattr(torch, sys.argv[1]))))

@@ -1,0 +1,101 @@
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm_smoothquant.format.errors import SmoothQuantError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer that ran. uncovered: input channels that no group can smooth. transposed: weight is [in, out]."""
+
+    name: str
+    in_features: int
+    out_features: int
+    transposed: bool
+    uncovered: int
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear layer that reads a source.
+
+    channel_of: int64 [in_features], the source's channel behind each input channel, -1 where there is none to fold.
+    power: int64 [in_features], dividing the source's channel by s divides that input by s ** power (1 unless squared).
+    transposed: weight is [in, out]. kept: it stays in floating point.
+    """
+
+    name: str
+    channel_of: torch.Tensor
+    power: torch.Tensor
+    transposed: bool = False
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """One source and every linear layer that reads its foldable channels.
+
+    kind: "norm", "linear" or "input". rules: parameter -> key of probe.NORM_RULES ("norm"); empty for "linear", whose
+    output rows and bias are divided, and for "input", which nothing divides before the readers themselves do, at run
+    time. foldable: bool [channels]; the scale of the others stays 1.
+    """
+
+    source: str
+    kind: str
+    rules: dict[str, str]
+    channels: int
+    foldable: torch.Tensor
+    readers: tuple[Reader, ...]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """`channels` of `total` channels of `source` are not folded because of `reader`."""
+
+    source: str
+    reader: str
+    reason: str
+    channels: int
+    total: int
+
+    def __str__(self) -> str:
+        part = "" if self.channels == self.total else f" ({self.channels} of {self.total} channels)"
+        return f"{self.source}{part}: not folded, {self.reader}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What `discover` found. groups in the order their sources ran, linears in the order they ran.
+
+    inputs: linear layers that read one and the same tensor (q, k and v), together; each that ran is in one of them.
+    """
+
+    groups: tuple[Group, ...]
+    refusals: tuple[Refusal, ...]
+    linears: tuple[Linear, ...]
+    inputs: tuple[tuple[str, ...], ...]
+
+    def linear(self, name: str) -> Linear:
+        """The linear layer `name`; SmoothQuantError if it did not run."""
+        for linear in self.linears:
+            if linear.name == name:
+                return linear
+        raise SmoothQuantError(name, expected="a linear layer that ran", got="none of that name", do="check the name")
+
+    def with_inputs(self, names: Collection[str]) -> "Graph":
+        """Also a group of kind "input" for each tensor read by layers of `names` of which no channel is foldable.
+
+        Its source is called by its first reader. Readers beside `names` see the tensor as it is.
+        """
+        groups = []
+        for reading in self.inputs:
+            linears = [self.linear(name) for name in reading if name in names]
+            if linears and all(linear.uncovered == linear.in_features for linear in linears):
+                channels = linears[0].in_features
+                each, once = torch.arange(channels), torch.ones(channels, dtype=torch.int64)
+                readers = tuple(Reader(linear.name, each, once, linear.transposed) for linear in linears)
+                everything = torch.ones(channels, dtype=torch.bool)
+                groups.append(Group(f"input of {linears[0].name}", "input", {}, channels, everything, readers))
+        return replace(self, groups=(*self.groups, *groups))

@@ -1,0 +1,120 @@
+"""Load a floating-point causal language model and its tokenizer, or say in one line why not."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from vllm_smoothquant.format.errors import SmoothQuantError
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model to calibrate. `hashes`: file name -> sha256 of every weight file it was read from."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    hashes: dict[str, str]
+
+
+def load(name: str, device_map: str | dict[str, Any] = "auto") -> Source:
+    """Load `name` (a folder or a hub id) in its own dtype, placed by accelerate's `device_map`.
+
+    Errors (SmoothQuantError): not found, already quantised, an architecture transformers does not know, weights that
+    are missing, left over, misshapen or not finite.
+    """
+    check_source(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto", device_map=device_map, output_loading_info=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise SmoothQuantError(
+            name,
+            expected="a causal language model with its tokenizer",
+            got=_one_line(error),
+            do="check the folder or id",
+        ) from error
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(fault):
+            found = sorted(map(str, info[fault]))
+            raise SmoothQuantError(
+                f"{name}: {found[0]}",
+                expected="every tensor of the weight files to fit the model",
+                got=f"{len(found)} {fault.replace('_', ' ')}",
+                do="use a complete checkpoint of this architecture",
+            )
+    model.eval()
+    check_finite(name, model)
+    return Source(name, model, tokenizer, weight_hashes(name))
+
+
+def check_source(name: str) -> None:
+    """Refuse what can be refused from the configuration alone, before any weight is read."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise SmoothQuantError(
+            name,
+            expected="a model folder or a hub id of an architecture that transformers knows",
+            got=_one_line(error),
+            do="check the spelling, the network or upgrade transformers",
+        ) from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        raise SmoothQuantError(
+            f"{name}: config.json",
+            expected="a floating-point model",
+            got=f"one already quantised by {quantization.get('quant_method')!r}",
+            do="calibrate the original model instead",
+        )
+
+
+def untie_head(name: str, model: PreTrainedModel) -> None:
+    """Give the output head of `model` a weight of its own, to be rounded while the embeddings stay as they are."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        raise SmoothQuantError(
+            "--quantize-lm-head", expected="a model with an output head", got=f"none in {name}", do="leave it out"
+        )
+    if head.weight is embeddings.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def check_finite(name: str, model: torch.nn.Module) -> None:
+    for key, tensor in model.state_dict().items():
+        # Extremes, because isfinite of a whole matrix makes three others of its size.
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise SmoothQuantError(
+                f"{name}: {key}", expected="finite weights", got="NaN or infinity", do="use an undamaged checkpoint"
+            )
+
+
+def weight_hashes(name: str) -> dict[str, str]:
+    """sha256 of each weight file, so that the manifest says which bytes were calibrated."""
+    config = cached_file(name, "config.json")
+    assert config is not None  # cached_file raises where it does not find
+    folder = Path(config).parent
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return {f.name: sha256(f) for f in files}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return json.dumps(text if len(text) <= 300 else text[:300] + "...", ensure_ascii=False)

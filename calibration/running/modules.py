@@ -1,0 +1,51 @@
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def decoder_of(model: torch.nn.Module, names: Iterable[str]) -> torch.nn.Module:
+    """The smallest part of `model` that takes input_ids and contains the layers `names`: with or without its head."""
+    decoder: torch.nn.Module = getattr(model, "base_model", model)
+    inside = {id(m) for m in decoder.modules()}
+    return decoder if all(id(model.get_submodule(name)) in inside for name in names) else model
+
+
+@contextmanager
+def plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Run attention and experts as plain matmuls and softmaxes, which a trace can read and float32 can run."""
+    names = ("_attn_implementation_internal", "_experts_implementation_internal")
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [(c, n, getattr(c, n)) for c in configs.values() for n in names if getattr(c, n, None) is not None]
+    try:
+        for config, name, _ in before:
+            setattr(config, name, "eager")
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters registered on `module` itself, not on its children."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def float_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
+    """own_parameters, floating-point ones in float32 (float32 parameters are not copied)."""
+    return {
+        name: p.detach().to(torch.float32) if p.is_floating_point() else p.detach()
+        for name, p in own_parameters(module).items()
+    }
+
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+
+
+def weight_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features); Conv1D keeps its weight as [in, out]."""
+    rows, columns = linear.get_parameter("weight").shape
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)

@@ -1,0 +1,71 @@
+"""Tiny models on disk, with a byte tokenizer and text, to test the whole way from folder to checkpoint."""
+
+import json
+import random
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from calibration.checkpoint import export
+from calibration.pipeline import calibrate
+from tests.helpers import tiny_architectures
+from vllm_smoothquant.format.files import MANIFEST
+
+SEQ_LEN = 32
+SAMPLES = 8
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """256 tokens, one for each byte: no training, no download, every text can be written in it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=alphabet[1], eos_token=alphabet[2])
+
+
+def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """The zoo's model `name` as a Hugging Face folder."""
+    tiny_architectures.build(name).to(dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_text(path: Path, documents: int = 12, characters: int = 200) -> Path:
+    """A JSONL file of random documents."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(string.ascii_letters + " ", k=characters)) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def checkpoints(root: Path, dtype: torch.dtype = torch.float32, **defaults: object) -> Callable[..., Path]:
+    """get(name, **options) -> a checkpoint of the zoo's model `name`, made when first asked for; `source(folder)` is
+    the model it was made of. Options are calibrate's, over `defaults`."""
+    text = save_text(root / "text.jsonl")
+
+    def get(name: str, **options: object) -> Path:
+        folder = root / "-".join([name, *(f"{key}={value}" for key, value in options.items())])
+        if not folder.exists():
+            model = save(name, source(folder), dtype)
+            said = {"dataset": str(text), "samples": SAMPLES, "seq_len": SEQ_LEN, "quiet": True} | defaults | options
+            calibrate(str(model), folder, **said)
+        return folder
+
+    return get
+
+
+def source(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}-source")
+
+
+def rehash(folder: Path) -> None:
+    """The manifest made anew, as whoever changes a checkpoint on purpose would, so that hashes tell nothing."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["quantization_config"] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    manifest["files"] = export.file_hashes(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest))

@@ -1,0 +1,116 @@
+"""Kernels for CUDA: CUTLASS per tensor, vLLM's Triton product, and the quantisation of activations before both."""
+
+from typing import Any
+
+import torch
+
+from ..format import int8
+from ..format.config import InputActivations
+from ..format.errors import SmoothQuantError
+from .base import Kernel, Request
+from .ops import quantize_per_token, real_rows, triton_int8_mm
+
+
+class CutlassTensor(Kernel):
+    """Dynamic per_tensor on CUDA: absmax of the batch, quantise, CUTLASS; nothing waits for the host.
+
+    One absmax couples all requests of a batch: that is what the scheme means, and why per_token is the default.
+    """
+
+    name = "cutlass-tensor"
+    smooths = True
+
+    @staticmethod
+    def rejects(request: Request) -> str | None:
+        if not request.dynamic or request.per_token:
+            return "only dynamic per_tensor activations"
+        if request.dtype not in (torch.float16, torch.bfloat16):
+            return f"writes float16 or bfloat16, not {request.dtype}"
+        return no_cutlass(request)
+
+    def __init__(self, request: Request) -> None:
+        from vllm import _custom_ops as vllm_ops
+
+        _refuse_context_parallel(request)
+        self.activations = request.scheme.input_activations
+        self.multiply = vllm_ops.cutlass_scaled_mm
+
+    def prepare(self, layer: Any) -> None:
+        # [in, out], column-major, as both GEMMs want it: a view of the same storage.
+        layer.weight = torch.nn.Parameter(layer.weight.data.t(), requires_grad=False)
+        layer.weight_scale = torch.nn.Parameter(layer.weight_scale.data, requires_grad=False)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        integers, scale = quantize_on_cuda(layer, x, self.activations)
+        return self.multiply(integers, layer.weight, scale, layer.weight_scale, x.dtype, bias)
+
+
+class Triton(CutlassTensor):
+    """vLLM's Triton GEMM, for all schemes: compute capability 10.0 and above, or sizes CUTLASS does not take."""
+
+    name = "triton"
+
+    @staticmethod
+    def rejects(request: Request) -> str | None:
+        return None
+
+    def __init__(self, request: Request) -> None:
+        if request.dynamic and not request.per_token:
+            _refuse_context_parallel(request)
+        self.activations = request.scheme.input_activations
+        self.multiply = triton_int8_mm
+
+
+def no_cutlass(request: Request) -> str | None:
+    """Why vLLM's CUTLASS INT8 GEMM cannot serve `request`; its `is_supported` says yes to all of these."""
+    if (request.capability or 0) >= 100:
+        return "CUTLASS's INT8 kernels stop below compute capability 10.0"
+    if not request.aligned:
+        return "CUTLASS wants in and out to be multiples of 16"
+    return None
+
+
+def _refuse_context_parallel(request: Request) -> None:
+    """Ranks that share a sequence see slots for their own tokens only: real_rows would take the rest for padding."""
+    from vllm.config import get_current_vllm_config
+
+    parallel = get_current_vllm_config().parallel_config
+    ranks = parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size
+    if ranks > 1:
+        raise SmoothQuantError(
+            request.layer,
+            expected="1 rank of context parallelism with dynamic per_tensor activations",
+            got=str(ranks),
+            do="serve without context parallelism, or calibrate with a scale per token",
+        )
+
+
+def quantize_on_cuda(layer: Any, x: torch.Tensor, activations: InputActivations) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [tokens, in] / smoothing_factor, rounded: int8 [tokens, in] and its float32 scale, [tokens, 1] or one element.
+
+    Compiled, it is plain torch: Inductor makes it part of the norm or the activation function before it, where an
+    operator would be a kernel of its own that reads and writes x once more. Eager, it is the fewest kernels there are.
+    """
+    from vllm import _custom_ops as vllm_ops
+
+    compiling = torch.compiler.is_compiling()
+    inverse = getattr(layer, "inverse_smoothing_factor", None)
+    per_token = activations.strategy == "token"
+    if per_token and not compiling and inverse is not None:
+        return quantize_per_token(x, inverse)
+    if inverse is not None:
+        x = x * inverse  # float32: rounded once, below
+    scale = None
+    if not activations.dynamic:
+        scale = layer.input_scale
+    elif not per_token:
+        # Padding rows of a CUDA graph hold whatever was there; NaN in a real row must reach the scale.
+        rows = torch.where(real_rows(layer.weight_scale, x.shape[0]), x.abs().amax(dim=1), 0)
+        scale = int8.absmax_scale(rows.amax().reshape(1))
+    elif compiling:
+        scale = int8.input_scale(x, "token")
+    if compiling:
+        assert scale is not None
+        return int8.quantize(x, scale), scale
+    integers, scale, _ = vllm_ops.scaled_int8_quant(x.contiguous(), scale)
+    return integers, scale

@@ -1,0 +1,45 @@
+"""Checks, made once on the CPU that serves, that an integer product gives exact sums."""
+
+import functools
+
+import torch
+
+from .ops import int8_linear
+
+INEXACT = "oneDNN's INT8 GEMM saturates on this CPU (no VNNI) and would silently give wrong sums"
+
+
+@functools.cache
+def onednn_is_exact() -> bool:
+    """Whether vLLM's oneDNN INT8 GEMM adds up correctly on this CPU: measured, once.
+
+    Without VNNI, x86 adds pairs of products in 16 bits and clips them: any |weight| above 64 may be lost, without a
+    word from oneDNN or vLLM. The extremes of both operands, once for a single token and once for several, show it.
+    """
+    from vllm import _custom_ops as vllm_ops
+
+    n = k = 64
+    # dtypes and device said: vLLM's defaults are the model's while it builds layers.
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
+    for tokens in (1, 16):
+        weight = torch.full((n, k), -127, dtype=torch.int8, device="cpu")
+        weight[::2] = 127
+        handler = vllm_ops.create_onednn_scaled_mm(weight.t(), one, torch.float32, False, False, 1)
+        x = torch.full((tokens, k), 127, dtype=torch.int8, device="cpu")
+        out = torch.empty(tokens, n, dtype=torch.float32, device="cpu")
+        torch.ops._C.onednn_scaled_mm(out, x, one, None, None, None, handler.handler_tensor)
+        if not torch.equal(out.double(), x.double() @ weight.double().t()):
+            return False
+    return True
+
+
+@functools.cache
+def compiled_is_exact() -> bool:
+    """Whether Compiled adds up correctly on this CPU: measured, once, on extremes and on the remainders of tiles."""
+    tokens, out_features, in_features = 7, 7, 100
+    number = torch.arange(out_features, device="cpu").reshape(-1, 1)
+    weight = torch.where(number % 2 == 0, -128, 127 - number).expand(-1, in_features).to(torch.int8).contiguous()
+    x = torch.where(torch.arange(tokens, device="cpu").reshape(-1, 1) % 2 == 0, -128.0, 127.0).expand(-1, in_features)
+    one = torch.ones(out_features, dtype=torch.float32, device="cpu")
+    y = int8_linear(x.to(torch.float32), weight, one, weight.sum(1, dtype=torch.int32), one[:1], None, False)
+    return torch.equal(y.double(), x.double() @ weight.double().t())

@@ -1,0 +1,49 @@
+"""The candidates of each platform in order, and why a candidate was not selected.
+
+To add a kernel: write a `Kernel` (base.py) in a file of its own and add it to CANDIDATES. Nothing else refers to it.
+
+Sources: vllm/model_executor/kernels/linear/scaled_mm/{cpu,cutlass,triton}.py of vLLM 0.26 to 0.33. The script
+packaging/check_vllm.py compares them with what the kernels use. docs/cuda.md gives the reasons for the CUDA order.
+"""
+
+from ..format.errors import SmoothQuantError
+from . import timing
+from .base import Kernel, Request, logger
+from .cpu import Avx2, Float32Integers, OneDnnTensor, Vnni
+from .cuda import CutlassTensor, Triton
+from .stock import VllmChoice
+
+CANDIDATES: dict[str, tuple[type[Kernel], ...]] = {
+    "cpu": (Vnni, VllmChoice, OneDnnTensor, Avx2, Float32Integers),
+    "cuda": (VllmChoice, CutlassTensor, Triton),
+}
+
+
+def explain_kernels(request: Request) -> list[tuple[str, str | None]]:
+    """(name, reason) of every candidate of the request's platform in order; the reason is None where it can serve."""
+    candidates = CANDIDATES.get(request.platform, ())
+    return [(kernel.name, _reason(request, kernel, candidates[i + 1 :])) for i, kernel in enumerate(candidates)]
+
+
+def _reason(request: Request, kernel: type[Kernel], later: tuple[type[Kernel], ...]) -> str | None:
+    reason = kernel.rejects(request)
+    if reason is None and kernel.only_if_faster:
+        return timing.slower_than(kernel, next(k for k in later if k.rejects(request) is None), request)
+    return reason
+
+
+def select_kernel(request: Request) -> Kernel:
+    """The first candidate that can serve; a SmoothQuantError with every reason if none can."""
+    reasons = explain_kernels(request)
+    for (name, reason), kernel in zip(reasons, CANDIDATES.get(request.platform, ()), strict=True):
+        if reason is None:
+            logger.debug("%s: %s", request.layer, name)
+            return kernel(request)
+        logger.debug("%s: not %s: %s", request.layer, name, reason)
+    raise SmoothQuantError(
+        request.layer,
+        expected=f"a kernel for {request.scheme.input_activations}",
+        got="; ".join(f"{name}: {reason}" for name, reason in reasons)
+        or f"no kernels for platform {request.platform!r}",
+        do="serve on a CPU or an NVIDIA GPU, or calibrate with other --activations",
+    )

@@ -1,0 +1,52 @@
+"""vLLM's own INT8 kernels, chosen by vLLM itself."""
+
+from typing import Any
+
+import torch
+
+from . import exact
+from .base import Kernel, Request
+from .cuda import no_cutlass, quantize_on_cuda
+
+
+class VllmChoice(Kernel):
+    """vLLM's own INT8 kernels through its own chooser: per_token everywhere, static per_tensor on CUDA.
+
+    Where it chooses CUTLASS, x is quantised by quantize_on_cuda and only the multiplication is vLLM's.
+    """
+
+    name = "vllm"
+
+    @staticmethod
+    def rejects(request: Request) -> str | None:
+        if request.dynamic and not request.per_token:
+            return "vLLM has no kernel for dynamic per_tensor activations"
+        if request.platform == "cpu" and not request.dynamic:
+            return "vLLM's AMX kernel never reads input_scale: static would silently become dynamic"
+        if request.platform == "cpu" and not exact.onednn_is_exact():
+            return exact.INEXACT
+        return no_cutlass(request) if request.platform == "cuda" else None
+
+    def __init__(self, request: Request) -> None:
+        from vllm import _custom_ops as vllm_ops
+        from vllm.model_executor.kernels.linear import init_int8_linear_kernel
+
+        self.kernel = init_int8_linear_kernel(
+            is_channelwise=request.channelwise,
+            is_static_input_scheme=not request.dynamic,
+            input_symmetric=True,
+            module_name=request.layer,
+        )
+        self.activations = request.scheme.input_activations
+        # By name: Triton's class is a subclass of this one. --linear-backend may choose that or another.
+        self.smooths = type(self.kernel).__name__ == "CutlassInt8ScaledMMLinearKernel"
+        self.multiply = vllm_ops.cutlass_scaled_mm if self.smooths else None
+
+    def prepare(self, layer: Any) -> None:
+        self.kernel.process_weights_after_loading(layer)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.multiply is None:
+            return self.kernel.apply_weights(layer, x, bias)
+        integers, scale = quantize_on_cuda(layer, x, self.activations)
+        return self.multiply(integers, layer.weight, scale, layer.weight_scale, x.dtype, bias)
