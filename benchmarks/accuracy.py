@@ -1,9 +1,10 @@
 """docs/accuracy.md: what each scheme, and each way to choose alpha, costs a real model.
 
-`python -m benchmarks.accuracy [--model NAME] [ROW ...]`. A model of MODELS, calibrated on some Wikipedia articles,
-measured through vLLM on others: perplexity, KL divergence and top-1 agreement beside floating point, which is the first
-row. Rows are those of ROWS; named ones are measured anew and replace theirs in the table. The error budget (weights
-alone, activations alone, each kind of layer alone) is simulated, as vLLM serves whole checkpoints. Last line: JSON.
+`python -m benchmarks.accuracy [--model NAME] [ROW ...]`. A model of MODELS is calibrated on some Wikipedia articles and
+measured through vLLM on others: perplexity, KL divergence and top-1 agreement. The first row is floating point, the
+others are those of ROWS. Rows named on the command line are measured again and replace theirs in the table. The error
+budget (weights alone, activations alone, each kind of layer alone) is simulated, because vLLM serves whole checkpoints
+only. The last line printed is JSON.
 """
 
 import argparse
@@ -11,22 +12,32 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks import small_opt
 from benchmarks.machine import describe
-from calibration.evaluation import evaluate
-from calibration.pipeline import Prepared, as_scheme, prepare, prove, write_checkpoint
+from calibration.checkpoint.write import write_checkpoint
+from calibration.evaluation.measure import measure
+from calibration.evaluation.windows import token_windows
+from calibration.inputs.model import load
+from calibration.observation.observation import Observation
+from calibration.options import Options
+from calibration.pipeline import check_gate, observe_model
+from calibration.running.hooks import hooked
 from calibration.running.precision import compute_dtype, fast_arithmetic
 from calibration.smoothing import simulate
-from calibration.smoothing.plan import Choice, Plan, make_plan
+from calibration.smoothing.plan import make_plan
 from calibration.smoothing.simulate import LayerScheme
 from demo import assets
+from vllm_smoothquant.format import int8
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "benchmarks" / "results" / "accuracy.json"
@@ -37,9 +48,8 @@ FALLBACK = 0.1
 
 @dataclass(frozen=True)
 class Model:
-    """folder: makes it. seq_len: tokens of a text; samples of them calibrate, windows of them are scored.
-
-    int8_head: whether vLLM's own model of it takes an output head in INT8.
+    """folder: creates the model's folder. seq_len: tokens of a text. samples: texts that calibrate. windows: texts that
+    are scored. int8_head: whether vLLM's own implementation of the model takes an output head in INT8.
     """
 
     folder: Callable[[], Path]
@@ -52,31 +62,31 @@ class Model:
 
 MODELS = {
     "SmolLM2-135M-Instruct": Model(assets.model_dir, "SmolLM2-135M-Instruct", 512, 16, 8),
-    # It learnt from texts of this length.
+    # This model was trained on texts of this length.
     small_opt.NAME: Model(
         small_opt.model_dir, "an OPT of 2 million parameters, trained here", small_opt.LENGTH, 64, 32, int8_head=False
     ),
 }
-# Row -> (weights, activations, what the user asks for, what is smoothed, output head in INT8).
-ROWS: dict[str, tuple[str, str, Choice, str, bool]] = {
-    "per token, no smoothing": ("channel", "token", Choice(None), "all", False),
-    "per token, alpha 0.5, norms only": ("channel", "token", Choice(0.5), "norms", False),
-    "per token, alpha 0.5 (default)": ("channel", "token", Choice(0.5), "all", False),
-    "per token, auto": ("channel", "token", Choice("auto"), "all", False),
-    "per token, auto, INT8 head": ("channel", "token", Choice("auto"), "all", True),
-    "per token, auto, 10 % in floating point": ("channel", "token", Choice("auto", FALLBACK), "all", False),
-    "static, no smoothing": ("channel", "static", Choice(None), "all", False),
-    "static, alpha 0.5": ("channel", "static", Choice(0.5), "all", False),
-    "static, auto": ("channel", "static", Choice("auto"), "all", False),
-    "static, auto, ranges of least error": ("channel", "static", Choice("auto", static_range="error"), "all", False),
-    "static, auto, 10 % fall back": ("channel", "static", Choice("auto", FALLBACK), "all", False),
-    "O1, no smoothing": ("tensor", "token", Choice(None), "all", False),
-    "O1, alpha 0.5": ("tensor", "token", Choice(0.5), "all", False),
-    "O1, auto": ("tensor", "token", Choice("auto"), "all", False),
-    "O2, alpha 0.5": ("tensor", "tensor", Choice(0.5), "all", False),
-    "O2, auto": ("tensor", "tensor", Choice("auto"), "all", False),
-    "O3, alpha 0.5": ("tensor", "static", Choice(0.5), "all", False),
-    "O3, auto": ("tensor", "static", Choice("auto"), "all", False),
+NORMS_ONLY = "per token, alpha 0.5, norms only"
+# Row -> the fields of Options that differ from their defaults.
+ROWS: dict[str, dict[str, Any]] = {
+    "per token, no smoothing": {"no_smoothing": True},
+    NORMS_ONLY: {},
+    "per token, alpha 0.5 (default)": {},
+    "per token, auto": {"alpha": "auto"},
+    "per token, auto, INT8 head": {"alpha": "auto", "quantize_lm_head": True},
+    "per token, auto, 10 % in floating point": {"alpha": "auto", "max_fallback": FALLBACK},
+    "static, no smoothing": {"activations": "static", "no_smoothing": True},
+    "static, alpha 0.5": {"activations": "static"},
+    "static, auto": {"activations": "static", "alpha": "auto"},
+    "static, auto, 10 % fall back": {"activations": "static", "alpha": "auto", "max_fallback": FALLBACK},
+    "O1, no smoothing": {"level": "O1", "no_smoothing": True},
+    "O1, alpha 0.5": {"level": "O1"},
+    "O1, auto": {"level": "O1", "alpha": "auto"},
+    "O2, alpha 0.5": {"level": "O2"},
+    "O2, auto": {"level": "O2", "alpha": "auto"},
+    "O3, alpha 0.5": {"level": "O3"},
+    "O3, auto": {"level": "O3", "alpha": "auto"},
 }
 HEADER = """# Accuracy
 
@@ -106,79 +116,100 @@ errors meet. `smoothquant report` shows the error of every single layer of a che
 """
 
 
-def watch(model: Model, lm_head: bool = False, samples: int | None = None) -> Prepared:
-    return prepare(
-        str(model.folder()), dataset=str(assets.calibration_text()), text_column="text",
-        samples=samples or model.samples, seq_len=model.seq_len, seed=0, ignore=frozenset(), device_map="auto",
-        quiet=True, quantize_lm_head=lm_head,
+def calibration_options(model: Model) -> Options:
+    return Options(
+        model=str(model.folder()), dataset=str(assets.calibration_text()), samples=model.samples, seq_len=model.seq_len,
+        quiet=True,
     )  # fmt: skip
 
 
-def planned(ready: Prepared, weights: str, activations: str, choice: Choice, smoothed: str) -> Plan:
-    watched = ready.watched
-    if smoothed == "norms":
-        groups = tuple(group for group in watched.graph.groups if group.kind == "norm")
-        watched = replace(watched, graph=replace(watched.graph, groups=groups))
-    return make_plan(watched, as_scheme(weights, activations), choice, quiet=True)
+def norms_only(observation: Observation) -> Observation:
+    """`observation` without the groups whose source is not a norm."""
+    groups = tuple(group for group in observation.graph.groups if group.kind == "norm")
+    return replace(observation, graph=replace(observation.graph, groups=groups))
 
 
-def checkpoint(ready: Prepared, plan: Plan, folder: Path) -> Path:
-    write_checkpoint(ready, plan, prove(ready, plan.smoothing), folder)
-    return folder
+def measure_rows(
+    model: Model, names: list[str], windows: list[list[int]], figures: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Add the figures of every row in `names` to `figures`; call `save` after each."""
+    options = calibration_options(model)
 
+    @cache
+    def observe(lm_head: bool) -> Observation:
+        return observe_model(replace(options, quantize_lm_head=lm_head))
 
-def measure(model: Model, names: list[str], windows: list[list[int]], figures: dict[str, Any], keep: Callable) -> None:
-    """Add the figures of every row in `names` to `figures`; `keep()` after each."""
-    ready = watch(model)
-    with_head: Prepared | None = None
-    engine = {"enforce_eager": True, "dtype": str(compute_dtype(ready.source.model)).removeprefix("torch.")}
+    engine = {"enforce_eager": True, "dtype": str(compute_dtype(observe(False).model)).removeprefix("torch.")}
     with tempfile.TemporaryDirectory() as folder:
         logits = str(Path(folder) / "baseline.pt")
-        base = evaluate.measure(model.folder(), windows, decode=None, keep=logits, **engine)
-        figures["floating point"] = {"perplexity": base["perplexity"]}
+        baseline = measure(model.folder(), windows, decode=None, keep=logits, **engine)
+        figures["floating point"] = {"perplexity": baseline["perplexity"]}
         for name in names:
-            *arguments, lm_head = ROWS[name]
-            if lm_head:
-                with_head = with_head or watch(model, lm_head=True)
-            of = with_head if lm_head and with_head else ready
-            plan = planned(of, *arguments)
-            output = checkpoint(of, plan, Path(folder) / name.replace(" ", "-").replace("%", "percent"))
-            row = evaluate.measure(output, windows, decode=None, compare=logits, **engine)
+            output = Path(folder) / name.replace(" ", "-").replace("%", "percent")
+            row_options = replace(options, output=str(output), **ROWS[name])
+            observation = observe(row_options.quantize_lm_head)
+            plan = make_plan(norms_only(observation) if name == NORMS_ONLY else observation, row_options)
+            write_checkpoint(observation, plan, check_gate(observation, plan.smoothing), row_options)
+            row = measure(output, windows, decode=None, compare=logits, **engine)
             figures[name] = {
                 "perplexity": row["perplexity"], "kl_divergence": row["kl_divergence"],
-                "top1_agreement": row["top1_agreement"], "fallen_back": len(plan.fallen),
+                "top1_agreement": row["top1_agreement"], "fallen_back": len(plan.fallbacks),
             }  # fmt: skip
             print(f"{name:44} {figures[name]}", file=sys.stderr, flush=True)
-            keep()
+            save()
 
 
 def budget(model: Model, windows: list[list[int]]) -> dict[str, float]:
     """Part of the model that is rounded -> KL divergence; default scheme, auto; simulated."""
-    ready = watch(model)
-    plan = planned(ready, "channel", "token", Choice("auto"), "all")
-    layers = plan.layers()
+    options = replace(calibration_options(model), alpha="auto")
+    observation = observe_model(options)
+    layers = make_plan(observation, options).layers()
+    linears = {name: observation.model.get_submodule(name) for name in layers}
     ids = torch.tensor(windows)
-    exact = _logprobs(ready, ids, {})
-    kinds = sorted({name.rpartition(".")[2] for name in layers})
+    exact = _logprobs(observation, ids, nullcontext())
+
+    def only(operand: str) -> AbstractContextManager[None]:
+        hooks = {name: partial(_round_only, operand, layer) for name, layer in layers.items()}
+        return hooked(linears[name].register_forward_hook(hook) for name, hook in hooks.items())
+
     parts = {
-        "everything": layers,
-        "weights alone": {name: replace(served, rounds="weight") for name, served in layers.items()},
-        "activations alone": {name: replace(served, rounds="input") for name, served in layers.items()},
-    } | {f"{kind} alone": {n: s for n, s in layers.items() if n.endswith(kind)} for kind in kinds}
-    found = {}
-    for part, served in parts.items():
-        other = _logprobs(ready, ids, served)
-        found[part] = math.fsum(float((p.exp() * (p - q)).sum()) for p, q in zip(exact, other, strict=True)) / (
-            ids[:, 1:].numel()
-        )
-        print(f"{part:44} KL {found[part]:.5f}", file=sys.stderr, flush=True)
-    return found
+        "everything": simulate.as_served(observation.model, layers),
+        "weights alone": only("weight"),
+        "activations alone": only("input"),
+    }
+    for kind in sorted({name.rpartition(".")[2] for name in layers}):
+        some = {name: layer for name, layer in layers.items() if name.endswith(kind)}
+        parts[f"{kind} alone"] = simulate.as_served(observation.model, some)
+    divergences = {}
+    for part, rounding in parts.items():
+        rounded = _logprobs(observation, ids, rounding)
+        divergence = math.fsum(float((p.exp() * (p - q)).sum()) for p, q in zip(exact, rounded, strict=True))
+        divergences[part] = divergence / ids[:, 1:].numel()
+        print(f"{part:44} KL {divergences[part]:.5f}", file=sys.stderr, flush=True)
+    return divergences
 
 
-def _logprobs(ready: Prepared, ids: torch.Tensor, layers: Mapping[str, LayerScheme]) -> list[torch.Tensor]:
-    model = ready.source.model
-    with torch.no_grad(), fast_arithmetic(model), simulate.serving(model, layers):
+def _logprobs(
+    observation: Observation, ids: torch.Tensor, rounding: AbstractContextManager[None]
+) -> list[torch.Tensor]:
+    model = observation.model
+    with torch.no_grad(), fast_arithmetic(model), rounding:
         return [model(input_ids=one[None], use_cache=False).logits[0, :-1].float().log_softmax(-1) for one in ids]
+
+
+def _round_only(operand: str, layer: LayerScheme, module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor:
+    """A forward hook: what the linear layer `module` returns if only its "weight" or only its "input" is rounded."""
+    x, weight = simulate.divided_input(args[0], layer), simulate.weight_matrix(module, layer)
+    if operand == "weight":
+        integers, scale = int8.quantize_weight(weight, layer.scheme.weights.strategy)
+        weight = integers * scale
+    else:
+        scale = simulate.input_scale(x, layer)
+        x = int8.quantize(x, scale) * scale
+    rounded = x @ weight.t()
+    if layer.output_factor is not None:
+        rounded = rounded * layer.output_factor.to(y.device)
+    return (rounded if module.bias is None else rounded + module.bias.float()).to(y.dtype)
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -197,33 +228,33 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure the rows asked for, write the table."""
+    """Measure the rows named on the command line and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="all of them and the budget, where none is named")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all of them and the budget")
     parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)))
     args = parser.parse_args()
     for name in args.rows:
         if name not in (*ROWS, "budget"):
             parser.error(f"no row {name!r}; there are {', '.join(ROWS)} and budget")
     model = MODELS[args.model]
-    windows, _ = evaluate.token_windows(
+    windows, _ = token_windows(
         [str(model.folder())], str(assets.evaluation_text()), text_column="text", samples=model.windows,
         seq_len=model.seq_len, seed=0,
     )  # fmt: skip
     figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"models": {}}
-    dtype = str(compute_dtype(watch(model, samples=1).source.model)).removeprefix("torch.")
+    dtype = str(compute_dtype(load(str(model.folder())).model)).removeprefix("torch.")
     figures["about"] = {"command": COMMAND, "machine": describe(), "dtype": dtype}
     rows = figures["models"].setdefault(args.model, {})
 
-    def keep() -> None:
+    def save() -> None:
         FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
         OUTPUT.write_text(table(figures))
 
-    possible = [name for name, (*_, lm_head) in ROWS.items() if model.int8_head or not lm_head]
-    measure(model, [name for name in args.rows or possible if name in ROWS], windows, rows, keep)
+    possible = [name for name, changes in ROWS.items() if model.int8_head or "quantize_lm_head" not in changes]
+    measure_rows(model, [name for name in args.rows or possible if name in ROWS], windows, rows, save)
     if not args.rows or "budget" in args.rows:
         rows["budget"] = budget(model, windows)
-    keep()
+    save()
     print(json.dumps(figures))
 
 

@@ -1,8 +1,8 @@
 """docs/architectures.md: what smoothing does to every architecture of tests/helpers/tiny_architectures.py.
 
-`python -m benchmarks.architectures`. For each tiny model: discover, smooth with alpha 0.5, pass the gate, write, and
-compare the logits of other tokens in float32. Whether vLLM serves the INT8 checkpoint is read from SERVED (JSON:
-{zoo name: what to print}), where that file is. The last line printed is JSON.
+`python -m benchmarks.architectures`. For each tiny model: discover, smooth with alpha 0.5, pass the gate, write the
+smoothed parameters, and compare the logits of other tokens in float32. Whether vLLM serves the INT8 checkpoint is read
+from SERVED (JSON: {model: what to print}) if that file exists. The last line printed is JSON.
 """
 
 import json
@@ -15,9 +15,9 @@ import torch
 
 from calibration.discovery.discover import discover
 from calibration.discovery.graph import Graph
-from calibration.observation.absmax import observe
-from calibration.smoothing import gate
+from calibration.observation.absmax import observe_absmax
 from calibration.smoothing.factors import smooth_groups
+from calibration.smoothing.gate import check_equivalence
 from tests.helpers import tiny_architectures
 from vllm_smoothquant.format.errors import SmoothQuantError
 
@@ -41,7 +41,7 @@ relative to the largest logit, when the smoothed model is written and run in flo
 
 
 def short(name: str) -> str:
-    """What module `name` is called within its block: at most two parts, no layer number."""
+    """The name of module `name` within its block: at most two parts, no layer number."""
     inside = re.split(r"\.\d+(?:\.|$)", name)[-1]
     return ".".join(inside.split(".")[-2:]) or "block"
 
@@ -56,16 +56,16 @@ def folds(graph: Graph) -> str:
 
 
 def not_folded(graph: Graph) -> str:
-    # A source is a linear layer if it ran as one, else a norm.
+    # A source that is not a linear layer is a norm.
     linears = {linear.name for linear in graph.linears}
-    left = dict.fromkeys(short(linear.name) for linear in graph.linears if linear.uncovered)
+    unsmoothed = dict.fromkeys(short(linear.name) for linear in graph.linears if linear.uncovered)
     norms: dict[str, str] = {}
     for refusal in graph.refusals:
         if refusal.source not in linears:
             where, _, operation = refusal.reader.partition(" ")
             norms.setdefault(short(refusal.source), f"{short(where)} {operation}: {refusal.reason}".replace(" :", ":"))
     reasons = [f"{source} ({why})" for source, why in norms.items()]
-    return "<br>".join(([f"inputs of {', '.join(left)}"] if left else []) + reasons) or "nothing"
+    return "<br>".join(([f"inputs of {', '.join(unsmoothed)}"] if unsmoothed else []) + reasons) or "nothing"
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -82,22 +82,22 @@ def measure(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "groups": len(graph.groups), "folds": folds(graph), "not_folded": not_folded(graph), "seconds": seconds,
     }  # fmt: skip
-    absmax = observe(model, [linear.name for linear in graph.linears], sample, quiet=True)
+    absmax = observe_absmax(model, [linear.name for linear in graph.linears], sample)
     smoothing = smooth_groups(model, graph, absmax, 0.5)
     start = time.perf_counter()
     try:
-        gate.check(model, smoothing, graph, [tiny_architectures.tokens(3)])
+        check_equivalence(smoothing, [tiny_architectures.tokens(3)])
     except SmoothQuantError as error:
         return row | {"refused": str(error)}
     seconds["gate"] = time.perf_counter() - start
-    smoothing.apply_(model)
+    smoothing.apply_()
     with torch.no_grad():
         after = model(input_ids=other, use_cache=False).logits
     return row | {"change": float((after - before).abs().max() / before.abs().max())}
 
 
 def main() -> None:
-    """Measure every model, write OUTPUT, print a summary."""
+    """Measure every model, write OUTPUT and print a summary."""
     torch.set_num_threads(1)
     served = json.loads(SERVED.read_text()) if SERVED.exists() else {}
     rows = {name: measure(name) for name in tiny_architectures.ZOO}

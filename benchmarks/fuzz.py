@@ -1,24 +1,24 @@
-"""Spoilt checkpoints against `smoothquant verify` and against the server's loading: docs/fuzzing.md.
+"""docs/fuzzing.md: damaged checkpoints, given to `smoothquant verify` and to the server's loading.
 
 `python -m benchmarks.fuzz [--cases 2000]`. tests/helpers/corruptions.py draws a mutation of a sound checkpoint with
-hypothesis; a process of its own looks at it, twice:
+hypothesis. A separate process checks the result twice:
 
-    verify   with --source, so that a manifest made anew hides nothing
-    server   vLLM's own way from folder to loaded model, without an engine: configuration, plugin, loader, layers
+    verify   with --source, so that a rewritten manifest hides nothing
+    server   vLLM's own steps from the folder to the loaded model, without an engine: configuration, plugin, loader,
+             layers
 
 A case is counted as
     refused              by a SmoothQuantError or a list of faults
-    served right         accepted, and what the folder means is what the sound one means
-    another checkpoint   by the server: well-formed, with other values, and loaded as they stand in the files (only
-                         `verify` can know that they are not the original's); by `verify`: other static scales, or
-                         another way to measure dynamic ones, under a manifest made anew (only the calibration text
-                         could tell)
-    refused by vLLM      by an exception of vLLM or transformers, who read config.json before us, load what is not
-                         quantised (embeddings, norms) themselves, and ask us nothing where no quantization_config is
-    SILENT, FOREIGN, CRASH, HANG     what must not be: accepted though wrong; an exception that is not ours from our own
-                         code (or from reading what we should have refused); the process died; LIMIT_S passed
+    served right         accepted, and the folder has the same meaning as the sound one
+    another checkpoint   by the server: well-formed, with other values, and loaded as the files have them (only `verify`
+                         can know that they are not the original's); by `verify`: other static scales, or another kind
+                         of dynamic scales, with a rewritten manifest (only the calibration text could show this)
+    refused by vLLM      by an exception of vLLM or transformers, because these read config.json before us, load what is
+                         not quantised (embeddings, norms), and do not call us if there is no quantization_config
+    SILENT, FOREIGN, CRASH, HANG     failures: wrong but accepted; another exception than ours from our code (or from
+                         reading what we should have refused); the process died; it took longer than LIMIT_S
 
-The last line printed is JSON; exit code 1 if anything is in the last row.
+The last line printed is JSON; the exit code is 1 if there is any failure.
 """
 
 import argparse
@@ -48,14 +48,14 @@ BASES = {
     "static": {"activations": "static", "alpha": "auto", "max_fallback": 0.2},
     "token-tensor": {"weights": "tensor", "alpha": "auto"},
 }
-LIMIT_S = 120  # vLLM looks at an architecture in a process of its own, which imports all of vLLM anew
+LIMIT_S = 120  # vLLM inspects an architecture in a process of its own, which imports all of vLLM
 BATCH = 250
 BAD = ("SILENT", "FOREIGN", "CRASH", "HANG")
 MEMORY = 12 * 2**30
 
 
 def make_bases(root: Path) -> None:
-    """root/<name>: a sound checkpoint in two shards; root/source: the model of both."""
+    """Write root/NAME, a sound checkpoint in two shards for each of BASES, and root/source, the model of both."""
     from calibration.pipeline import calibrate
 
     source = tiny_checkpoints.save("llama", root / "source")
@@ -80,7 +80,7 @@ def verdict_of_verify(folder: Path, source: Path, sound: Any, means: Any) -> tup
         return "FOREIGN", traceback.format_exc()[-2000:]
     text = "\n".join(map(str, faults))
     if not all(str(fault).isprintable() for fault in faults):
-        return "FOREIGN", f"not fit for a terminal: {text!r}"
+        return "FOREIGN", f"unprintable characters: {text!r}"
     if faults:
         return "refused", text[:300]
     if means == sound:
@@ -89,8 +89,10 @@ def verdict_of_verify(folder: Path, source: Path, sound: Any, means: Any) -> tup
 
 
 def only_claims(sound: Any, means: Any) -> bool:
-    """Whether all that differs is what the calibration text alone could tell: static scales, how dynamic ones are
-    measured; or less than float32 roundings of a scale."""
+    """Whether all differences are static scales, kinds of dynamic scales, or roundings of a scale in float32.
+
+    Only the calibration text could show that these are wrong.
+    """
     import torch
 
     if (
@@ -113,7 +115,7 @@ def only_claims(sound: Any, means: Any) -> bool:
 
 
 def load_as_served(folder: Path) -> dict[str, Any]:
-    """Every parameter of vLLM's model, loaded as a server loads it."""
+    """Every parameter of vLLM's model, loaded as in a server."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
@@ -125,9 +127,9 @@ def load_as_served(folder: Path) -> dict[str, Any]:
 
 
 def refuse_as_configured(folder: Path) -> None:
-    """What the plugin refuses once vLLM has config.json; nothing where that cannot be read, which is vLLM's to say.
+    """The plugin's checks of config.json and headers; none if config.json cannot be read, because vLLM reports that.
 
-    load_as_served comes to the same calls later; most cases end here, twenty times as fast.
+    load_as_served makes the same calls later; most cases end here, twenty times as fast.
     """
     from vllm_smoothquant.config import SmoothQuantVllmConfig
 
@@ -137,11 +139,11 @@ def refuse_as_configured(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json; empty where it cannot be read, without an entry that makes vLLM ask us."""
+    """config.json; empty if it cannot be read."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text()) if path.is_file() else {}  # a pipe would be waited for
-    except Exception:  # whatever a spoilt file raises
+        config = json.loads(path.read_text()) if path.is_file() else {}  # reading a pipe would block
+    except Exception:  # a damaged file may raise any error
         return {}
     return config if isinstance(config, dict) else {}
 
@@ -155,12 +157,12 @@ def verdict_of_server(folder: Path, sound: Any, means: Any, loaded: dict[str, An
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        # pydantic keeps no more of an error than its text.
+        # pydantic keeps only the text of an error.
         if re.search(r": expected .+, got .+; ", str(error), re.DOTALL):
             return "refused", str(error)[:300]
         lines = traceback.format_exc()
         own = "vllm_smoothquant" in lines.rpartition("File ")[2]
-        # Embeddings, norms and ignored layers are vLLM's to load and to refuse; so is config.json but for our entry.
+        # vLLM loads and refuses embeddings, norms, ignored layers, and config.json except for our entry.
         other = means is not None and means[0] | {"layers": None} != sound[0] | {"layers": None}
         vllms = not own and means is not None and (other or not ours_to_refuse(sound, means))
         vllms = vllms or (not own and "create_engine_config" in lines and (means is None or means[0] != sound[0]))
@@ -168,25 +170,25 @@ def verdict_of_server(folder: Path, sound: Any, means: Any, loaded: dict[str, An
         return ("refused by vLLM", str(error)[:200]) if vllms else ("FOREIGN", lines[-2000:])
     same = state.keys() == loaded.keys() and all(torch.equal(state[k], loaded[k]) for k in state)
     if means is not None and means[1] == sound[1]:
-        # Configurations may differ in what loading does not show; what they say of the layers may not.
+        # The configurations may differ in values that loading does not use, but not in the schemes of the layers.
         if means[0]["layers"] == sound[0]["layers"]:
             return ("served right", "") if same else ("SILENT", "other parameters of the same tensors")
         dynamic = all("dynamic=True" in scheme for scheme, _ in means[0]["layers"].values())
         return ("another checkpoint", "") if dynamic or same else ("SILENT", "another scheme")
     if means is None:
-        return "SILENT", "a folder that nobody can read was served"
+        return "SILENT", "a folder that cannot be read was served"
     return other_values(sound, means, same)
 
 
 def touched(sound: Any, means: Any) -> bool:
-    """Whether a tensor of a quantised layer is not what it was."""
+    """Whether a tensor of a quantised layer has changed."""
     before, after = sound[1], means[1]
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     return any(name.rpartition(".")[0] in sound[0]["layers"] for name in changed)
 
 
 def ours_to_refuse(sound: Any, means: Any) -> str:
-    """What no reader of the format takes of the quantised layers' tensors; "" if they differ in values at most."""
+    """Why the quantised layers' tensors must be refused; "" if only values differ."""
     import torch
 
     before, after = sound[1], means[1]
@@ -194,7 +196,7 @@ def ours_to_refuse(sound: Any, means: Any) -> str:
         if name.rpartition(".")[0] not in sound[0]["layers"] or before.get(name) == after.get(name):
             continue
         if name not in before or name not in after:
-            return f"{name}: {'gone' if name in before else 'there'}"
+            return f"{name}: {'missing' if name in before else 'added'}"
         integers = name.endswith(".weight")
         if (integers or name.endswith(("scale", "factor"))) and before[name][:2] != after[name][:2]:
             return f"{name}: {before[name][:2]} became {after[name][:2]}"
@@ -206,7 +208,7 @@ def ours_to_refuse(sound: Any, means: Any) -> str:
 
 
 def other_values(sound: Any, means: Any, same: bool) -> tuple[str, str]:
-    """Accepted with other tensors: right only if just values differ, scales are scales, and they did get loaded."""
+    """Accepted with other tensors: right only if only values differ, scales are valid, and the values were loaded."""
     before, after = sound[1], means[1]
     if before.keys() != after.keys():
         return "SILENT", f"other tensors: {sorted(before.keys() ^ after.keys())[:3]}"
@@ -215,7 +217,7 @@ def other_values(sound: Any, means: Any, same: bool) -> tuple[str, str]:
     for name in before:
         if before[name][1] != after[name][1]:
             return "SILENT", f"{name}: shape {before[name][1]} became {after[name][1]}"
-    # What is not quantised vLLM may repack, out of sight.
+    # vLLM may repack tensors that are not quantised, so that these are not compared.
     return ("SILENT", "the change was not loaded") if same and touched(sound, means) else ("another checkpoint", "")
 
 
@@ -228,11 +230,11 @@ def work(root: Path, seed: int, cases: int) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 
-    torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker does: there is no accelerator
+    torch.accelerator.empty_cache = lambda: None  # as in vLLM's CPU worker: there is no accelerator
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # libraries print on stdout
     with tempfile.TemporaryDirectory() as temporary, set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{temporary}/store", 0, backend="gloo")
         ensure_model_parallel_initialized(1, 1)
@@ -253,7 +255,6 @@ def work(root: Path, seed: int, cases: int) -> None:
                 done = corruptions.spoil(folder, data.draw)
                 print(json.dumps({"begin": [base, *done]}), file=out)
                 means = corruptions.meaning(folder)
-                # A spoilt config.json must mean what it meant; only quantization_config and tensors are ours.
                 verified = verdict_of_verify(folder, root / "source", sound[base], means)
                 print(json.dumps({"begin": [base, *done, "verified"]}), file=out)
                 served = verdict_of_server(folder, sound[base], means, loaded[base])
@@ -267,9 +268,9 @@ def work(root: Path, seed: int, cases: int) -> None:
 
 
 def run(root: Path, cases: int, ends: float, log: Any) -> tuple[int, dict[str, Counter[str]]]:
-    """Batches in processes of their own, each watched; `log` gets every case that must not be. Returns (cases, counts).
+    """Run batches in processes of their own. Returns (number of cases, who -> outcome -> count).
 
-    No batch begins after `ends`, by time.monotonic().
+    ends: no batch begins after this time.monotonic(). log: called with every failure.
     """
     counts: dict[str, Counter[str]] = {"verify": Counter(), "server": Counter()}
     seed = done = 0
@@ -292,41 +293,41 @@ def run(root: Path, cases: int, ends: float, log: Any) -> tuple[int, dict[str, C
 
 
 def watch(root: Path, seed: int, cases: int) -> Iterator[dict[str, Any]]:
-    """What a process that looks at `cases` cases says; {"died": [CRASH or HANG, last words]} where it does not end."""
-    with Path(root, "stderr").open("w+b") as said:
+    """The lines of `work` in a new process; {"died": [CRASH or HANG, end of stderr]} if it does not end."""
+    with Path(root, "stderr").open("w+b") as stderr:
         child = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.fuzz", "--worker", str(root), str(seed), str(cases)],
-            env=engine.small_engine() | {"VLLM_LOGGING_LEVEL": "CRITICAL"}, stdout=subprocess.PIPE, stderr=said,
+            env=engine.small_engine() | {"VLLM_LOGGING_LEVEL": "CRITICAL"}, stdout=subprocess.PIPE, stderr=stderr,
         )  # fmt: skip
         assert child.stdout is not None
-        fed, limit = b"", 300  # the first case waits for vLLM to be imported
+        buffer, limit = b"", 300  # the first case waits for vLLM to be imported
         while True:
-            ready, _, _ = select.select([child.stdout], [], [], limit)
-            chunk = os.read(child.stdout.fileno(), 65536) if ready else b""
-            *lines, fed = (fed + chunk).split(b"\n")
+            readable, _, _ = select.select([child.stdout], [], [], limit)
+            chunk = os.read(child.stdout.fileno(), 65536) if readable else b""
+            *lines, buffer = (buffer + chunk).split(b"\n")
             for line in map(json.loads, lines):
                 yield line
                 limit = LIMIT_S
                 if "end" in line:
-                    child.kill()  # all is said; taking vLLM down takes its time
+                    child.kill()  # faster than vLLM's shutdown
                     child.wait()
                     return
             if not chunk:
                 break
-        if not ready:
+        if not readable:
             child.kill()
         child.wait()
-        said.seek(0)
-        words = said.read().decode(errors="replace")[-500:]
-        yield {"died": ["CRASH" if ready else "HANG", f"exit code {child.returncode}: {words}"]}
+        stderr.seek(0)
+        text = stderr.read().decode(errors="replace")[-500:]
+        yield {"died": ["CRASH" if readable else "HANG", f"exit code {child.returncode}: {text}"]}
 
 
 def main() -> None:
-    """Make sound checkpoints, spoil them, count what came of it, write the page."""
+    """Create sound checkpoints, damage them, count the outcomes and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=2000)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no batch later than this")
-    parser.add_argument("--log", type=Path, help="where every bad case goes, one JSON line each")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no batch after this time")
+    parser.add_argument("--log", type=Path, help="a file for all failures, one JSON line each")
     parser.add_argument("--worker", nargs=3, metavar=("ROOT", "SEED", "CASES"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -1,12 +1,12 @@
-"""docs/gpu.md: what INT8 is worth on a GPU, from single products to whole engines. Under 8 minutes on an H100.
+"""docs/gpu.md: the speed of INT8 on a GPU, from single products to whole engines. Under 8 minutes on an H100.
 
-    python -m benchmarks.gpu            Llama-3.1-8B's layers, 8 of its 32; needs an NVIDIA GPU to mean anything
-    python -m benchmarks.gpu --small    a tiny model, few repeats: that the script runs, on a CPU too
+    python -m benchmarks.gpu            Llama-3.1-8B's layers, 8 of its 32; for an NVIDIA GPU
+    python -m benchmarks.gpu --small    a tiny model and few repeats, to test the script; runs on a CPU, too
 
-Three parts (--parts): `gemm`, a layer's product against the measured peaks of memory and of INT8; `layer`, norm + layer
-as compiled here, as vLLM's own operators do it, and with our Triton kernel; `engine`, prefill and decode through vLLM.
-All candidates of a comparison are measured in turn, round after round, so that a clock that moves moves all of them;
-medians. Writes a table to --output, if that is given; the last line printed is one JSON object.
+Three parts (--parts): `gemm`, a layer's product compared with the measured peaks of memory and of INT8; `layer`, norm
+and layer as compiled here, with vLLM's own operators, and with our Triton kernel; `engine`, prefill and decode through
+vLLM. All candidates of a comparison are measured in turn, round after round, so that a change of the GPU's clock
+affects all of them. Figures are medians. The table is written to --output, if given; the last line printed is JSON.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SCHEMES = {
 SIZES = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "layers", "vocabulary")
 LLAMA = dict(zip(SIZES, (4096, 14336, 32, 8, 128, 8, 32000), strict=True))
 TINY = dict(zip(SIZES, (128, 256, 4, 2, 64, 2, 320), strict=True))
-# One process, so that engines can be asked in turn; FlashInfer is not everywhere.
+# One process, so that the engines can run in turn. FlashInfer is not installed everywhere.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -52,10 +52,10 @@ PARTS = ("gemm", "layer", "engine")
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int, inner: int) -> dict[str, float]:
-    """Median seconds of one call of each candidate: in turn, `rounds` times, each time the mean of `inner` calls."""
+    """Median seconds of one call of each candidate; `rounds` times in turn, each time the mean of `inner` calls."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for function in candidates.values():
-        function()  # compiles, allocates
+        function()  # compiles and allocates memory
     for _ in range(rounds):
         for name, function in candidates.items():
             synchronize()
@@ -73,7 +73,7 @@ def synchronize() -> None:
 
 
 def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
-    """`function` as a CUDA graph, which is how vLLM runs it: without the time Python takes to launch its kernels."""
+    """`function` as a CUDA graph, as in vLLM: without the time in which Python launches the kernels."""
     if DEVICE != "cuda":
         return function
     side = torch.cuda.Stream()
@@ -100,16 +100,16 @@ def shapes(model: dict[str, int]) -> dict[str, tuple[int, int]]:
 
 
 def peaks(small: bool) -> dict[str, float]:
-    """Measured: bytes a second that a copy reads and writes, and INT8 operations a second of a large product."""
+    """Bytes a second that a copy reads and writes, and INT8 operations a second of a large product, both measured."""
     size, n = (2**22, 256) if small else (2**30, 8192)
     source, target = (torch.empty(size, dtype=torch.int8, device=DEVICE) for _ in range(2))
     a = torch.randint(-127, 128, (n, n), dtype=torch.int8, device=DEVICE)
-    found = interleaved({"copy": lambda: target.copy_(source), "mm": lambda: torch._int_mm(a, a.t())}, 5, 3)
-    return {"bytes_per_s": 2 * size / found["copy"], "int8_ops_per_s": 2 * n**3 / found["mm"]}
+    seconds = interleaved({"copy": lambda: target.copy_(source), "mm": lambda: torch._int_mm(a, a.t())}, 5, 3)
+    return {"bytes_per_s": 2 * size / seconds["copy"], "int8_ops_per_s": 2 * n**3 / seconds["mm"]}
 
 
 def gemm(model: dict[str, int], small: bool) -> list[dict[str, Any]]:
-    """One layer of each kind, quantisation included, as a CUDA graph: BF16 against ours. Peaks come first."""
+    """One layer of each kind as a CUDA graph, in BF16 and in our schemes, quantisation included. First row: peaks."""
     limits = peaks(small)
     rows: list[dict[str, Any]] = [dict(limits)]
     for name, shape in shapes(model).items():
@@ -119,17 +119,19 @@ def gemm(model: dict[str, int], small: bool) -> list[dict[str, Any]]:
         for tokens in (1, 4) if small else (1, 16, 128, 2048):
             x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
             with batch_of(tokens):
-                found = interleaved({key: graphed(partial(layer, x)) for key, layer in layers.items()}, *repeats(small))
+                seconds = interleaved(
+                    {key: graphed(partial(layer, x)) for key, layer in layers.items()}, *repeats(small)
+                )
             moved = out_features * in_features + tokens * (in_features + 2 * out_features)
             products = 2 * tokens * out_features * in_features
             bound = max(moved / limits["bytes_per_s"], products / limits["int8_ops_per_s"])
-            rows.append({"layer": name, "tokens": tokens, "bound": bound, **found})
+            rows.append({"layer": name, "tokens": tokens, "bound": bound, **seconds})
     return rows
 
 
 @contextmanager
 def batch_of(tokens: int) -> Iterator[None]:
-    """Every row a token with a slot: O2 asks, and captures no graph without an answer."""
+    """Give each row a slot, because O2 needs the slots of a batch to capture a graph."""
     from vllm.config import VllmConfig
     from vllm.forward_context import set_forward_context
 
@@ -143,7 +145,7 @@ def repeats(small: bool) -> tuple[int, int]:
 
 
 def layer(model: dict[str, int], small: bool) -> list[dict[str, Any]]:
-    """RMSNorm and the layer behind it, compiled and as a CUDA graph, by who quantises."""
+    """RMSNorm and the layer after it, compiled and as a CUDA graph, with different ways to quantise."""
     rows = []
     for name in ("qkv_proj", "gate_up_proj"):
         out_features, in_features = shapes(model)[name]
@@ -154,7 +156,7 @@ def layer(model: dict[str, int], small: bool) -> list[dict[str, Any]]:
         gain = torch.ones(in_features, dtype=torch.bfloat16, device=DEVICE)
         norm = torch.compile(rms_norm(gain), dynamic=True)
         candidates: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-            # The layer called outside what is compiled takes vLLM's operators: the norm, then one that quantises.
+            # Outside compiled code the layer uses vLLM's operators: the norm, then one that quantises.
             "vLLM's operators": chain(norm, ours),
             "ours, fused": torch.compile(chain(rms_norm(gain), ours), dynamic=True),
             "ours, static, fused": torch.compile(chain(rms_norm(gain), static), dynamic=True),
@@ -163,8 +165,8 @@ def layer(model: dict[str, int], small: bool) -> list[dict[str, Any]]:
             candidates["ours, Triton"] = chain(norm, partial(with_triton, ours))
         for tokens in (1, 4) if small else (1, 16, 128, 2048):
             x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
-            found = interleaved({key: graphed(partial(f, x)) for key, f in candidates.items()}, *repeats(small))
-            rows.append({"layer": f"norm + {name}", "tokens": tokens, **found})
+            seconds = interleaved({key: graphed(partial(f, x)) for key, f in candidates.items()}, *repeats(small))
+            rows.append({"layer": f"norm + {name}", "tokens": tokens, **seconds})
     return rows
 
 
@@ -181,7 +183,7 @@ def rms_norm(gain: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def with_triton(ours: Any, x: torch.Tensor) -> torch.Tensor:
-    """What `ours` computes, quantised by our Triton kernel with smoothing factors of one."""
+    """The output of the layer `ours`, quantised by our Triton kernel with smoothing factors of one."""
     from vllm_smoothquant.kernels.ops import quantize_per_token
 
     integers, scale = quantize_per_token(x, torch.ones(x.shape[1], device=DEVICE))
@@ -189,7 +191,7 @@ def with_triton(ours: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def write_checkpoints(folder: Path, model: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """Row -> what vllm.LLM gets. Random weights: speed does not depend on them, words do."""
+    """Row -> arguments of vllm.LLM. The weights are random, because speed does not depend on them."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "hidden_size": model["hidden"], "intermediate_size": model["intermediate"],
@@ -211,7 +213,7 @@ def write_checkpoints(folder: Path, model: dict[str, int]) -> dict[str, dict[str
     plain["model.norm.weight"] = torch.ones(model["hidden"], dtype=torch.bfloat16)
     floating: dict[str, torch.Tensor] = {}
     quantised: dict[str, dict[str, torch.Tensor]] = {"channel": {}, "tensor": {}, "static": {}}
-    # One layer's weights serve all layers: drawing random numbers takes longer than anything else here.
+    # All layers have the same weights, because drawing random numbers takes longer than anything else here.
     one = {linear: torch.randn(shape, device=DEVICE) * shape[1] ** -0.5 for linear, shape in linears.items()}
     for index in range(model["layers"]):
         for which in ("input_layernorm", "post_attention_layernorm"):
@@ -267,7 +269,7 @@ COMPRESSED = {
 
 
 def engine(model: dict[str, int], small: bool, chosen: list[str] | None) -> list[dict[str, Any]]:
-    """Prefill and decode of every row, all engines alive at once and asked in turn. An engine that fails says why."""
+    """Prefill and decode of every row; all engines exist at once and run in turn. A failed row has the reason."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     from vllm import LLM, SamplingParams
@@ -286,7 +288,7 @@ def engine(model: dict[str, int], small: bool, chosen: list[str] | None) -> list
                     max_model_len=256 if small else 4096, enable_prefix_caching=False, max_num_batched_tokens=4096,
                     kv_cache_memory_bytes=2**26 if small else 2**31, gpu_memory_utilization=0.5,
                 )  # fmt: skip
-            except Exception as error:  # whatever vLLM raises: the other rows are worth having
+            except Exception as error:  # vLLM raises various errors; the other rows are still measured
                 answers.append({"row": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
                 continue
             memory = (torch.cuda.memory_allocated() - before) / 2**20 if DEVICE == "cuda" else 0.0
@@ -306,21 +308,21 @@ def engine(model: dict[str, int], small: bool, chosen: list[str] | None) -> list
             return interleaved({name: partial(ask, llm, *case) for name, llm in engines.items()}, 2 if small else 7, 1)
 
         for case, (prompts, length, new) in cases.items():
-            found = seconds(prompts, length, new)
+            times = seconds(prompts, length, new)
             if new > 1:
-                # What decoding adds to the first token, for each token after it.
+                # The time of each token after the first.
                 first = seconds(prompts, length, 1)
-                found = {name: (found[name] - first[name]) / (new - 1) for name in found}
+                times = {name: (times[name] - first[name]) / (new - 1) for name in times}
             for answer in answers:
-                if answer["row"] in found:
-                    answer[case] = found[answer["row"]]
+                if answer["row"] in times:
+                    answer[case] = times[answer["row"]]
         engines.clear()
         gc.collect()
     return answers
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; seconds as milliseconds."""
+    """A table in Markdown, seconds as milliseconds."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def cell(value: Any) -> str:
@@ -350,7 +352,7 @@ def report(result: dict[str, Any]) -> str:
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """This process as vLLM's only rank, for layers without an engine."""
+    """While open, this process is vLLM's only rank, which layers need without an engine."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import (
         cleanup_dist_env_and_memory,
@@ -368,10 +370,10 @@ def one_rank() -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a tiny model: that it runs")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--rows", help="engines, comma and all: 'BF16;ours, O1'")
-    parser.add_argument("--output", type=Path, help="docs/gpu.md")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to test the script")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--rows", help="engines to measure, such as 'BF16;ours, O1'")
+    parser.add_argument("--output", type=Path, help="the page to write, such as docs/gpu.md")
     args = parser.parse_args(arguments)
     parts = args.parts.split(",")
     if not set(parts) <= set(PARTS):

@@ -1,16 +1,16 @@
-"""docs/interoperability.md: a compressed-tensors export through stock vLLM, our plugin left out, beside the plugin.
+"""docs/interoperability.md: a compressed-tensors export through stock vLLM, compared with our plugin.
 
 `python -m benchmarks.interoperability [--windows 8]`. SmolLM2-135M-Instruct in the default scheme, calibrated on some
-Wikipedia articles, measured on others. The last line printed is JSON.
+Wikipedia articles and measured on others. The last line printed is JSON.
 
-The integers and scales are the same. Sums of float32 in another order tip an activation over a rounding tie now and
-then, and through thirty layers one flip moves all that follows: the two are then two roundings of one model, equally
-far from it (tests/test_end_to_end.py); on models of two layers they agree to 1e-5 (tests/test_convert.py). How far that
-may move a perplexity, the plugin itself shows, with embeddings larger by NUDGE: every norm takes that out again but for
-the last place of float32.
+Integers and scales are the same in both. But both add float32 values in different orders, so that sometimes an
+activation near a rounding tie is rounded the other way, and over thirty layers one such flip changes everything after
+it. The results are two roundings of one model, equally far from it (tests/test_end_to_end.py); on models of two layers
+they agree to 1e-5 (tests/test_convert.py). How far this may move a perplexity is measured with the plugin alone, by
+embeddings that are larger by NUDGE, because every norm removes this factor except for the last bit of float32.
 
-On a CPU without VNNI the integers are halved in both (seven bits then, but the same ones): stock vLLM's product clips
-there, so that its error would be compared (vllm_smoothquant/kernels/exact.py).
+On a CPU without VNNI the integers are halved in both (to seven bits), because stock vLLM's product clips there and its
+wrong sums would be compared (vllm_smoothquant/kernels/exact.py).
 """
 
 import argparse
@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import describe
 from calibration.checkpoint.convert import COMPRESSED_TENSORS, convert
-from calibration.evaluation import evaluate
+from calibration.evaluation.measure import measure
+from calibration.evaluation.windows import token_windows
 from demo import assets
 from vllm_smoothquant.kernels.exact import onednn_is_exact
 
@@ -55,8 +56,8 @@ def nudge(folder: Path) -> None:
         save_file(state | nudged, path, metadata={"format": "pt"})
 
 
-def measure(folder: Path, windows: int, halved: bool) -> dict[str, dict[str, Any]]:
-    """Row -> figures; `from_plugin`: KL divergence from the plugin's own distributions."""
+def measure_rows(folder: Path, windows: int, halved: bool) -> dict[str, dict[str, Any]]:
+    """Row -> figures; `from_plugin`: KL divergence from the plugin's distributions."""
     model, checkpoint = assets.model_dir(), folder / "int8"
     subprocess.run(
         [sys.executable, "-m", "calibration", "calibrate", str(model), "-o", str(checkpoint), "--quiet",
@@ -70,25 +71,25 @@ def measure(folder: Path, windows: int, halved: bool) -> dict[str, dict[str, Any
     convert(stock, ours, "smoothquant")
     shutil.copytree(ours, nudged)
     nudge(nudged)
-    ids, _ = evaluate.token_windows(
+    ids, _ = token_windows(
         [str(ours)], str(assets.evaluation_text()), text_column="text", samples=windows, seq_len=512, seed=0
     )
     options: dict[str, Any] = {"decode": None, "dtype": "float32", "enforce_eager": True}
-    before = {name: str(folder / f"{name}.pt") for name in ("model", "plugin")}
+    logits = {name: str(folder / f"{name}.pt") for name in ("model", "plugin")}
 
-    def both(checkpoint: Path) -> dict[str, Any]:
-        row = evaluate.measure(checkpoint, ids, compare=before["model"], **options)
-        other = evaluate.measure(checkpoint, ids, compare=before["plugin"], **options)
+    def compare(checkpoint: Path) -> dict[str, Any]:
+        row = measure(checkpoint, ids, compare=logits["model"], **options)
+        other = measure(checkpoint, ids, compare=logits["plugin"], **options)
         return row | {"from_plugin": other["kl_divergence"]}
 
-    found = {"floating point": evaluate.measure(model, ids, keep=before["model"], **options)}
-    evaluate.measure(ours, ids, keep=before["plugin"], **options)
-    found["the plugin"] = both(ours)
-    found["the plugin, embeddings nudged in the last place"] = both(nudged)
+    rows = {"floating point": measure(model, ids, keep=logits["model"], **options)}
+    measure(ours, ids, keep=logits["plugin"], **options)
+    rows["the plugin"] = compare(ours)
+    rows["the plugin, embeddings nudged in the last place"] = compare(nudged)
     os.environ["VLLM_PLUGINS"] = ""
-    found["stock vLLM"] = both(stock)
+    rows["stock vLLM"] = compare(stock)
     keys = ("perplexity", "kl_divergence", "from_plugin", "top1_agreement", "scored_tokens", "kernels")
-    return {name: {key: row[key] for key in keys if key in row} for name, row in found.items()}
+    return {name: {key: row[key] for key in keys if key in row} for name, row in rows.items()}
 
 
 def page(rows: dict[str, dict[str, Any]], halved: bool) -> str:
@@ -119,7 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     halved = not (torch.cuda.is_available() or onednn_is_exact())
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), args.windows, halved)
+        rows = measure_rows(Path(folder), args.windows, halved)
     OUTPUT.write_text(page(rows, halved))
     print(json.dumps(rows | {"halved": halved, "machine": describe()}))
 

@@ -1,4 +1,4 @@
-"""What a table must say about where its figures come from."""
+"""The machine and the versions that the figures of a table were measured with."""
 
 from importlib.metadata import version
 

@@ -1,10 +1,11 @@
-"""The paper's experiment on a real model: put OPT-like outliers into SmolLM2-135M, see what each scheme makes of it.
+"""The paper's experiment on a real model: put outliers like OPT's into SmolLM2-135M and measure every scheme.
 
-`python -m benchmarks.outliers [ROW ...]`. A few channels of every norm are multiplied by 128 and the columns that
-read them divided by it: powers of two, so the model in floating point stays the same bit for bit, and its activations
-have the channels that ruin INT8 (figure 4 of arXiv 2211.10438). Perplexity through vLLM on articles that calibration
-never saw; LLM.int8()'s decomposition (columns beyond 6.0 stay in floating point) is simulated, vLLM has none.
-Named rows are measured anew and replace theirs. Writes docs/outliers.md and docs/outliers.png; the last line is JSON.
+`python -m benchmarks.outliers [ROW ...]`. A few channels of every norm are multiplied by 128, and the columns that read
+them are divided by 128. These are powers of two, so that the model in floating point stays the same bit for bit, while
+its activations get the channels that ruin INT8 (figure 4 of arXiv 2211.10438). Perplexity is measured through vLLM on
+articles that calibration did not use. LLM.int8()'s decomposition (columns beyond 6.0 stay in floating point) is
+simulated, because vLLM does not have it. Rows named on the command line are measured again and replace theirs. Writes
+docs/outliers.md and docs/outliers.png; the last line printed is JSON.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import describe
-from calibration.evaluation import evaluate
-from calibration.pipeline import Prepared, as_scheme, prepare, prove, write_checkpoint
+from calibration.checkpoint.write import write_checkpoint
+from calibration.evaluation.measure import perplexity
+from calibration.evaluation.windows import token_windows
+from calibration.observation.observation import Observation
+from calibration.options import LEVELS, Options
+from calibration.pipeline import check_gate, observe_model
+from calibration.running.hooks import hooked
 from calibration.running.precision import compute_dtype
 from calibration.smoothing import simulate
-from calibration.smoothing.plan import Choice, make_plan
+from calibration.smoothing.plan import make_plan
 from calibration.smoothing.simulate import LayerScheme
 from demo import assets
+from vllm_smoothquant.format.config import Scheme
 
 matplotlib.use("Agg")
 
@@ -37,11 +45,10 @@ DOCS = Path(__file__).parent.parent / "docs"
 FIGURES = Path(__file__).parent / "results" / "outliers.json"
 FACTOR, CHANNELS = 128.0, (7, 99, 201, 333, 451, 560)
 THRESHOLD = 6.0  # LLM.int8()'s
-LEVELS = {
-    "O1": ("tensor", "token"), "O2": ("tensor", "tensor"), "O3": ("tensor", "static"),
-    "O1, channel": ("channel", "token"), "O2, channel": ("channel", "tensor"), "O3, channel": ("channel", "static"),
-}  # fmt: skip
-# The paper's figure: a scheme that works at the right alpha, so that a wrong one shows.
+# Scheme -> fields of Options.
+SCHEMES = {level: {"level": level} for level in LEVELS}
+SCHEMES |= {f"{level}, channel": {"level": level, "weights": "channel"} for level in LEVELS}
+# As in the paper's figure, a scheme that works with the right alpha, so that a wrong alpha is visible.
 SWEPT, SWEEP = "O1, channel", (0.0, 0.25, 0.5, 0.75, 1.0)
 SWEEP_ROWS = {f"{SWEPT}, alpha {alpha}": alpha for alpha in SWEEP}
 COMMAND = "python -m benchmarks.outliers"
@@ -83,38 +90,32 @@ def plant(source: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
-def watch(model: Path) -> Prepared:
-    return prepare(
-        str(model), dataset=str(assets.calibration_text()), text_column="text", samples=SAMPLES, seq_len=512, seed=0,
-        ignore=frozenset(), device_map="auto", quiet=True,
-    )  # fmt: skip
+def calibration_options(model: Path) -> Options:
+    return Options(model=str(model), dataset=str(assets.calibration_text()), samples=SAMPLES, seq_len=512, quiet=True)
 
 
-def through_vllm(ready: Prepared, scheme: tuple[str, str], choice: Choice, windows: list[list[int]]) -> float:
-    """Perplexity of the checkpoint that `choice` makes of `ready`."""
+def through_vllm(observation: Observation, windows: list[list[int]], **changes: Any) -> float:
+    """Perplexity of the checkpoint of the observed model; changes: fields of Options."""
     with tempfile.TemporaryDirectory() as folder:
-        plan = make_plan(ready.watched, as_scheme(*scheme), choice, quiet=True)
-        write_checkpoint(ready, plan, prove(ready, plan.smoothing), Path(folder) / "int8")
-        return evaluate.perplexity(Path(folder) / "int8", windows, **ENGINE)
+        output = Path(folder) / "int8"
+        given = replace(calibration_options(Path(observation.source.name)), output=str(output), **changes)
+        plan = make_plan(observation, given)
+        write_checkpoint(observation, plan, check_gate(observation, plan.smoothing), given)
+        return perplexity(output, windows, **ENGINE)
 
 
-def decomposed(ready: Prepared, windows: list[list[int]]) -> float:
+def decomposed(observation: Observation, windows: list[list[int]]) -> float:
     """Perplexity with LLM.int8()'s decomposition, simulated: columns with any |x| above THRESHOLD in floating point."""
-    scheme = as_scheme("channel", "token")
 
     def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
         x, weight = args[0].float(), module.get_parameter("weight").detach().float()
         large = (x.abs() > THRESHOLD).flatten(0, -2).any(0)
-        quantised = simulate.output(_Matrix(weight * ~large), x * ~large, LayerScheme(scheme))
+        quantised = simulate.output(_Matrix(weight * ~large), x * ~large, LayerScheme(Scheme()))
         return (quantised + (x * large) @ (weight * large).t()).to(y.dtype)
 
-    model = ready.source.model
-    handles = [model.get_submodule(name).register_forward_hook(hook) for name in ready.watched.names]
-    try:
+    model = observation.model
+    with hooked(model.get_submodule(name).register_forward_hook(hook) for name in observation.layers):
         return math.exp(simulate.loss(model, torch.tensor(windows)))
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Matrix(torch.nn.Module):
@@ -123,45 +124,45 @@ class _Matrix(torch.nn.Module):
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-# One text at a time: O2 takes its scale over all that run together.
+# One text at a time, because O2 takes its scale over all texts that run together.
 ENGINE: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 1}
 
 
 def cases(
-    source: Path, planted: Path, before: Prepared, after: Prepared, windows: list[list[int]]
+    source: Path, planted: Path, before: Observation, after: Observation, windows: list[list[int]]
 ) -> dict[str, Callable[[], dict[str, float]]]:
-    """Row -> what measures it: perplexity `after` outliers were put in, and `before`, where that is of interest."""
+    """Row -> a function that measures perplexity `after` outliers were planted and, for some rows, `before`."""
 
-    def both(scheme: tuple[str, str], choice: Choice) -> dict[str, float]:
+    def both(**changes: Any) -> dict[str, float]:
         return {
-            "before": through_vllm(before, scheme, choice, windows),
-            "after": through_vllm(after, scheme, choice, windows),
+            "before": through_vllm(before, windows, **changes),
+            "after": through_vllm(after, windows, **changes),
         }
 
-    def one(scheme: tuple[str, str], choice: Choice) -> dict[str, float]:
-        return {"after": through_vllm(after, scheme, choice, windows)}
+    def one(**changes: Any) -> dict[str, float]:
+        return {"after": through_vllm(after, windows, **changes)}
 
     return {
         "floating point": lambda: {
-            "before": evaluate.perplexity(source, windows, **ENGINE),
-            "after": evaluate.perplexity(planted, windows, **ENGINE),
+            "before": perplexity(source, windows, **ENGINE),
+            "after": perplexity(planted, windows, **ENGINE),
         },
-        "naive W8A8 (O1, no smoothing)": lambda: one(LEVELS["O1"], Choice(None)),
-        "naive, channel": lambda: one(LEVELS["O1, channel"], Choice(None)),
+        "naive W8A8 (O1, no smoothing)": partial(one, **SCHEMES["O1"], no_smoothing=True),
+        "naive, channel": partial(one, **SCHEMES["O1, channel"], no_smoothing=True),
         "LLM.int8(), simulated": lambda: {"after": decomposed(after, windows)},
-        **{f"{name}, alpha 0.5": partial(both, scheme, Choice(0.5)) for name, scheme in LEVELS.items()},
-        **{name: partial(one, LEVELS[SWEPT], Choice(alpha)) for name, alpha in SWEEP_ROWS.items() if alpha != 0.5},
-        "O1, channel, auto": lambda: both(LEVELS["O1, channel"], Choice("auto")),
+        **{f"{name}, alpha 0.5": partial(both, **scheme) for name, scheme in SCHEMES.items()},
+        **{name: partial(one, **SCHEMES[SWEPT], alpha=alpha) for name, alpha in SWEEP_ROWS.items() if alpha != 0.5},
+        "O1, channel, auto": partial(both, **SCHEMES["O1, channel"], alpha="auto"),
     }
 
 
 def main() -> None:
-    """Measure, write the table and the plot."""
+    """Measure the rows; write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="all of them, where none is named")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all of them")
     args = parser.parse_args()
     source = assets.model_dir()
-    windows, _ = evaluate.token_windows(
+    windows, _ = token_windows(
         [str(source)], str(assets.evaluation_text()), text_column="text", samples=WINDOWS, seq_len=512, seed=0
     )
     figures = json.loads(FIGURES.read_text()) if args.rows and FIGURES.exists() else {"rows": {}}
@@ -169,9 +170,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="outliers-") as folder:
         planted = Path(folder) / "with-outliers"
         plant(source, planted)
-        before, after = watch(source), watch(planted)
-        # Where the CPU has no BF16 arithmetic, activations are float32: faster, and the same for every row.
-        ENGINE["dtype"] = str(compute_dtype(before.source.model)).removeprefix("torch.")
+        before, after = (observe_model(calibration_options(model)) for model in (source, planted))
+        # If the CPU has no BF16 arithmetic, activations are float32 in every row: that is faster.
+        ENGINE["dtype"] = str(compute_dtype(before.model)).removeprefix("torch.")
         possible = cases(source, planted, before, after, windows)
         for name in args.rows or possible:
             figures["rows"][name] = possible[name]()

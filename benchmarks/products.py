@@ -1,10 +1,10 @@
-"""docs/products.md: one linear layer at a time on this CPU, in floating point, by vLLM's oneDNN in INT8, and by ours.
+"""docs/products.md: single linear layers on this CPU: in floating point, by vLLM's oneDNN in INT8, by our INT8 kernel.
 
     python -m benchmarks.products                      a minute or two on one core
-    python -m benchmarks.products --dtype bfloat16     where the CPU has instructions for it
+    python -m benchmarks.products --dtype bfloat16     if the CPU has instructions for it
 
-All arms take x in `dtype` and give y in it: INT8 includes finding each token's scale and rounding. Layers lie in
-memory, not in caches, as a model's do. Arms take turns; a cell is the median of the rounds.
+All arms take x and return y in `dtype`: the time of INT8 includes each token's scale and the rounding. Weights come
+from memory and not from caches, as in a model. The arms run in turn; a cell is the median of the rounds.
 """
 
 import argparse
@@ -30,8 +30,8 @@ LAYERS = {
     "Llama 1.1B down": (2048, 5632),
 }
 TOKENS = (1, 16, 256)
-UNCACHED = 2**27  # bytes of INT8 weights that a round goes through
-WORK = 2e9  # multiplications of a round at most, but for one layer
+UNCACHED = 2**27  # bytes of INT8 weights that a round reads
+WORK = 2e9  # most multiplications of a round, unless one layer already has more
 HEADER = """# Products on a CPU
 
 Written by `python -m benchmarks.products`; not by hand. Medians, in microseconds; a ratio is the median of the rounds'
@@ -41,14 +41,14 @@ Product = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def arms(out_features: int, in_features: int, count: int, dtype: torch.dtype) -> dict[str, Product]:
-    """Name -> y of x by the layer of that number."""
+    """Arm -> a function (x, number of the layer) -> y."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
     from vllm_smoothquant.format.config import Scheme
     from vllm_smoothquant.kernels import base, build, cpu, stock, timing
 
     floats = [torch.randn(out_features, in_features).to(dtype) for _ in range(max(1, count // dtype.itemsize))]
-    found: dict[str, Product] = {
+    products: dict[str, Product] = {
         "floating point": lambda x, number: torch.nn.functional.linear(x, floats[number % len(floats)])
     }
     ours = {kernel.name: kernel for kernel in (cpu.Vnni, cpu.Avx2)}[build.target() or ""]
@@ -57,8 +57,8 @@ def arms(out_features: int, in_features: int, count: int, dtype: torch.dtype) ->
         with set_current_vllm_config(VllmConfig()):
             kernel = kind(request)
         layers = [timing.random_layer(kernel, seed, out_features, in_features, True) for seed in range(count)]
-        found[name] = lambda x, number, kernel=kernel, layers=layers: kernel.apply(layers[number], x, None)
-    return found
+        products[name] = lambda x, number, kernel=kernel, layers=layers: kernel.apply(layers[number], x, None)
+    return products
 
 
 def timed(products: dict[str, Product], x: torch.Tensor, count: int, rounds: int) -> dict[str, list[float]]:
@@ -69,7 +69,7 @@ def timed(products: dict[str, Product], x: torch.Tensor, count: int, rounds: int
             start = time.perf_counter()
             for number in range(count):
                 products[arm](x, number)
-            if turn:  # the first one allocates
+            if turn:  # the first round allocates memory
                 seconds[arm].append((time.perf_counter() - start) / count)
     return seconds
 

@@ -1,8 +1,8 @@
-"""Look at a report as people do: in a real Chromium, wide, on a phone, in the dark.
+"""Screenshots of a report in Chromium: wide, on a phone, in dark mode, zoomed.
 
-`python -m benchmarks.screenshots REPORT.html OUT` writes OUT/{wide,phone,dark,zoom}.png and fails where the page's
-script did not run, something was refused by its policy, or it is wider than its window. Needs a `chromium` in
-PATH (or CHROMIUM=...): apt-get install chromium.
+`python -m benchmarks.screenshots REPORT.html OUT` writes OUT/{wide,phone,dark,zoom}.png. It fails if the page's script
+did not run, the page's policy blocked something, or the page is wider than its window. It needs `chromium` in PATH (or
+CHROMIUM=...): apt-get install chromium.
 """
 
 import os
@@ -14,22 +14,22 @@ import tempfile
 from pathlib import Path
 
 PHONE, WIDE = 390, 1280
-# What the page is asked once it has been drawn; its answers are read from the document.
+# Writes what it measures of the finished page into the document.
 PROBE = """<script>addEventListener("load", () => setTimeout(() => {
-  const said = [innerWidth, document.documentElement.scrollWidth, document.querySelectorAll("#layer option").length,
+  const figures = [innerWidth, document.documentElement.scrollWidth, document.querySelectorAll("#layer option").length,
                 document.querySelectorAll("button.zoom img").length,
                 [...document.querySelectorAll("img")].filter((i) => i.src.length > 9 && !i.naturalWidth).length,
                 performance.getEntriesByType("resource").filter((r) => r.name.startsWith("http")).length];
-  document.body.dataset.said = said.join(" ");
+  document.body.dataset.figures = figures.join(" ");
   if (location.hash === "#zoom") document.querySelector("button.zoom").click();
 }, 300));</script>"""
 
 
 def chromium() -> str:
-    found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    if not found:
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if not path:
         sys.exit("screenshots: expected chromium in PATH, got none; apt-get install chromium")
-    return found
+    return path
 
 
 def run(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,28 +44,26 @@ def run(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def main() -> None:
     page, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
     out.mkdir(parents=True, exist_ok=True)
-    plain = page.as_uri()
-    # Chromium's own window is never narrower than 500: a phone is a frame of its width in a page of ours.
+    url = page.as_uri()
+    # Chromium's window is never narrower than 500 pixels, therefore the phone is a frame in another page.
     shots = {"wide": (WIDE, 3200, []), "dark": (WIDE, 3200, ["--blink-settings=preferredColorScheme=0"])}
     for name, (width, height, extra) in shots.items():
-        done = run(plain, f"--window-size={width},{height}", f"--screenshot={out / name}.png", *extra)
+        done = run(url, f"--window-size={width},{height}", f"--screenshot={out / name}.png", *extra)
         complaints = re.findall(r"CONSOLE.*", done.stderr)
         assert not complaints, complaints
     with tempfile.TemporaryDirectory() as folder:
-        # The copy asks; its policy is taken off so that the question may be put.
-        asking = Path(folder) / "asking.html"
+        # A copy with PROBE and without the policy, which would block PROBE.
+        probed = Path(folder) / "probed.html"
         text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
-        asking.write_text(text.replace("</body>", f"{PROBE}</body>"))
+        probed.write_text(text.replace("</body>", f"{PROBE}</body>"))
         frame = Path(folder) / "phone.html"
-        frame.write_text(
-            f'<body style="margin:0"><iframe src="{plain}" style="border:0;width:{PHONE}px;height:3400px">'
-        )
+        frame.write_text(f'<body style="margin:0"><iframe src="{url}" style="border:0;width:{PHONE}px;height:3400px">')
         run(frame.as_uri(), f"--window-size={PHONE + 120},3400", f"--screenshot={out / 'phone'}.png")
-        run(f"{asking.as_uri()}#zoom", f"--window-size={WIDE},900", f"--screenshot={out / 'zoom'}.png")
-        said = run(asking.as_uri(), f"--window-size={WIDE},900", "--dump-dom").stdout
-    found = re.search(r'data-said="([^"]*)"', said)
-    assert found, "the page's script did not run to its end"
-    inner, scroll, layers, pictures, broken, loads = map(int, found[1].split())
+        run(f"{probed.as_uri()}#zoom", f"--window-size={WIDE},900", f"--screenshot={out / 'zoom'}.png")
+        document = run(probed.as_uri(), f"--window-size={WIDE},900", "--dump-dom").stdout
+    figures = re.search(r'data-figures="([^"]*)"', document)
+    assert figures, "the page's script did not run to its end"
+    inner, scroll, layers, pictures, broken, loads = map(int, figures[1].split())
     print(f"{page.name}: {page.stat().st_size / 1e6:.2f} MB, {pictures} pictures, {layers} layers to choose from")
     assert (broken, loads) == (0, 0), f"{broken} broken pictures, {loads} loads from elsewhere"
     assert scroll <= inner, f"{scroll} px wide in a window of {inner}"

@@ -1,10 +1,11 @@
-"""benchmarks/results/served.json: which architectures of tests/helpers/tiny_architectures.py vLLM's CPU backend
-serves in INT8, and how exactly.
+"""benchmarks/results/served.json: which architectures of tests/helpers/tiny_architectures.py vLLM's CPU backend serves
+in INT8, and how exactly.
 
-`python -m benchmarks.served [NAME ...]`. Each tiny model is calibrated (per token, alpha auto), served by vLLM's own
-implementation of its architecture in float32, and its log-probabilities of random prompts are compared with the plain
-reference on the same files (tests/helpers/reference.py); in brackets the mean difference. Models that are named replace
-their answers. benchmarks/architectures.py puts them into its table. The last line printed is JSON.
+`python -m benchmarks.served [NAME ...]`. Each tiny model is calibrated (per token, alpha auto) and served by vLLM's own
+implementation of its architecture in float32. Its log-probabilities of random prompts are compared with those of the
+plain reference on the same files (tests/helpers/reference.py); the mean difference is in brackets. The answers of the
+models named on the command line are replaced. benchmarks/architectures.py puts the answers into its table. The last
+line printed is JSON.
 """
 
 import argparse
@@ -28,9 +29,10 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 # Set in the processes that main starts.
 CHILD = "SMOOTHQUANT_SERVED_CHILD"
 OUTPUT = Path(__file__).parent / "results" / "served.json"
-# Both compute the same integers, but sum norms and attention in another order: an activation that lies on a rounding
-# tie may fall to the other side, and what follows moves by a part of the rounding error. Were everything rounded apart,
-# they would be sqrt(2) of it apart; a wrong scale or slice is many times that. Means over all tokens are compared.
+# vLLM and the reference compute the same integers, but add up norms and attention in different orders. An activation
+# near a rounding tie may then be rounded the other way, which changes later values by a part of the rounding error.
+# Two independent roundings would differ by sqrt(2) times that error, a wrong scale or slice by many times as much. The
+# bound is for means over all tokens.
 BOUND = 0.5
 
 
@@ -40,7 +42,7 @@ def prompts() -> list[list[int]]:
 
 
 def computed(model: PreTrainedModel) -> torch.Tensor:
-    """Log-probabilities of the tokens that came, of all prompts, by a model of transformers."""
+    """Log-probabilities of the tokens of all prompts, by a model of transformers."""
     answer = []
     with torch.no_grad():
         for ids in prompts():
@@ -50,7 +52,7 @@ def computed(model: PreTrainedModel) -> torch.Tensor:
 
 
 def served_by_vllm(folder: Path) -> torch.Tensor:
-    """The same, by vLLM."""
+    """Log-probabilities of the tokens of all prompts, by vLLM."""
     arguments = {"model": str(folder), "model_impl": "vllm", **engine.DEFAULTS}
     return torch.cat(engine.generate(arguments, prompts()))
 
@@ -60,28 +62,28 @@ def mean_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def serve(name: str, folder: Path) -> str:
-    """What the table says of `name`."""
+    """The table's entry for `name`."""
     tiny_checkpoints.save(name, folder / "model")
     text = tiny_checkpoints.save_text(folder / "text.jsonl")
     try:
-        # auto: what cannot be folded is divided at run time, so that is served as well.
+        # With auto, inputs whose factors cannot be folded are divided at run time, so that this is tested, too.
         options = {"alpha": "auto", "dataset": str(text), "samples": 8, "seq_len": 32, "quiet": True}
         calibrate(str(folder / "model"), folder / "int8", **options)
     except SmoothQuantError as error:
         return f"refused: {error}"
-    # Before vLLM: its Transformers backend rewrites classes of transformers, which then run nowhere else.
+    # Before vLLM runs, because its Transformers backend rewrites classes of transformers.
     reference = computed(load_reference(folder / "int8"))
     exact = computed(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval())
     try:
         served = served_by_vllm(folder / "int8")
-    except Exception as error:  # whatever vLLM raises for an architecture it does not know, or knows differently
+    except Exception as error:  # vLLM raises various errors for architectures that it does not support
         return f"not by vLLM: {reason(error)}"
     finally:
         gc.collect()
     apart, rounding = mean_distance(served, reference), mean_distance(reference, exact)
     if apart <= BOUND * rounding:
         return f"yes ({apart:.0e})"
-    # Not ours to mend where vLLM and transformers already differ without us.
+    # If vLLM and transformers already differ in floating point, the cause is not the checkpoint.
     differs = mean_distance(served_by_vllm(folder / "model"), exact)
     if differs > apart / 2:
         return f"yes, but vLLM's floating-point model is {differs:.0e} from transformers' ({apart:.0e})"
@@ -90,27 +92,27 @@ def serve(name: str, folder: Path) -> str:
 
 def reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
-    # pydantic has the reason on its second line.
+    # pydantic puts the reason on the second line.
     line = lines[1].partition(" [type=")[0] if "validation error" in lines[0] and len(lines) > 1 else lines[0]
-    said = f"{type(error).__name__}: {line.strip()}"
-    return " ".join(said.replace("|", "/").split())[:160]
+    text = f"{type(error).__name__}: {line.strip()}"
+    return " ".join(text.replace("|", "/").split())[:160]
 
 
 def serve_all(names: list[str], output: Path) -> None:
-    """Serve `names` one after the other in this process, which a model that vLLM refuses leaves unfit for the next."""
+    """Serve `names` one after the other in this process, until one fails: vLLM may be unusable after a failure."""
     transformers.utils.logging.disable_progress_bar()
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            said = serve(name, Path(folder))
+            answer = serve(name, Path(folder))
         answers = json.loads(output.read_text()) if output.exists() else {}
-        output.write_text(json.dumps(answers | {name: said}, indent=2, sort_keys=True) + "\n")
-        print(f"{name:20} {said}", flush=True)
-        if not said.startswith("yes"):
+        output.write_text(json.dumps(answers | {name: answer}, indent=2, sort_keys=True) + "\n")
+        print(f"{name:20} {answer}", flush=True)
+        if not answer.startswith("yes"):
             return
 
 
 def main() -> None:
-    """Serve the models named, or all; write what came of each; exit 1 if one was served wrong."""
+    """Serve the models named on the command line, or all; write the answers; exit 1 if one was served wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", default=list(tiny_architectures.ZOO))
     parser.add_argument("--output", type=Path, default=OUTPUT)
@@ -120,17 +122,17 @@ def main() -> None:
         return
     environment = engine.small_engine() | {"VLLM_LOGGING_LEVEL": "ERROR", CHILD: "1"}
     answers = json.loads(args.output.read_text()) if args.output.exists() else {}
-    args.output.write_text(json.dumps({name: said for name, said in answers.items() if name not in args.names}))
-    left = args.names
-    while left:
-        command = [sys.executable, "-m", "benchmarks.served", *left, "--output", str(args.output)]
+    args.output.write_text(json.dumps({name: answer for name, answer in answers.items() if name not in args.names}))
+    remaining = args.names
+    while remaining:
+        command = [sys.executable, "-m", "benchmarks.served", *remaining, "--output", str(args.output)]
         subprocess.run(command, env=environment, check=False, stderr=subprocess.DEVNULL)
         answers = json.loads(args.output.read_text()) if args.output.exists() else {}
-        if left[0] not in answers:
-            answers[left[0]] = "not by vLLM: its process ended"
+        if remaining[0] not in answers:
+            answers[remaining[0]] = "not by vLLM: its process ended"
             args.output.write_text(json.dumps(answers, indent=2, sort_keys=True) + "\n")
-        left = [name for name in left if name not in answers]
-    wrong = [name for name, said in answers.items() if said.startswith("WRONG")]
+        remaining = [name for name in remaining if name not in answers]
+    wrong = [name for name, answer in answers.items() if answer.startswith("WRONG")]
     print(json.dumps({"served": sum(a.startswith("yes") for a in answers.values()), "wrong": wrong}))
     sys.exit(1 if wrong else 0)
 

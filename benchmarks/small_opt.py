@@ -1,8 +1,8 @@
-"""A small OPT, trained here: the paper's own architecture (LayerNorm, biases, ReLU), which no package brings along.
+"""A small OPT, trained here: the paper's own architecture (LayerNorm, biases, ReLU), which no package contains.
 
-`python -m benchmarks.small_opt` makes it in .cache/ once and prints where; `--steps` says how long it trains. It learns
-from the articles that calibration sees; those that accuracy is measured on stay unseen. A few minutes on one core make
-no good language model, but its weights are learnt, not drawn.
+`python -m benchmarks.small_opt` creates the model in .cache/ once and prints its folder; `--steps` is the length of the
+training. The training text is that of calibration; accuracy is measured on other articles. A few minutes on one core do
+not make a good language model, but the weights are trained and not random.
 """
 
 import argparse

@@ -1,21 +1,22 @@
 """docs/soak.md: `vllm serve` with our checkpoint under mixed load, bad clients, and a killed engine.
 
-`python -m benchmarks.soak [--requests 1200]`. SmolLM2-135M-Instruct, calibrated on few samples, served in float32 on
-loopback. Each request is drawn by a seed, and CLIENTS of them run at a time:
+`python -m benchmarks.soak [--requests 1200]`. SmolLM2-135M-Instruct, calibrated on few samples, is served in float32 on
+loopback. Each request is drawn at random from a seed, and CLIENTS of them run at a time:
 
-    answer      a short greedy completion, whole or streamed: its text must be the one `LLM()` gave offline
-    cut         a stream that the client leaves after its first piece
+    answer      a short greedy completion, at once or streamed: its text must be the one that `LLM()` gave offline
+    cut         a stream that the client closes after its first piece
     oversized   more tokens than the model's length: 400
-    malformed   a body that is no JSON: 400, or 422
+    malformed   a body that is not JSON: 400 or 422
     wrong       a parameter out of range or of another type, or an unknown model: 400, 404 or 422
 
-Resident memory is that of the server and all its children, sampled once a second: growth is the median of the last
-tenth against the median of the first tenth after WARM_UP requests. Then the engine's process is killed under load: the
-requests must end, the server must end by itself, with an error; a new one must give the same answers.
+Resident memory is that of the server and all its children, sampled once a second. Its growth is the median of the last
+tenth of the samples compared with the median of the first tenth, after WARM_UP requests. Then the engine's process is
+killed under load: the requests must end, the server must end with an error, and a new server must give the same
+answers.
 
-Batches differ from moment to moment, and float sums with them: dynamic scales are measured for each token, so that no
-request sees another, and the integers are the same whatever the batch; attention and norms are vLLM's. --baseline runs
-the same load on the unquantised model, to tell vLLM's share of any difference. The last line printed is JSON.
+The batches change all the time, and float sums change with them. Our integers do not, because each token has a dynamic
+scale of its own, so that no request affects another; attention and norms are vLLM's. --baseline puts the same load on
+the unquantised model, to show vLLM's share of any difference. The last line printed is JSON.
 """
 
 import argparse
@@ -36,7 +37,7 @@ import httpx
 import psutil
 
 from benchmarks.machine import describe
-from calibration.evaluation.evaluate import engine_environment
+from calibration.evaluation.measure import engine_environment
 from demo import assets
 from demo.server import vllm_serve
 
@@ -47,7 +48,7 @@ CLIENTS = 16
 WARM_UP = 200
 LENGTH = 256
 TOKENS = (2, 4, 8)
-# Weights of what is drawn.
+# Kind of request -> its weight in the random choice.
 KINDS = {"answer": 6, "streamed": 3, "cut": 2, "oversized": 1, "malformed": 1, "wrong": 1}
 PROMPTS = [
     f"{start} {thing} is"
@@ -82,23 +83,23 @@ def answer_offline(model: str, answer: Path) -> None:
         model=model, dtype="float32", max_model_len=LENGTH, max_num_seqs=1, enforce_eager=True,
         kv_cache_memory_bytes=512 * 2**20,
     )  # fmt: skip
-    found: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
     for prompt in PROMPTS:
         for tokens in TOKENS:
             output = llm.generate([prompt], SamplingParams(max_tokens=tokens, temperature=0.0), use_tqdm=False)
-            found.setdefault(prompt, []).append(output[0].outputs[0].text)
-    answer.write_text(json.dumps(found))
+            texts.setdefault(prompt, []).append(output[0].outputs[0].text)
+    answer.write_text(json.dumps(texts))
 
 
 class Client:
-    """Sends one request after another and counts what came of them."""
+    """Sends requests and counts their outcomes."""
 
     def __init__(self, url: str, expected: dict[str, list[str]]) -> None:
         self.http = httpx.Client(base_url=url, timeout=300, limits=httpx.Limits(max_connections=2 * CLIENTS))
         self.expected = expected
         self.counts: Counter[str] = Counter()
         self.surprises: list[str] = []
-        self.wrong: list[str] = []  # whole answers that are others; not those that broke off
+        self.wrong: list[str] = []  # complete answers with another text
 
     def body(self, dice: random.Random) -> tuple[dict[str, Any], str]:
         prompt, i = dice.choice(PROMPTS), dice.randrange(len(TOKENS))
@@ -151,7 +152,7 @@ class Client:
 
 
 class Memory(threading.Thread):
-    """Resident bytes of our server and all its children, once a second."""
+    """Samples the resident bytes of our server and all its children once a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -192,13 +193,12 @@ def under_load(url: str, expected: dict[str, list[str]], requests: int) -> dict[
 
 
 def killed(url: str, expected: dict[str, list[str]]) -> dict[str, Any]:
-    """Kill the engine's process while CLIENTS ask; what they and the server then do."""
-    everyone = psutil.Process().children(recursive=True)
-    server = next(p for p in everyone if "serve" in p.cmdline())
-    # Its title says so where setproctitle is installed; it is the one that holds the model.
+    """Kill the engine's process under the load of CLIENTS; the outcomes of the requests, and the processes left."""
+    processes = psutil.Process().children(recursive=True)
+    server = next(p for p in processes if "serve" in p.cmdline())
+    # The engine holds the model, so that it is the largest process.
     engines = [max(server.children(recursive=True), key=lambda p: p.memory_info().rss)]
     client = Client(url, expected)
-    # The server and what it started, before anything dies; our own pool is threads.
     with ThreadPoolExecutor(CLIENTS) as pool:
         waiting = [pool.submit(client.send, seed) for seed in range(10**6, 10**6 + 4 * CLIENTS)]
         time.sleep(2)
@@ -208,7 +208,7 @@ def killed(url: str, expected: dict[str, list[str]]) -> dict[str, Any]:
         for each in waiting:
             each.result(ENDS_S)
     answered = time.monotonic() - began
-    _, alive = psutil.wait_procs(everyone, timeout=ENDS_S)
+    _, alive = psutil.wait_procs(processes, timeout=ENDS_S)
     return {
         "engines_killed": len(engines), "requests_ended_after_s": answered, "still_alive": len(alive),
         "outcomes": dict(sorted(client.counts.items())), "wrong_answers": client.wrong,
@@ -216,7 +216,7 @@ def killed(url: str, expected: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def soak(model: Path, requests: int, log: Path, before: dict[str, Any]) -> dict[str, Any]:
-    """before: what an earlier run found under load, if only the kill is to be repeated; else empty."""
+    """before: the figures of an earlier run under load, if only the kill is to be repeated; else empty."""
     expected = offline(model)
     with vllm_serve(model, *ARGUMENTS, log=log) as url:
         result = before or under_load(url, expected, requests)
@@ -242,12 +242,14 @@ def calibrated(output: Path) -> Path:
 
 
 def main() -> None:
-    """Calibrate, ask offline, serve, load, kill, restart; write JSON and page; exit 1 where a claim does not hold."""
+    """Calibrate, generate offline, serve under load, kill, restart; write JSON and page; exit 1 if `holds` is false."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=1200, help=f"of which {WARM_UP} warm up")
-    parser.add_argument("--model", type=Path, help="a checkpoint of SmolLM2 made so before; without, it is made")
-    parser.add_argument("--kill-again", action="store_true", help="the load's figures stay; kill and restart anew")
-    parser.add_argument("--baseline", action="store_true", help="the unquantised model under the same load as well")
+    parser.add_argument("--requests", type=int, default=1200, help=f"of these, {WARM_UP} warm up")
+    parser.add_argument("--model", type=Path, help="a checkpoint of SmolLM2 (default: calibrate one)")
+    parser.add_argument(
+        "--kill-again", action="store_true", help="keep the figures under load; repeat kill and restart"
+    )
+    parser.add_argument("--baseline", action="store_true", help="also put the load on the unquantised model")
     parser.add_argument(
         "--log", type=Path, default=Path(tempfile.gettempdir()) / "soak.log", help="the server's output"
     )

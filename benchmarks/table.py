@@ -1,8 +1,8 @@
-"""docs/table/: the measured table in the README, by what a user would type.
+"""docs/table/: the measured table in the README, made with the commands that a user would type.
 
 `python -m benchmarks.table [--samples 16] [--passages 100]`. SmolLM2-135M-Instruct in floating point, in the default
-scheme, and static with a tenth of the layers falling back, each calibrated on Wikipedia articles; then `smoothquant
-evaluate --table` of all three on other articles, which prints the command that made it.
+scheme, and static with a tenth of the layers falling back, calibrated on Wikipedia articles. `smoothquant evaluate
+--table` then measures all three on other articles; the table contains that command.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from demo import assets
 ROOT = Path(__file__).parent.parent
 OUTPUT = ROOT / "docs" / "table"
 FOLDER = assets.CACHE / "table"
-# Name in the table -> how it was calibrated.
+# Name in the table -> options of the calibration.
 CHECKPOINTS = {
     "W8A8 dynamic": [],
     "W8A8 static": ["--activations", "static", "--alpha", "auto", "--max-fallback", "10%"],
@@ -33,10 +33,10 @@ def smoothquant(*arguments: str) -> None:
 
 
 def main() -> None:
-    """Calibrate, evaluate, write the table."""
+    """Calibrate, evaluate and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=16, help="of 512 tokens, to calibrate with and to measure")
-    parser.add_argument("--passages", type=int, default=100, help="whose last word is guessed")
+    parser.add_argument("--samples", type=int, default=16, help="of 512 tokens, for calibration and for measuring")
+    parser.add_argument("--passages", type=int, default=100, help="passages whose last word is guessed")
     args = parser.parse_args()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
@@ -46,7 +46,7 @@ def main() -> None:
         smoothquant(
             "calibrate", model, "-o", str(FOLDER / name), "--dataset", str(assets.calibration_text()), *size, *options
         )
-    # Emulated, BF16 is ten times slower than float32: there, quality is measured in float32.
+    # If BF16 is emulated, it is ten times slower than float32; quality is then measured in float32.
     native = is_native(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
     smoothquant(
         "evaluate", *(str(FOLDER / name) for name in CHECKPOINTS), "--baseline", model,

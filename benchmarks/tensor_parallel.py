@@ -1,11 +1,11 @@
 """docs/tensor_parallel.md: two ranks against one on vLLM's CPU backend, for every scheme.
 
-`python -m benchmarks.tensor_parallel`. A tiny Llama written by hand (tests/helpers/handmade_checkpoint.py: ignored,
-smoothed and overridden layers), in float32. Three questions for each scheme:
+`python -m benchmarks.tensor_parallel`. A tiny Llama written by tests/helpers/handmade_checkpoint.py, with ignored,
+smoothed and overridden layers, in float32. For each scheme it compares:
 
-    slices     every parameter of each rank is the part of the checkpoint's tensor that it should be, to the last bit
-    logprobs   log-probabilities of every word at every position, two ranks against one
-    tokens     at how many positions both hold the same word for likeliest
+    slices     every parameter of each rank with its part of the checkpoint's tensor, which must be equal bit for bit
+    logprobs   log-probabilities of every token of the vocabulary at every position, two ranks with one
+    tokens     at how many positions the most likely token is the same
 
 Bounds. Where every scale is static, both compute the same integers; sums are added up in another order, and a value
 within 1e-6 of a rounding tie may go the other way: median below 1e-4, mean below 0.05 (as tests/test_plugin.py, which
@@ -14,7 +14,7 @@ a finer rounding than the whole row's, and another one. Then both are roundings 
 so their mean distance is below sqrt(2) times that of one rank from unrounded activations; and a quarter for chance.
 A wrong slice or scale moves the mean by 2 and more.
 
-Pipeline parallel is tried with a floating-point model; the page says what came of it. The last line printed is JSON.
+Pipeline parallel is tried with a floating-point model; the page has the result. The last line printed is JSON.
 """
 
 import argparse
@@ -45,19 +45,19 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 
 def prompts(activations: str) -> list[list[int]]:
-    """One prompt where one absmax couples the requests of a batch."""
+    """A single prompt if the requests of a batch share one absmax."""
     generator = torch.Generator().manual_seed(1)
     lengths = (60,) if activations == "tensor" else (40, 7, 100)
     return [torch.randint(0, handmade_checkpoint.VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a rank holds; called in the worker."""
+    """All tensors of a rank; called in the worker."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def expected(folder: Path, rank: int, ranks: int) -> dict[str, torch.Tensor]:
-    """The same from the checkpoint's files, cut by hand: q/k/v and gate/up by rows, o and down by columns."""
+    """`parameters` from the checkpoint's files, sliced here: q/k/v and gate/up by rows, o and down by columns."""
     files: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         files |= load_file(path)
@@ -66,7 +66,7 @@ def expected(folder: Path, rank: int, ranks: int) -> dict[str, torch.Tensor]:
     def part(tensor: torch.Tensor, dim: int) -> torch.Tensor:
         return tensor.chunk(ranks, dim)[rank]
 
-    found = {}
+    tensors = {}
     for layer in range(handmade_checkpoint.LAYERS):
         prefix = f"model.layers.{layer}"
         for block, name in (
@@ -77,22 +77,22 @@ def expected(folder: Path, rank: int, ranks: int) -> dict[str, torch.Tensor]:
             target = f"{prefix}.{block}.{name}"
             weights = [part(files[f"{shard}.weight"], 0 if by_rows else 1) for shard in shards]
             scales = [files.get(f"{shard}.weight_scale") for shard in shards]
-            if scales[0] is not None:  # what stays in floating point vLLM loads, and repacks out of sight
-                found[f"{target}.weight"] = torch.cat(weights)
+            if scales[0] is not None:  # vLLM may repack weights in floating point
+                tensors[f"{target}.weight"] = torch.cat(weights)
                 if per_tensor and by_rows:
                     cut = [scale.expand(len(weight)) for scale, weight in zip(scales, weights, strict=True)]
                 else:
                     cut = [part(scale, 0) if by_rows else scale for scale in scales]
-                found[f"{target}.weight_scale"] = torch.cat(cut).flatten()
+                tensors[f"{target}.weight_scale"] = torch.cat(cut).flatten()
             if f"{shards[0]}.input_scale" in files:
-                found[f"{target}.input_scale"] = files[f"{shards[0]}.input_scale"]
+                tensors[f"{target}.input_scale"] = files[f"{shards[0]}.input_scale"]
             factor = files.get(f"{shards[0]}.smoothing_factor")
             if factor is not None:
-                found[f"{target}.inverse_smoothing_factor"] = (factor if by_rows else part(factor, 0)).reciprocal()
+                tensors[f"{target}.inverse_smoothing_factor"] = (factor if by_rows else part(factor, 0)).reciprocal()
             if f"{shards[0]}.bias" in files:
                 bias = [files[f"{shard}.bias"] for shard in shards]
-                found[f"{target}.bias"] = torch.cat([part(b, 0) if by_rows else b for b in bias])
-    return found
+                tensors[f"{target}.bias"] = torch.cat([part(b, 0) if by_rows else b for b in bias])
+    return tensors
 
 
 def wrong_slices(folder: Path, ranks: list[dict[str, torch.Tensor]]) -> list[str]:
@@ -105,7 +105,7 @@ def wrong_slices(folder: Path, ranks: list[dict[str, torch.Tensor]]) -> list[str
 
 
 def unrounded(folder: Path) -> nn.Module:
-    """The checkpoint's weights as integers say, its activations not rounded at all."""
+    """A model with the checkpoint's rounded weights and with activations that are not rounded."""
     model = load_reference(folder)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, ReferenceLinear):
@@ -131,7 +131,7 @@ def computed(model: nn.Module, ids: list[list[int]]) -> torch.Tensor:
 
 
 def serve(request: dict[str, Any]) -> None:
-    """The child, one a rank: one engine after the other; what this rank holds, and the log-probabilities."""
+    """In a child process, one for each rank: run the engines one after the other and write what `engines` returns."""
     from vllm import LLM
 
     answers = []
@@ -146,8 +146,10 @@ def serve(request: dict[str, Any]) -> None:
 def engines(
     models: list[tuple[Path, list[list[int]]]], ranks: int = 1, **arguments: Any
 ) -> list[tuple[list[dict[str, torch.Tensor]], torch.Tensor]]:
-    """For each model what each rank holds, and log-probabilities. Two ranks are started as torchrun would, so that vLLM
-    is imported twice and not three times for each model. Errors: engine.EngineFailedError with all a child wrote.
+    """For each model the parameters of each rank, and the log-probabilities.
+
+    Two ranks are started as torchrun does it, so that vLLM is imported twice and not three times for each model.
+    Errors: engine.EngineFailedError with the output of the child.
     """
     with tempfile.TemporaryDirectory() as temporary:
         if ranks > 1:
@@ -181,7 +183,7 @@ def engines(
 
 
 def pipeline_parallel(root: Path) -> str:
-    """Whether vLLM's CPU backend runs two pipeline stages, of a model that is not quantised."""
+    """Why vLLM's CPU backend does not run a model in two pipeline stages; "" if it does. The model is not quantised."""
     folder = root / "float"
     tiny_architectures.build("llama").save_pretrained(folder)
     try:
@@ -198,7 +200,7 @@ def pipeline_parallel(root: Path) -> str:
 
 
 def main() -> None:
-    """Serve every scheme with one rank and with two, compare, write the page; exit 1 outside a bound."""
+    """Serve every scheme with one rank and with two, compare, write the page; exit 1 if a bound is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

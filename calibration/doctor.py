@@ -17,7 +17,7 @@ from vllm_smoothquant import SUPPORTED_VLLM, supports
 from vllm_smoothquant.format.config import QUANT_METHOD, Scheme
 from vllm_smoothquant.format.errors import SmoothQuantError
 
-from .pipeline import ACTIVATIONS
+from .options import ACTIVATIONS
 
 # What an x86 CPU says of itself -> what that is to INT8.
 INT8_FLAGS = {"amx_int8": "AMX", "avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX VNNI"}
@@ -197,9 +197,11 @@ def _kernels() -> dict[str, dict[str, Any]]:
         from vllm_smoothquant.kernels.select import explain_kernels
     except Exception as error:  # As above: the fault is the finding.
         raise SmoothQuantError(
-            "vllm", expected="an installation that can be imported", got=f"{type(error).__name__}: {error}"[:200],
-            do="install it anew; see the README's Install",
-        ) from error  # fmt: skip
+            "vllm",
+            "an installation that can be imported",
+            error,
+            "install it anew; see the README's Install",
+        ) from error
     found = {}
     for name, activations in ACTIVATIONS.items():
         request = request_here("a linear layer", Scheme(input_activations=activations), True, torch.bfloat16, *SIZES)

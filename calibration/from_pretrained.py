@@ -94,9 +94,11 @@ class SmoothQuantQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise SmoothQuantError(
-                "quantization_config", expected="a checkpoint that has one", got="one for a floating-point model",
-                do="run `smoothquant calibrate MODEL -o OUT`, then load OUT",
-            )  # fmt: skip
+                "quantization_config",
+                "a checkpoint that has one",
+                "one for a floating-point model",
+                "run `smoothquant calibrate MODEL -o OUT`, then load OUT",
+            )
 
     def update_tp_plan(self, config: Any) -> Any:
         config.transformers_weights = None  # the refusal: now there is somebody who reads these files
@@ -107,7 +109,7 @@ class SmoothQuantQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise SmoothQuantError(
-                type(model).__name__, expected="checkpoint files", got="a state_dict", do="give the checkpoint's folder"
+                type(model).__name__, "checkpoint files", "a state_dict", "give the checkpoint's folder"
             )
         folder = Path(os.path.abspath(checkpoint_files[0])).parent
         # What the index names; in a hub's cache the files are links, so that links are not followed here.
@@ -116,10 +118,7 @@ class SmoothQuantQuantizer(HfQuantizer):
             path = Path(os.path.abspath(file))
             if path.parent != folder or (os.path.isdir(named) and not path.is_relative_to(os.path.abspath(named))):
                 raise SmoothQuantError(
-                    str(path),
-                    expected="a file in this folder",
-                    got="one outside",
-                    do="mend the index, or copy the file",
+                    str(path), "a file in this folder", "one outside", "mend the index, or copy the file"
                 )
         config, headers = self.quantization_config.config, read_headers(folder)
         for fault in (*header_faults(config, headers), *architecture_faults(model, headers)):
@@ -130,7 +129,7 @@ class SmoothQuantQuantizer(HfQuantizer):
             linear, scheme = modules.get(name), config.scheme(name)
             if not isinstance(linear, LINEAR_TYPES) or scheme is None:
                 raise SmoothQuantError(
-                    name, expected="a linear layer of that name in the model", got=type(linear).__name__, do="use vLLM"
+                    name, "a linear layer of that name in the model", type(linear).__name__, "use vLLM"
                 )
             setattr(model.get_submodule(owner), last, Int8Linear(linear, scheme, name in config.smoothed))
         float32 = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
@@ -146,9 +145,7 @@ class SmoothQuantQuantizer(HfQuantizer):
             parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
         for name, tensor in model.named_buffers():
             if name.endswith(SCALES) and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-                raise SmoothQuantError(
-                    name, expected="finite values above zero", got="others", do="calibrate the model again"
-                )
+                raise SmoothQuantError(name, "finite values above zero", "others", "calibrate the model again")
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False  # copy the folder: its manifest belongs to it

@@ -1,1 +1,1 @@
-"""What `make demo` runs, and the small real model and real text that tests and benchmarks share with it."""
+"""The code of `make demo`, and the small real model and real text that tests and benchmarks use as well."""

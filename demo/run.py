@@ -1,10 +1,10 @@
-"""`make demo`: calibrate a real model, measure it, serve it, ask it something.
+"""`make demo`: calibrate a real model, measure it, serve it, ask it a question.
 
     SmolLM2-135M-Instruct -> INT8 checkpoints with and without smoothing -> perplexity of all three through vLLM
     -> `vllm serve --quantization smoothquant` -> an answer over the OpenAI API -> a table
 
-Calibration and measurement use different Wikipedia articles. What it makes stays in .cache/demo; results.json has the
-figures. Every step is what a user would type.
+Calibration and measurement use different Wikipedia articles. All results stay in .cache/demo; results.json has the
+figures. Every step is a command that a user would type.
 """
 
 import json
@@ -25,11 +25,11 @@ from demo import assets
 from demo.server import vllm_serve
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
-# Emulated, BF16 is ten times slower than float32. There: fewer samples, perplexities in float32.
+# If BF16 is emulated, it is ten times slower than float32: use fewer samples, and float32 for the perplexities.
 SLOW_BF16 = not is_native(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
 SAMPLES, WINDOWS = (16, 8) if SLOW_BF16 else (64, 32)
 CALIBRATION = ["--samples", str(SAMPLES), "--seq-len", "512"]
-# Weights rounded as they are, activations rounded as they come: these samples only pass through, and change nothing.
+# Without smoothing and with dynamic scales, the result does not depend on the samples, so that a few are enough.
 NO_CALIBRATION = ["--no-smoothing", "--samples", "4", "--seq-len", "64"]
 FOLDER = assets.CACHE / "demo"
 KV_CACHE = ["--kv-cache-memory-bytes", "1G"]  # vLLM would take most of the machine's memory
@@ -71,7 +71,7 @@ def calibrate(model: Path, output: Path, text: Path, options: list[str]) -> None
 
 
 def measure(model: Path, plain: Path, smoothed: Path, text: Path) -> dict[str, Any]:
-    """evaluate's result for all three; of `plain` the perplexity alone, since it runs as `smoothed` does."""
+    """evaluate's result for all three; no speed of `plain`, because it runs the same kernels as `smoothed`."""
     options = ["--text", str(text), "--samples", str(WINDOWS), "--enforce-eager", "--json"]
     if SLOW_BF16:
         print("this CPU has no BF16 arithmetic: the perplexities are measured with activations in float32")
@@ -85,7 +85,7 @@ def measure(model: Path, plain: Path, smoothed: Path, text: Path) -> dict[str, A
 
 
 def ask(checkpoint: Path) -> str:
-    """Serve `checkpoint`, ask QUESTION as a client of the OpenAI API would, stop the server."""
+    """Serve `checkpoint`, ask QUESTION over the OpenAI API, stop the server."""
     log = FOLDER / "serve.log"
     arguments = ["--quantization", "smoothquant", "--served-model-name", "smollm2", "--max-model-len", "2048"]
     print("$ vllm serve", os.path.relpath(checkpoint), *arguments, flush=True)

@@ -1,4 +1,4 @@
-"""`vllm serve` for as long as a block runs: on a free loopback port, in a process group of its own, gone afterwards."""
+"""`vllm serve` while a block runs: on a free loopback port, in a process group of its own that is killed at the end."""
 
 import os
 import signal
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from calibration.evaluation.evaluate import engine_environment
+from calibration.evaluation.measure import engine_environment
 
-# A start takes 25 s eager and up to two minutes compiled on two cores; ten times that means it hangs.
+# On two cores a start takes 25 s eager and up to two minutes compiled; a server that needs longer than this hangs.
 START_SECONDS = 600
 STOP_SECONDS = 30
 
@@ -25,9 +25,9 @@ class ServerError(RuntimeError):
 
 @contextmanager
 def vllm_serve(model: str | Path, *arguments: str, log: Path) -> Iterator[str]:
-    """Yield the URL of a `vllm serve MODEL ARGUMENTS...` that answers; its output goes to `log`.
+    """Yield the URL of a `vllm serve MODEL ARGUMENTS...` that is ready; its output goes to `log`.
 
-    Raises ServerError where it ends instead of answering, TimeoutError where it does neither.
+    Errors: ServerError if the server ends before it is ready, TimeoutError if it does neither.
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -51,7 +51,7 @@ def free_port() -> int:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process group: politely, and after STOP_SECONDS by force. Its members end with it, whatever they do."""
+    """Interrupt a process, and after STOP_SECONDS at the latest kill it with all processes of its group."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
@@ -59,7 +59,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
-        return  # all of it is gone already
+        return  # the whole group has ended already
     process.wait()
 
 

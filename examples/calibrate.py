@@ -3,15 +3,15 @@
     python examples/calibrate.py HuggingFaceTB/SmolLM2-135M-Instruct SmolLM2-INT8 my_text.jsonl
 
 The text is a .txt, .jsonl, .parquet or .csv file (or the name of a hub data set) with a column `text`: some hundred
-passages of the kind the model will meet. A few thousand tokens already do; more make the ranges safer.
+passages like those that the model will process. A few thousand tokens are enough; more make the ranges safer.
 """
 
 import sys
 
-from calibration.pipeline import calibrate
+from calibration import calibrate
 
 if __name__ == "__main__":
     model, output, text, *rest = sys.argv[1:]
-    samples, seq_len = map(int, rest) if rest else (128, 512)
+    samples, seq_len = map(int, rest) if rest else (64, 512)
     manifest = calibrate(model, output, dataset=text, samples=samples, seq_len=seq_len)
     print(f"{output}: {len(manifest['quantized'])} linear layers in INT8, {len(manifest['groups'])} groups smoothed")

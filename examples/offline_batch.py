@@ -20,12 +20,12 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--enforce-eager", action="store_true")
     args = parser.parse_args()
-    # The checkpoint says that it is SmoothQuant; vLLM finds the plugin by itself.
+    # The checkpoint names its quantization, and vLLM loads the plugin automatically.
     llm = LLM(args.checkpoint, max_model_len=512, enforce_eager=args.enforce_eager)
     for output in llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12)):
         print(f"{output.prompt!r} -> {output.outputs[0].text!r}")
 
 
-# vLLM starts processes that import this file again: without the guard, each would start more.
+# vLLM starts processes that import this file again; without this guard each of them would start more.
 if __name__ == "__main__":
     main()

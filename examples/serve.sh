@@ -1,7 +1,7 @@
 #!/bin/sh
-# Serve a checkpoint over the OpenAI API, ask it one question with curl, stop.
+# Serve a checkpoint over the OpenAI API, ask it one question with curl, stop the server.
 #
-#   sh examples/serve.sh SmolLM2-INT8 [more arguments of vllm serve]        PORT=8000 picks the port
+#   sh examples/serve.sh SmolLM2-INT8 [more arguments of vllm serve]        PORT=8000 sets the port
 set -eu
 
 checkpoint=${1:?usage: sh examples/serve.sh CHECKPOINT [vllm serve arguments]}
@@ -13,7 +13,7 @@ server=$!
 trap 'kill $server 2>/dev/null; wait $server || true' EXIT INT TERM
 
 until curl --silent --fail --output /dev/null "$url/health"; do
-    kill -0 $server || exit 1 # it ended: what it printed says why
+    kill -0 $server || exit 1 # the server has ended; its output has the reason
     sleep 1
 done
 

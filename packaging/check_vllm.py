@@ -1,14 +1,14 @@
-"""Whether vLLM still has what vllm_smoothquant uses of it, at both ends of the declared range. Wants no GPU.
+"""Check that vLLM has everything that vllm_smoothquant uses, at both ends of the declared range. Needs no GPU.
 
-    python packaging/check_vllm.py                both ends; fetches two CUDA wheels (0.3 GB each) the first time
-    python packaging/check_vllm.py --installed    the vLLM installed here, read only: seconds, no network
+    python packaging/check_vllm.py                both ends; downloads two CUDA wheels (0.3 GB each) the first time
+    python packaging/check_vllm.py --installed    the installed vLLM, only read: seconds, no network
     python packaging/check_vllm.py 0.29.0         another version
 
-Read: every `from vllm... import` of ours resolves; what we call takes the arguments we pass; what we override takes
-what vLLM passes; the compiled operators we name are called by vLLM itself with as many arguments. Python's own parser
-does that; USED and WORDS have the rest, which no parser sees. Run, but with --installed: tests/helpers/cuda_stubs.py,
-our CUDA
-code on vLLM's own Python. One line a fact; exit status 1, and what differs said once more, where one does not hold.
+It reads vLLM's sources: every `from vllm... import` of ours resolves; what we call takes the arguments that we pass;
+what we override takes the arguments that vLLM passes; vLLM itself calls the compiled operators that we call with as
+many arguments. Python's parser finds these uses; USED and WORDS list those that it cannot find. Without --installed it
+also runs tests/helpers/cuda_stubs.py, our CUDA code on vLLM's own Python. It prints one line for each fact. If a fact
+does not hold, it is repeated at the end, and the exit status is 1.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = ROOT / "vllm_smoothquant"
 CACHE = ROOT / ".cache" / "vllm"
 
-# What is used of objects whose type no import names: class -> attributes and methods, with the arguments we or it pass.
+# What we use of objects whose class we do not import: class -> attributes (None) and methods (with our arguments).
 USED: dict[str, dict[str, list[str] | None]] = {
     "vllm.platforms.interface.Platform": {"is_cuda": [], "is_cpu": [], "get_device_capability": []},
     "vllm.platforms.interface.DeviceCapability": {"to_int": []},
@@ -50,7 +50,7 @@ USED: dict[str, dict[str, list[str] | None]] = {
         "num_org_embeddings_per_partition": None,
     },
 }
-# What vLLM must say in so many words. Each of these is something our code relies on and could not notice.
+# Source text that vLLM must contain: our code relies on each of these facts, and would not notice a change.
 WORDS: dict[str, tuple[str, str]] = {
     "cutlass_scaled_mm takes its arguments in our order": (
         "vllm/_custom_ops.py",
@@ -122,26 +122,26 @@ class Tree:
         path = self.path(module)
         if path is None:
             raise KeyError(module)
-        found: dict[str, ast.AST] = {}
+        names: dict[str, ast.AST] = {}
         stack = list(ast.parse(path.read_text()).body)[::-1]
         while stack:
             node = stack.pop()
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                found.setdefault(node.name, node)
+                names.setdefault(node.name, node)
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     for name in ast.walk(target):
                         if isinstance(name, ast.Name):
-                            found.setdefault(name.id, node)
+                            names.setdefault(name.id, node)
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 for alias in node.names:
-                    # Stars one by one: "*vllm.distributed.parallel_state".
+                    # Each star has an entry of its own: "*vllm.distributed.parallel_state".
                     star = alias.name == "*" and f"*{self.origin(module, node)}"  # type: ignore[arg-type]
-                    found.setdefault(star or alias.asname or alias.name, node)
+                    names.setdefault(star or alias.asname or alias.name, node)
             else:
                 for block in ("finalbody", "orelse", "handlers", "body"):
                     stack.extend(reversed(getattr(node, block, [])))
-        return found
+        return names
 
     def origin(self, module: str, node: ast.ImportFrom) -> str:
         """The module that `from X import ...` in `module` means by X."""
@@ -204,7 +204,7 @@ class Tree:
 
 
 def takes(function: ast.FunctionDef, call: ast.Call, skip: int) -> str | None:
-    """Why `function` would refuse the arguments of `call`; `skip` leading parameters (self) are filled by Python."""
+    """Why `function` would refuse the arguments of `call`, or None; Python fills the first `skip` parameters (self)."""
     a = function.args
     positional = [p.arg for p in a.posonlyargs + a.args][skip:]
     starred = any(isinstance(x, ast.Starred) for x in call.args)
@@ -224,7 +224,7 @@ def takes(function: ast.FunctionDef, call: ast.Call, skip: int) -> str | None:
 
 
 def accepts(ours: ast.FunctionDef, theirs: ast.FunctionDef) -> str | None:
-    """Why our override could not be called as vLLM's method is."""
+    """Why vLLM could not call our override like its own method, or None."""
     mine = [p.arg for p in ours.args.posonlyargs + ours.args.args]
     base = [p.arg for p in theirs.args.posonlyargs + theirs.args.args]
     if ours.args.vararg and ours.args.kwarg:
@@ -238,12 +238,12 @@ def accepts(ours: ast.FunctionDef, theirs: ast.FunctionDef) -> str | None:
     return None
 
 
-Fact = tuple[str, str | None]  # what, and why it does not hold
+Fact = tuple[str, str | None]  # the fact, and why it does not hold or None
 
 
 def facts(tree: Tree) -> Iterator[Fact]:
-    for file in sorted(OURS.glob("*.py")):
-        yield from facts_of_file(tree, file.name, ast.parse(file.read_text()))
+    for file in sorted(OURS.rglob("*.py")):
+        yield from facts_of_file(tree, str(file.relative_to(OURS)), ast.parse(file.read_text()))
     for path, members in USED.items():
         module, _, name = path.rpartition(".")
         found = tree.find(module, name)
@@ -260,8 +260,8 @@ def facts(tree: Tree) -> Iterator[Fact]:
             yield f"{path}.{member}({', '.join(arguments)})", why
     for what, (path, pattern) in WORDS.items():
         source = tree.folder / path
-        said = source.is_file() and re.search(pattern, source.read_text(), re.S)
-        yield f"{what} ({path})", None if said else "not found in so many words: read it again"
+        match = source.is_file() and re.search(pattern, source.read_text(), re.S)
+        yield f"{what} ({path})", None if match else "text not found: read the source"
 
 
 def is_static(function: ast.FunctionDef) -> bool:
@@ -321,7 +321,7 @@ def facts_of_call(tree: Tree, file: str, call: ast.Call, imported: dict[str, tup
     if isinstance(node, ast.FunctionDef):
         yield where, takes(node, call, 0)
     elif isinstance(node, ast.ClassDef):
-        # Where vLLM's classes have no __init__ of their own, torch's or a dataclass's takes what WORDS and tests say.
+        # A class of vLLM without an __init__ (a torch module, a dataclass) is covered by WORDS and by tests.
         method = tree.method(module, node, "__init__")
         yield where, takes(method, call, 1) if method else None
 
@@ -370,7 +370,7 @@ def facts_of_class(
 
 
 def ends() -> list[str]:
-    """pip's requirements of both ends of the range in pyproject.toml, of which __init__.py has a copy."""
+    """pip's requirements for both ends of the range in pyproject.toml; __init__.py must have the same range."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (requirement,) = [r for r in project["optional-dependencies"]["cuda"] if re.match(r"vllm\b", r)]
     bounds = re.fullmatch(r"vllm(>=([\d.]+),<[\d.]+)", requirement)
@@ -380,7 +380,7 @@ def ends() -> list[str]:
 
 
 def sources(requirement: str) -> Path:
-    """A folder with vllm/ as the newest CUDA wheel for `requirement` has it: its .py files, kept in .cache/vllm."""
+    """A folder in .cache/vllm with the .py files of the newest CUDA wheel for `requirement`."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix=".") as folder:
         report = Path(folder, "report.json")
@@ -400,13 +400,15 @@ def pip(command: str, *arguments: str) -> None:
     options = ["--quiet", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run([sys.executable, "-m", "pip", command, *options, *arguments], check=False)
     if done.returncode:
-        raise SystemExit(f"pip found no CUDA wheel for {arguments[-1]}: is an index in reach, and is this Linux?")
+        raise SystemExit(f"pip found no CUDA wheel for {arguments[-1]}: is an index reachable, and is this Linux?")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("versions", nargs="*", metavar="VERSION", help="instead of both ends of the range")
-    parser.add_argument("--installed", action="store_true", help="read the installed vLLM; download and run nothing")
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help="versions instead of both ends of the range")
+    parser.add_argument(
+        "--installed", action="store_true", help="read the installed vLLM; do not download or run anything"
+    )
     args = parser.parse_args()
     if args.installed:
         spec = find_spec("vllm")
@@ -425,8 +427,8 @@ def main() -> None:
             held += why is None
         if not args.installed:
             path = os.pathsep.join([str(folder), str(ROOT)])
-            route = [sys.executable, str(ROOT / "tests" / "helpers" / "cuda_stubs.py")]
-            done = subprocess.run(route, env=os.environ | {"PYTHONPATH": path}, check=False)
+            stubs = [sys.executable, str(ROOT / "tests" / "helpers" / "cuda_stubs.py")]
+            done = subprocess.run(stubs, env=os.environ | {"PYTHONPATH": path}, check=False)
             wrong += [f"{name}  tests/helpers/cuda_stubs.py failed"] if done.returncode else []
         print(f"vLLM {name}: {held} facts hold")
     for line in wrong:

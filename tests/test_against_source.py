@@ -41,7 +41,7 @@ def said(source, folder) -> str:
     ("name", "options"),
     [
         ("llama", {"activations": "static"}),
-        ("llama", {"smoothing": False}),
+        ("llama", {"no_smoothing": True}),
         ("qwen2", {"alpha": "auto", "max_fallback": 0.2}),
         ("gpt2", {"weights": "tensor"}),
         ("opt", {"weights": "tensor"}),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers import handmade_checkpoint
-from tests.test_plugin import STATIC_SMOOTHED, build_layer, load, tensors
+from tests.helpers.vllm_layers import STATIC_SMOOTHED, build_layer, load, tensors
 from vllm_smoothquant.config import SmoothQuantVllmConfig
 from vllm_smoothquant.format.config import CheckpointConfig
 from vllm_smoothquant.format.errors import SmoothQuantError

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from calibration.discovery.linears import choose_linears
-from calibration.observation.absmax import observe
-from calibration.observation.block_outputs import BlockOutputs
+from calibration.observation.absmax import observe_absmax
 from calibration.observation.observe import BY_BLOCKS, observe_samples
+from calibration.observation.resume import temporary_store
 from calibration.running import precision
 from tests.helpers import tiny_architectures
 
@@ -23,6 +23,11 @@ def samples(count: int = 10, length: int = 24) -> torch.Tensor:
     return torch.randint(3, tiny_architectures.VOCAB, (count, length), generator=torch.Generator().manual_seed(1))
 
 
+def observe_here(model, names, peaks_of, quiet=False):
+    with temporary_store() as store:
+        return observe_samples(model, names, peaks_of, samples(), store=store, quiet=quiet)
+
+
 @pytest.mark.parametrize("how", ["float32", "bfloat16 in float32", "bfloat16"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_block_by_block_is_the_whole_model_bit_for_bit(name, how, monkeypatch):
@@ -33,10 +38,10 @@ def test_block_by_block_is_the_whole_model_bit_for_bit(name, how, monkeypatch):
             parameter.data = parameter.data.bfloat16()
     names, _ = choose_linears(model, frozenset())
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    whole = observe(model, names, samples(), quiet=True)
-    observed = observe_samples(model, names, names[:1], samples(), quiet=True)
-    assert observed.passes == BY_BLOCKS
-    assert all(torch.equal(observed.absmax[layer], whole[layer]) for layer in names)
+    whole = observe_absmax(model, names, samples())
+    absmax, _, passes = observe_here(model, names, names[:1], quiet=True)
+    assert passes == BY_BLOCKS
+    assert all(torch.equal(absmax[layer], whole[layer]) for layer in names)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any("forward" in module.__dict__ for module in model.modules())
 
@@ -44,10 +49,10 @@ def test_block_by_block_is_the_whole_model_bit_for_bit(name, how, monkeypatch):
 def test_the_head_is_observed_behind_the_last_block():
     model = tiny_architectures.build("llama")
     names, _ = choose_linears(model, frozenset(), lm_head=True)
-    whole = observe(model, names, samples(), quiet=True)
-    observed = observe_samples(model, names, names[:1], samples(), quiet=True)
-    assert observed.passes == BY_BLOCKS
-    assert torch.equal(observed.absmax["lm_head"], whole["lm_head"])
+    whole = observe_absmax(model, names, samples())
+    absmax, _, passes = observe_here(model, names, names[:1], quiet=True)
+    assert passes == BY_BLOCKS
+    assert torch.equal(absmax["lm_head"], whole["lm_head"])
 
 
 class Stack(nn.Module):
@@ -81,20 +86,8 @@ def skip_ahead(x, layers):
 def test_blocks_that_cannot_run_alone_are_run_in_the_whole_model_and_it_is_said(flow, capsys):
     model = Stack(flow)
     names = [f"layers.{i}" for i in range(3)]
-    observed = observe_samples(model, names, names, samples())
-    assert observed.passes.startswith("whole model: ")
+    absmax, _, passes = observe_here(model, names, names)
+    assert passes.startswith("whole model: ")
     assert "observe: not block by block but the whole model: " in capsys.readouterr().err
-    whole = observe(model, names, samples(), quiet=True)
-    assert all(torch.equal(observed.absmax[name], whole[name]) for name in names)
-
-
-def test_activations_beyond_the_limit_go_to_files(tmp_path):
-    given = [torch.full((2, 3), float(batch), dtype=torch.bfloat16) for batch in range(4)]
-    kept = BlockOutputs(in_memory=2 * given[0].nbytes)
-    for batch, tensor in enumerate(given):
-        kept.write(0, batch, tensor)
-    assert len(kept.held) == 2
-    assert len(list(kept.folder.rglob("*.safetensors"))) == 2
-    assert all(torch.equal(kept.read(0, batch), tensor) for batch, tensor in enumerate(given))
-    kept.close()
-    assert not kept.folder.exists()
+    whole = observe_absmax(model, names, samples())
+    assert all(torch.equal(absmax[name], whole[name]) for name in names)

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from calibration import __main__ as cli
 from calibration.checkpoint import export
+from calibration.checkpoint.write import write_checkpoint
 from calibration.observation import absmax
-from calibration.pipeline import as_scheme, calibrate, prepare, prove, smooth, write_checkpoint
-from calibration.smoothing.plan import Choice, make_plan
+from calibration.options import Options
+from calibration.pipeline import calibrate, check_gate, observe_model, smooth
+from calibration.smoothing.plan import make_plan
 from tests.helpers import tiny_architectures, tiny_checkpoints
 from tests.helpers.reference import load_reference
 from vllm_smoothquant.format.config import CheckpointConfig
@@ -88,23 +90,24 @@ def test_smoothing_brings_the_checkpoint_nearer_to_the_original(name, models, te
         expected = original(token_ids()).logits
         errors = {}
         for smoothing in (True, False):
-            run(models(name), tmp_path / str(smoothing), text, smoothing=smoothing)
+            run(models(name), tmp_path / str(smoothing), text, no_smoothing=not smoothing)
             errors[smoothing] = relative_error(load_reference(tmp_path / str(smoothing))(token_ids()).logits, expected)
     assert errors[True] < errors[False]
 
 
 def test_static_scale_is_the_range_of_the_smoothed_activation(models, text, tmp_path):
     """Computed from the original's ranges and the factors; here the smoothed model is observed anew."""
-    ready = prepare(
-        str(models("llama")), dataset=str(text), text_column="text", samples=tiny_checkpoints.SAMPLES,
-        seq_len=tiny_checkpoints.SEQ_LEN, seed=0, ignore=frozenset(), device_map="auto", quiet=True,
+    options = Options(
+        model=str(models("llama")), output=str(tmp_path / "out"), dataset=str(text), activations="static", quiet=True,
+        samples=tiny_checkpoints.SAMPLES, seq_len=tiny_checkpoints.SEQ_LEN,
     )  # fmt: skip
-    plan = make_plan(ready.watched, as_scheme("channel", "static"), Choice())
-    write_checkpoint(ready, plan, prove(ready, plan.smoothing), tmp_path / "out")
+    observation = observe_model(options)
+    plan = make_plan(observation, options)
+    write_checkpoint(observation, plan, check_gate(observation, plan.smoothing), options)
     stored = tensors(tmp_path / "out")
-    plan.smoothing.apply_(ready.source.model)
-    for name, largest in absmax.observe(
-        ready.source.model, ready.watched.names, ready.samples.input_ids, quiet=True
+    plan.smoothing.apply_()
+    for name, largest in absmax.observe_absmax(
+        observation.model, observation.layers, observation.samples.input_ids
     ).items():
         # The smoothed model rounds W * s and x / s again in float32, layer after layer.
         torch.testing.assert_close(stored[f"{name}.input_scale"][0], largest.max() / 127, rtol=1e-4, atol=0)
@@ -203,12 +206,12 @@ class Loop(torch.nn.Module):
 
 def test_absmax_is_per_input_channel():
     ids = torch.tensor([[[1, -5, 0, 2], [3, 4, 0, -2]]])
-    assert absmax.observe(Loop(), ["used"], ids, quiet=True)["used"].tolist() == [3, 5, 0, 2]
+    assert absmax.observe_absmax(Loop(), ["used"], ids)["used"].tolist() == [3, 5, 0, 2]
 
 
 def test_a_layer_never_reached_is_an_error():
-    with pytest.raises(SmoothQuantError, match="idle: expected every linear layer to be reached"):
-        absmax.observe(Loop(), ["used", "idle"], torch.ones(1, 2, 4), quiet=True)
+    with pytest.raises(SmoothQuantError, match="idle: expected calibration text that reaches every"):
+        absmax.observe_absmax(Loop(), ["used", "idle"], torch.ones(1, 2, 4))
 
 
 # --- bad input: one line, exit code 1, nothing left behind ---
@@ -345,7 +348,7 @@ def test_it_says_what_it_did_and_what_to_do_next(models, text, tmp_path, capsys)
 
 def test_json_errors_are_json(tmp_path, capsys):
     assert cli.main(["calibrate", str(tmp_path / "no"), "-o", str(tmp_path / "out"), "--json"]) == 1
-    assert set(json.loads(capsys.readouterr().out)["error"]) == {"where", "expected", "got", "do"}
+    assert set(json.loads(capsys.readouterr().out)["error"]) == {"where", "expected", "got", "fix"}
 
 
 def test_manifest_says_what_made_it(models, text, tmp_path):

@@ -1,12 +1,10 @@
 """The model card that calibrate writes, and its upload, with a hub that is not there."""
 
 import json
-from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
-from calibration import __main__ as cli
 from calibration.checkpoint import model_card
 from calibration.checkpoint.convert import convert
 from calibration.checkpoint.verify import verify
@@ -36,22 +34,6 @@ def checkpoint(model, text):
     options = {"activations": "static", "alpha": "auto", "max_fallback": 0.2}
     calibrate(str(model), model.parent / "out", dataset=str(text), samples=4, seq_len=32, quiet=True, **options)
     return model.parent / "out"
-
-
-class Hub:
-    """Stands for huggingface_hub.HfApi: notes what it is asked."""
-
-    def __init__(self, calls: list, fails: str = "") -> None:
-        self.calls, self.fails = calls, fails
-
-    def __getattr__(self, name: str):
-        def call(*args, **kwargs):
-            self.calls.append((name, args, kwargs))
-            if name == self.fails:
-                raise OSError(f"{name}:\nno hub here")
-            return "https://hub/me/repo"
-
-        return call
 
 
 def test_metadata_as_the_hub_reads_it_and_the_licence_carried_over(checkpoint):
@@ -107,33 +89,3 @@ def test_a_converted_checkpoint_says_how_that_one_is_served(checkpoint, model, t
     said = (tmp_path / "out" / model_card.CARD).read_text()
     assert "needs no plugin" in said
     assert "one scale per token" in said
-
-
-def test_push_to_hub_uploads_what_was_written(model, text, tmp_path, monkeypatch, capsys):
-    calls: list = []
-    monkeypatch.setattr(model_card, "HfApi", lambda: Hub(calls))
-    command = ["calibrate", str(model), "-o", str(tmp_path / "out"), "--dataset", str(text), "--samples", "4"]
-    assert cli.main([*command, "--seq-len", "32", "--push-to-hub", "me/repo"]) == 0
-    names = [name for name, _, _ in calls]
-    assert names == ["whoami", "create_repo", "upload_folder"]
-    assert calls[1][2]["private"] is True
-    assert calls[2][2]["repo_id"] == "me/repo"
-    assert Path(calls[2][2]["folder_path"]) == tmp_path / "out"
-    assert "https://hub/me/repo" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("fails", "repository"), [("whoami", "me/repo"), ("", "not//a/name")])
-def test_what_cannot_be_uploaded_is_refused_before_the_work(
-    model, text, tmp_path, monkeypatch, capsys, fails, repository
-):
-    monkeypatch.setattr(model_card, "HfApi", lambda: Hub([], fails))
-    command = ["calibrate", str(model), "-o", str(tmp_path / "out"), "--dataset", str(text)]
-    assert cli.main([*command, "--push-to-hub", repository]) == 1
-    assert "hf auth login" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_failed_upload_leaves_the_checkpoint_and_says_how_to_go_on(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(model_card, "HfApi", lambda: Hub([], "upload_folder"))
-    with pytest.raises(model_card.SmoothQuantError, match="hf upload me/repo"):
-        model_card.push(checkpoint, "me/repo")

@@ -19,6 +19,7 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import header_faults, read_headers
 
 names = st.from_regex(r"model\.layers\.[0-9]\.(self_attn|mlp)\.[a-z_]{2,9}", fullmatch=True)
+
 activations = st.sampled_from(
     [InputActivations("token", True), InputActivations("tensor", True), InputActivations("tensor", False)]
 )
@@ -120,7 +121,7 @@ def test_scheme_follows_ignore_and_overrides() -> None:
 
 
 def test_an_error_crosses_processes() -> None:
-    error = SmoothQuantError("a", expected="b", got="c", do="d")
+    error = SmoothQuantError("a", "b", "c", "d")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.where) == (SmoothQuantError, str(error), "a")
 
@@ -224,7 +225,7 @@ def test_a_missing_shard_a_stray_tensor_and_a_torn_file_are_refused(tmp_path: Pa
 
 def test_the_format_needs_neither_vllm_nor_transformers() -> None:
     code = (
-        "import sys, vllm_smoothquant, vllm_smoothquant.checkpoint, vllm_smoothquant.int8; "
+        "import sys, vllm_smoothquant, vllm_smoothquant.format.files, vllm_smoothquant.format.int8; "
         "print([m for m in ('vllm', 'transformers', 'calibration') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

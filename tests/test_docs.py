@@ -11,10 +11,14 @@ from calibration import __main__ as cli
 from tests.helpers import tiny_checkpoints
 
 ROOT = Path(__file__).parent.parent
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
 PAGES += sorted((ROOT / "examples").glob("*.py"))
+
 # A command on a line of its own, or between backticks if it has arguments.
 COMMAND = re.compile(r"^    (smoothquant .*)$|`(smoothquant [a-z]+ [^`]*)`", re.MULTILINE)
+
 SMALL = ["--samples", "4", "--seq-len", "32"]
 
 

@@ -10,12 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calibration.pipeline import as_scheme, prepare, prove, write_checkpoint
-from calibration.smoothing.plan import Choice, make_plan
+from calibration.checkpoint.write import write_checkpoint
+from calibration.options import Options
+from calibration.pipeline import check_gate, observe_model
+from calibration.smoothing.plan import make_plan
 from tests.helpers import engine
 from tests.helpers.reference import load_reference
 
 SCHEMES = list(product(("channel", "tensor"), ("token", "tensor", "static")))
+
 # One prompt: dynamic per-tensor scales couple the prompts of a batch, and the reference would have to batch alike.
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome. Water boils at a temperature of 100 degrees."
 
@@ -54,16 +57,15 @@ def test_every_scheme_of_a_real_model_is_served_as_the_reference_computes(smollm
     flip they agree to 1e-5. And both must be equally far from floating point, which a scheme mistaken for another is
     not: static is several times as far as per-token. A mean over 49152 words at some twenty places: a quarter of slack.
     """
-    ready = prepare(
-        str(smollm2), dataset=str(calibration_file), text_column="text", samples=4, seq_len=128, seed=0,
-        ignore=frozenset(), device_map="auto", quiet=True,
-    )  # fmt: skip
-    folders, proof = [], None
+    model = {"model": str(smollm2), "dataset": str(calibration_file), "samples": 4, "seq_len": 128, "quiet": True}
+    observation = observe_model(Options(**model))
+    folders, gate_report = [], None
     for weights, activations in SCHEMES:
         folders.append(tmp_path / f"{weights}-{activations}")
-        plan = make_plan(ready.watched, as_scheme(weights, activations), Choice())
-        proof = proof or prove(ready, plan.smoothing)  # the same factors for all: alpha 0.5
-        write_checkpoint(ready, plan, proof, folders[-1])
+        options = Options(**model, output=str(folders[-1]), weights=weights, activations=activations)
+        plan = make_plan(observation, options)
+        gate_report = gate_report or check_gate(observation, plan.smoothing)  # the same factors for all: alpha 0.5
+        write_checkpoint(observation, plan, gate_report, options)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompts = [tokenizer(TEXT)["input_ids"]]
     served = engine.logprobs_of(folders, prompts, vocabulary=True)

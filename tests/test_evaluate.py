@@ -15,7 +15,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from calibration import __main__ as cli
-from calibration.evaluation import evaluate
+from calibration.evaluation import evaluate, measure, sizes, windows
+from calibration.evaluation.evaluate_options import EvaluateOptions
+from calibration.options import add_arguments, from_arguments
 from calibration.pipeline import calibrate
 from tests.helpers import tiny_checkpoints
 from tests.helpers.reference import load_reference
@@ -57,7 +59,7 @@ def with_bos():
 
 def windows_of(models, text, **options):
     options = {"text_column": "text", "samples": 4, "seq_len": 32, "seed": 0} | options
-    return evaluate.token_windows([str(m) for m in models], str(text), **options)
+    return windows.token_windows([str(m) for m in models], str(text), **options)
 
 
 def test_ended_from_outside_it_takes_its_engine_along(model, text):
@@ -78,16 +80,16 @@ def test_ended_from_outside_it_takes_its_engine_along(model, text):
 
 
 def test_leading_tokens_are_the_tokenizers():
-    assert evaluate.leading_tokens(tiny_checkpoints.tokenizer()) == []
-    assert evaluate.leading_tokens(with_bos()) == [with_bos().bos_token_id]
+    assert windows.leading_tokens(tiny_checkpoints.tokenizer()) == []
+    assert windows.leading_tokens(with_bos()) == [with_bos().bos_token_id]
 
 
 def test_every_window_starts_with_bos_where_the_tokenizer_has_one(model, text, tmp_path):
     with_bos().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
-    windows, about = windows_of([tmp_path], text, samples=20)
-    assert {window[0] for window in windows} == {with_bos().bos_token_id}
-    assert {len(window) for window in windows} <= {31, 32}
+    texts, about = windows_of([tmp_path], text, samples=20)
+    assert {window[0] for window in texts} == {with_bos().bos_token_id}
+    assert {len(window) for window in texts} <= {31, 32}
     assert about["windows"] == 20
 
 
@@ -97,9 +99,9 @@ def test_windows_are_the_same_every_time(model, text):
 
 
 def test_sizes_are_those_of_the_tensors(model, int8):
-    linear = evaluate.linear_layers([str(model), str(int8)])
+    linear = sizes.linear_layers([str(model), str(int8)])
     assert len(linear) == 14  # two blocks of seven
-    before, after = (evaluate.weight_bytes(str(folder), linear) for folder in (model, int8))
+    before, after = (sizes.weight_bytes(str(folder), linear) for folder in (model, int8))
     state = AutoModelForCausalLM.from_pretrained(model).state_dict()
     elements = sum(state[f"{name}.weight"].numel() for name in linear)
     rows = sum(state[f"{name}.weight"].shape[0] for name in linear)
@@ -117,7 +119,7 @@ def test_table_has_a_row_for_every_model():
     rows = [row("a/base", scored_tokens=99), row("b/int8", perplexity_change=0.0123, kernels=["some-kernel"])]
     engine = {"vllm": "0.32.0", "dtype": "auto", "score_dtype": "auto"}
     text = {"source": "text.jsonl", "windows": 3, "seq_len": 34}
-    table = evaluate.format_table({"text": text, "engine": engine, "decode": evaluate.DECODE, "models": rows})
+    table = evaluate.format_table({"text": text, "engine": engine, "decode": measure.DECODE, "models": rows})
     lines = table.splitlines()
     assert lines[2].split() == ["base", "12.500", "2", "MiB", "1", "MiB", "3", "MiB", "42.0", "tok/s"]
     assert lines[3].split()[:3] == ["int8", "12.500", "+1.23%"]
@@ -130,20 +132,18 @@ def test_table_has_a_row_for_every_model():
 
 def arguments(*argv):
     parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
+    add_arguments(parser, EvaluateOptions)
     return parser.parse_args(list(map(str, argv)))
-
-
-def test_text_and_dataset_exclude_each_other(capsys):
-    with pytest.raises(SystemExit):
-        arguments("model", "--text", "a", "--dataset", "b")
-    assert "not allowed with" in capsys.readouterr().err
 
 
 def fault(*argv) -> str:
     with pytest.raises(SmoothQuantError) as caught:
-        evaluate.run(arguments(*argv))
+        evaluate.evaluate(from_arguments(EvaluateOptions, arguments(*argv)))
     return str(caught.value)
+
+
+def test_text_and_dataset_exclude_each_other():
+    assert "--text: expected one text to measure on" in fault("model", "--text", "a", "--dataset", "b")
 
 
 def test_missing_text_is_named(model):
@@ -179,18 +179,18 @@ def test_without_vllm_it_says_how_to_get_it(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(evaluate, "version", missing)
+    monkeypatch.setattr(measure, "version", missing)
     assert "make venv" in fault("model", "--text", "text")
 
 
 def test_it_imports_without_vllm():
-    code = "import sys; sys.modules['vllm'] = None; import calibration.evaluate"
+    code = "import sys; sys.modules['vllm'] = None; import calibration.evaluation.evaluate"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_timeout_leaves_no_process(model):
     with pytest.raises(subprocess.TimeoutExpired) as caught:
-        evaluate.measure(model, [[1, 2, 3]], timeout=0.5)
+        measure.measure(model, [[1, 2, 3]], timeout=0.5)
     request = caught.value.cmd[-2]
     assert subprocess.run(["pgrep", "-f", request], check=False, stdout=subprocess.PIPE).stdout == b""
 
@@ -200,7 +200,7 @@ def test_a_model_vllm_cannot_run_is_one_line(model, tmp_path):
     config = json.loads((model / "config.json").read_text()) | {"architectures": ["NonesuchForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SmoothQuantError, match=r"expected a model that vLLM can run, got .*Nonesuch") as caught:
-        evaluate.measure(tmp_path, [[1, 2, 3]], **ENGINE)
+        measure.measure(tmp_path, [[1, 2, 3]], **ENGINE)
     assert "\n" not in str(caught.value)
 
 
@@ -218,7 +218,7 @@ def test_a_last_word_is_guessed_if_all_its_tokens_are_the_likeliest(model):
     passages[1]["ids"][-2] += 1
     serve = {"prompt_tokens": 8, "new_tokens": 8, "batches": [1, 2], "repeats": 3}
     window = list(range(5, 25))
-    answer = evaluate.measure(model, [window], passages=passages, decode=None, serve=serve, **ENGINE)
+    answer = measure.measure(model, [window], passages=passages, decode=None, serve=serve, **ENGINE)
     assert (answer["last_word_accuracy"], answer["passages"]) == (0.75, 4)
     # And what a server would see of it, in the same engine.
     assert 0 < answer["first_token_seconds"] < 10
@@ -246,8 +246,8 @@ def test_perplexity_is_pytorchs(model, int8, text, capsys):
     result = json.loads(capsys.readouterr().out)
     baseline, quantized = result["models"]
 
-    windows, _ = windows_of([model], text)
-    ids = torch.tensor(windows)
+    texts, _ = windows_of([model], text)
+    ids = torch.tensor(texts)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids).logits
     expected = math.exp(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
@@ -284,7 +284,7 @@ def test_a_task_of_the_harness_is_scored_as_pytorch_scores_it(model, tmp_path):
         "doc_to_choice": "{{choices}}", "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
     (tmp_path / "endings.yaml").write_text(json.dumps(task))  # JSON is YAML
-    found = evaluate.run_tasks(model, ["endings"], include_path=str(tmp_path), max_model_len=64, **ENGINE)
+    found = measure.run_tasks(model, ["endings"], include_path=str(tmp_path), max_model_len=64, **ENGINE)
 
     network, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tiny_checkpoints.tokenizer()
 
@@ -300,6 +300,6 @@ def test_a_task_of_the_harness_is_scored_as_pytorch_scores_it(model, tmp_path):
 
 
 def test_without_the_harness_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    monkeypatch.setattr(measure, "find_spec", lambda name: None)
     with pytest.raises(SmoothQuantError, match=r"--tasks: expected lm-evaluation-harness.*pip install 'lm-eval"):
-        evaluate.run_tasks("model", ["arc_easy"])
+        measure.run_tasks("model", ["arc_easy"])

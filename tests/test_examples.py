@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.evaluation.evaluate import engine_environment
+from calibration.evaluation.measure import engine_environment
 from demo.server import free_port
 from tests.helpers import tiny_checkpoints
 

@@ -34,7 +34,7 @@ def sound(tmp_path_factory):
 
 def read_by_the_plugin(folder: Path) -> None:
     said = json.loads((folder / "config.json").read_text())["quantization_config"]
-    config.SmoothQuantConfig.from_config(said).maybe_update_config(str(folder))
+    config.SmoothQuantVllmConfig.from_config(said).maybe_update_config(str(folder))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

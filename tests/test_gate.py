@@ -31,7 +31,7 @@ def built(name: str) -> tuple[nn.Module, Graph, Smoothing]:
 
 def refuses(model: nn.Module, smoothing: Smoothing, graph: Graph) -> SmoothQuantError:
     with pytest.raises(SmoothQuantError) as raised:
-        gate.check(model, smoothing, graph, BATCHES)
+        gate.check_equivalence(smoothing, BATCHES)
     assert "\n" not in str(raised.value)
     return raised.value
 
@@ -52,7 +52,7 @@ def test_exact_smoothing_passes_and_leaves_the_model(name: str, dtype: torch.dty
     graph, smoothing = plan(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     pointers = {key: value.data_ptr() for key, value in model.state_dict().items()}
-    report = gate.check(model, smoothing, graph, BATCHES)
+    report = gate.check_equivalence(smoothing, BATCHES)
     assert report["batches"] == 2
     assert 0 < report["logits"]["change"] <= report["logits"]["allowed"] < 1e-3
     assert set(report["groups"]) == {g.source for g in graph.groups}
@@ -76,7 +76,7 @@ def test_runs_in_float32_whatever_the_model_is_stored_in() -> None:
 def test_no_groups_pass_at_once() -> None:
     model = tiny_architectures.build("llama")
     graph = discover(model, tiny_architectures.tokens())
-    report = gate.check(model, Smoothing(model, graph, {}), graph, BATCHES)
+    report = gate.check_equivalence(Smoothing(model, graph, {}), BATCHES)
     assert report["logits"] == {"change": 0.0, "allowed": 0.0}
 
 
@@ -85,7 +85,7 @@ def test_dispatched_by_accelerate() -> None:
     dispatch_model(model, {"": "cpu"}, force_hooks=True)
     graph, smoothing = plan(model)
     assert len(graph.groups) == 9
-    gate.check(model, smoothing, graph, BATCHES)
+    gate.check_equivalence(smoothing, BATCHES)
 
 
 # --- Mutations ---
@@ -116,14 +116,14 @@ def test_a_bias_folded_wrongly_is_caught(name: str, owner: str) -> None:
     model, graph, smoothing = built(name)
 
     class Forgetful(Smoothing):
-        def parameters(self, model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-            params = super().parameters(model, name)
+        def parameters(self, name: str) -> dict[str, torch.Tensor]:
+            params = super().parameters(name)
             if name == owner and owner in self.factors:
-                params["bias"] = model.get_submodule(name).bias.detach().float()
+                params["bias"] = self.model.get_submodule(name).bias.detach().float()
             return params
 
-        def only(self, model: nn.Module, sources: object) -> Smoothing:
-            return Forgetful(model, self.graph, {s: f for s, f in self.factors.items() if s in sources})
+        def only(self, sources: object) -> Smoothing:
+            return Forgetful(self.model, self.graph, {s: f for s, f in self.factors.items() if s in sources})
 
     error = refuses(model, Forgetful(model, graph, smoothing.factors), graph)
     assert owner in error.where
@@ -167,7 +167,7 @@ def test_faults_of_a_thousandth_are_caught() -> None:
         *group.readers[1:],
     ))  # fmt: skip
     factors = {group.source: torch.where(torch.arange(128) == 5, 1.001, 1.0)}
-    gate.check(model, Smoothing(model, graph, factors), graph, BATCHES)
+    gate.check_equivalence(Smoothing(model, graph, factors), BATCHES)
     refuses(model, Smoothing(model, wrong, factors), wrong)
 
 
@@ -198,7 +198,7 @@ def test_an_unseen_reader_is_caught_and_its_source_named(reader: Callable) -> No
     absmax = observe(toy, graph, toy_block.tokens())
     factors = {g.source: torch.where(g.foldable, 2.0, 1.0) for g in graph.groups}
     with pytest.raises(SmoothQuantError) as raised:
-        gate.check(toy, Smoothing(toy, graph, factors), graph, [toy_block.tokens(3)])
+        gate.check_equivalence(Smoothing(toy, graph, factors), [toy_block.tokens(3)])
     assert raised.value.where == "smoothing of layers.0.norm (read by layers.0.up)"
     assert "not known to read the source" in raised.value.got
     assert absmax
@@ -209,16 +209,16 @@ def test_an_unseen_reader_is_caught_and_its_source_named(reader: Callable) -> No
 
 def test_original_that_is_not_finite() -> None:
     model = tiny_architectures.build("llama")
-    graph, smoothing = plan(model)
+    _, smoothing = plan(model)
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(SmoothQuantError, match="expected finite output of the original model"):
-        gate.check(model, smoothing, graph, BATCHES)
+        gate.check_equivalence(smoothing, BATCHES)
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, RuntimeError])
 def test_restored_when_the_model_fails(fault: type[BaseException]) -> None:
     model = tiny_architectures.build("llama", dtype=torch.bfloat16)
-    graph, smoothing = plan(model)
+    _, smoothing = plan(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
 
     def stop(module: nn.Module, args: object) -> None:
@@ -226,11 +226,11 @@ def test_restored_when_the_model_fails(fault: type[BaseException]) -> None:
 
     handle = model.model.layers[1].mlp.register_forward_pre_hook(stop)
     with pytest.raises(fault, match="stop"):
-        gate.check(model, smoothing, graph, BATCHES)
+        gate.check_equivalence(smoothing, BATCHES)
     handle.remove()
     assert all(torch.equal(before[k], v) and v.dtype == before[k].dtype for k, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    gate.check(model, smoothing, graph, BATCHES)
+    gate.check_equivalence(smoothing, BATCHES)
 
 
 def test_a_tie_that_rounding_decides_is_not_a_fault() -> None:
@@ -252,8 +252,8 @@ def test_a_tie_that_rounding_decides_is_not_a_fault() -> None:
     for seed in range(8):
         factors = {group.source: 1 + torch.rand(16, generator=torch.Generator().manual_seed(seed))}
         smoothing = Smoothing(toy, graph, factors)
-        gate.check(toy, smoothing, graph, [toy_block.tokens(seed)])
+        gate.check_equivalence(smoothing, [toy_block.tokens(seed)])
         with gate._settled(toy):
-            once = gate._compare(toy, smoothing, toy_block.tokens(seed), [], floors=1)
+            once = gate._compare(smoothing, toy_block.tokens(seed), [], floors=1)
         flips += not once[gate.LOGITS].within
     assert flips, "no tie was decided differently: this test shows nothing"

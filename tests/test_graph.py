@@ -36,18 +36,26 @@ def folds(found: Graph) -> set[str]:
 
 
 QKV = "k_proj,q_proj,v_proj"
+
 LLAMA = {f"input_layernorm>{QKV}", "v_proj>o_proj", "post_attention_layernorm>gate_proj,up_proj", "up_proj>down_proj"}
+
 GEMMA2 = {f"input_layernorm>{QKV}", "v_proj>o_proj", "pre_feedforward_layernorm>gate_proj,up_proj", "up_proj>down_proj"}
+
 PARALLEL = {"input_layernorm>gate_proj,k_proj,q_proj,up_proj,v_proj", "v_proj>o_proj", "up_proj>down_proj"}
+
 MOE = {f"input_layernorm>{QKV}", "v_proj>o_proj"}
+
 MLA = {
     "input_layernorm>kv_a_proj_with_mqa,q_a_proj", "q_a_layernorm>q_b_proj", "kv_a_layernorm>kv_b_proj",
     "kv_b_proj[256/384]>o_proj", "post_attention_layernorm>gate_proj,up_proj", "up_proj>down_proj",
 }  # fmt: skip
+
 OPT_ATTENTION = {f"self_attn_layer_norm>{QKV}", "v_proj>out_proj", "final_layer_norm>fc1"}
+
 NEOX = {
     "input_layernorm>query_key_value", "query_key_value[128/384]>dense", "post_attention_layernorm>dense_h_to_4h",
 }  # fmt: skip
+
 POST_NORM = {"v_proj>o_proj", "up_proj>down_proj"}
 
 # Every fold but the final norm's, from reading each architecture's code.
@@ -338,6 +346,7 @@ def test_linear_layers_are_known_by_what_they_compute() -> None:
 # --- No table of architectures ---
 
 ROOT = Path(__file__).parent.parent
+
 # First words of the names; two of them are English.
 NAMES = {re.split(r"[-\d.]", name)[0] for name in tiny_architectures.ZOO} - {"opt", "seed"}
 

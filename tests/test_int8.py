@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from vllm_smoothquant.format import int8
 
 values = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
+
 matrices = st.tuples(st.integers(1, 6), st.integers(1, 8)).flatmap(
     lambda shape: st.lists(
         st.lists(values, min_size=shape[1], max_size=shape[1]), min_size=shape[0], max_size=shape[0]

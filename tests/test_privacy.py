@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.helpers import tiny_checkpoints
 
 SCRIPT = Path(__file__).parent.parent / "examples/domain_data.py"
+
 # Python tells every socket that is made, and every name that is looked up, to such a hook, whatever library asks. What
 # native code does by itself it would not tell; safetensors and torch have no business there, and the hub's client is
 # Python's.
@@ -18,6 +19,7 @@ def closed(event, args):
         raise PermissionError(f"a socket: {event} {args}")
 sys.addaudithook(closed)
 """
+
 # The example, then what one would do with a checkpoint it made, in one process: importing is most of the time.
 ALL = (
     CLOSED

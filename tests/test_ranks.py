@@ -51,7 +51,7 @@ def test_two_processes_make_the_bytes_of_one(name, tmp_path):
 
 def test_batches_are_shared_without_rest():
     batches = torch.arange(7).split(1)
-    shared = [Processes(rank, 3).mine(batches) for rank in range(3)]
+    shared = [Processes(rank, 3).share(batches) for rank in range(3)]
     assert sorted(number for mine in shared for number, _ in mine) == list(range(7))
     assert all(torch.equal(batch, batches[number]) for mine in shared for number, batch in mine)
 

@@ -17,10 +17,11 @@ from PIL import Image
 from calibration import __main__ as cli
 from calibration.checkpoint import channel_statistics
 from calibration.checkpoint.verify import verify
-from calibration.pipeline import as_scheme, calibrate, prepare
+from calibration.options import Options
+from calibration.pipeline import calibrate, observe_model
 from calibration.report import figures
 from calibration.report.page import MAX_BYTES, report
-from calibration.smoothing.plan import Choice, make_plan
+from calibration.smoothing.plan import make_plan
 from tests.helpers import tiny_checkpoints
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import MANIFEST
@@ -137,20 +138,18 @@ def test_statistics_are_what_was_observed(tmp_path):
         tiny_checkpoints.save("llama", tmp_path / "model"),
         tiny_checkpoints.save_text(tmp_path / "text.jsonl"),
     )
-    ready = prepare(
-        str(model), dataset=str(text), text_column="text", samples=4, seq_len=32, seed=0, ignore=frozenset(),
-        device_map="auto", quiet=True,
-    )  # fmt: skip
-    plan = make_plan(ready.watched, as_scheme("channel", "token"), Choice())
-    channel_statistics.write(tmp_path, channel_statistics.collect(ready.watched, plan))
+    options = Options(model=str(model), dataset=str(text), samples=4, seq_len=32, quiet=True)
+    observation = observe_model(options)
+    plan = make_plan(observation, options)
+    channel_statistics.write(tmp_path, channel_statistics.collect(observation, plan))
     seen = {c.layers[0]: c for c in channel_statistics.read(tmp_path)}
     assert len(seen) == 8
     assert seen["model.layers.1.self_attn.q_proj"].layers == tuple(f"model.layers.1.self_attn.{x}_proj" for x in "qkv")
     c = seen["model.layers.1.mlp.down_proj"]
-    weight = ready.source.model.get_submodule(c.layers[0]).weight
+    weight = observation.model.get_submodule(c.layers[0]).weight
     factor = plan.smoothing.input_factor(c.layers[0])
     expected = {
-        "activations": ready.watched.absmax[c.layers[0]],
+        "activations": observation.absmax[c.layers[0]],
         "weights": weight.abs().amax(0),
         "factor": factor,
         "smoothed": (weight.abs() * factor).amax(0),
@@ -230,5 +229,5 @@ def test_layers_that_stand_out_are_named():
     assert figures.outlier_ratio(loud) == 1375
     assert figures.outlier_ratio(quiet) == 1
     assert figures.kind_of(("model.layers.11.mlp.gate_proj", "model.layers.11.mlp.up_proj")) == "mlp.gate_proj, up_proj"
-    assert figures.block_of(("model.layers.11.mlp.down_proj",)) == "11"
+    assert figures.block_label(("model.layers.11.mlp.down_proj",)) == "11"
     assert figures.joined(np.arange(10.0), 4).tolist() == [2, 5, 8, 9]

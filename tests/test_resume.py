@@ -17,15 +17,17 @@ from safetensors import safe_open
 
 from calibration import __main__ as cli
 from calibration.checkpoint import export
-from calibration.observation import block_outputs, resume
+from calibration.observation import block_outputs, observe, saved
 from calibration.observation.observe import BATCH_SIZE
+from calibration.observation.resume import ObservationStore
 from calibration.pipeline import calibrate
-from calibration.recipe import RECIPE
+from calibration.smoothing import plan
 from tests.helpers import tiny_checkpoints
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import MANIFEST
 
 FORK = multiprocessing.get_context("fork")
+
 SHARD = 60_000  # bytes: several shards of a tiny model
 
 
@@ -103,7 +105,7 @@ def killed_in_write(source, output: Path, at: int) -> None:
             die()
 
     save = export.save_file
-    for module in (block_outputs, export, resume):
+    for module in (block_outputs, export, saved):
         module.save_file = half
     run(source, output)
 
@@ -136,7 +138,7 @@ def test_killed_in_the_middle_of_a_write(at, source, whole, tmp_path):
 
 
 def test_killed_again_and_again_at_random(source, whole, tmp_path):
-    """Later and later, so that it ends; each run goes on from what the one before left."""
+    """Later and later, so that it ends; each run resumes from what the one before left."""
     rng, kills = random.Random(0), 0
     output = tmp_path / "out"
     for attempt in range(40):
@@ -156,43 +158,84 @@ def test_killed_again_and_again_at_random(source, whole, tmp_path):
     assert not (tmp_path / "out.state").exists()
 
 
-def test_finished_blocks_and_shards_are_not_made_again(source, whole, tmp_path, monkeypatch):
+def blocks(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "block").iterdir())
+
+
+def test_finished_blocks_are_not_run_again(source, whole, tmp_path, monkeypatch):
     output = tmp_path / "out"
     assert forked(killed_in_write, source, output, 12) == -signal.SIGKILL
-    found = sorted(p.relative_to(tmp_path / "out.state").as_posix() for p in (tmp_path / "out.state/block").iterdir())
-    assert found == [f"block/{i:05d}.safetensors" for i in range(3)]
-    shards = [p.name for p in (tmp_path / "out.state/checkpoint").iterdir() if p.suffix != ".partial"]
-    assert shards
-    written, save = [], export.save_file
-
-    def noting(tensors, path, metadata):
-        written.append(path.name)
-        save(tensors, path, metadata)
-
-    monkeypatch.setattr(export, "save_file", noting)
+    assert blocks(tmp_path / "out.state") == [f"{i:05d}.safetensors" for i in range(3)]
     monkeypatch.setattr(block_outputs, "save_file", None)  # no block runs
     run(source, output)
-    assert not {f"{name}.partial" for name in shards} & set(written)
     assert contents(output) == whole
+
+
+@pytest.mark.parametrize(
+    "options", [{"alpha": 0.7}, {"activations": "token"}, {"ignore": ["model.layers.0.mlp.up_proj"]}]
+)
+def test_another_alpha_or_scheme_resumes_from_the_same_observation(options, source, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    assert forked(killed_in_write, source, output, 12) == -signal.SIGKILL
+    monkeypatch.setattr(block_outputs, "save_file", None)  # no block runs
+    run(source, output, **options)
+    monkeypatch.undo()
+    run(source, tmp_path / "fresh", **options)
+    assert contents(output) == contents(tmp_path / "fresh")
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files if "checkpoint" not in p.parts}
 
 
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
-        ({"alpha": 0.6}, "options.alpha was 0.5, is 0.6"),
-        ({"samples": 5}, "options.samples was 9, is 5"),
-        ({"activations": "token"}, 'options.activations was "static", is "token"'),
+        ({"samples": 5}, "tokens.samples was 9, is 5"),
+        ({"seed": 1}, "tokens.sha256 was"),
+        ({"quantize_lm_head": True}, "output_head was false, is true"),
     ],
 )
-def test_another_command_is_refused_with_the_difference(options, difference, source, whole, tmp_path):
+def test_other_inputs_are_refused_with_the_difference(options, difference, source, whole, tmp_path):
     output = tmp_path / "out"
     assert forked(killed_in_write, source, output, 5) == -signal.SIGKILL
-    before = sorted((tmp_path / "out.state").rglob("*"))
+    before = state(tmp_path / "out.state")
     with pytest.raises(SmoothQuantError) as refused:
         run(source, output, **options)
     assert difference in str(refused.value)
-    assert sorted((tmp_path / "out.state").rglob("*")) == before
+    assert state(tmp_path / "out.state") == before
     finished_and_the_same(source, output, whole)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"text_column": "texts"}, {"dataset": "nowhere.jsonl"}, {"ignore": ["typo"]}, {"seq_len": 4096},
+        {"samples": 100_000}
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_later_command_keeps_what_was_observed(mistake, source, whole, tmp_path):
+    output = tmp_path / "out"
+    assert forked(killed_in_write, source, output, 5) == -signal.SIGKILL
+    finished = blocks(tmp_path / "out.state")
+    with pytest.raises(SmoothQuantError):
+        run(source, output, **mistake)
+    assert set(finished) <= set(blocks(tmp_path / "out.state"))
+    finished_and_the_same(source, output, whole)
+
+
+def test_a_budget_that_cannot_be_met_keeps_the_whole_observation(source, tmp_path, monkeypatch):
+    """The advice is to raise the budget: that must not cost another pass."""
+    output = tmp_path / "out"
+    rising = iter((10.0, 20.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "perplexity", lambda *_: next(rising))
+        with pytest.raises(SmoothQuantError, match="--budget-ppl"):
+            run(source, output, max_fallback=0.5, budget_ppl=0.1)
+    assert (tmp_path / "out.state/observation.safetensors").exists()
+    monkeypatch.setattr(observe, "observe_samples", None)
+    run(source, output, max_fallback=0.5)
 
 
 def test_a_changed_model_or_text_is_refused_with_the_difference(source, tmp_path):
@@ -204,25 +247,55 @@ def test_a_changed_model_or_text_is_refused_with_the_difference(source, tmp_path
     with pytest.raises(SmoothQuantError, match=r"tokens\.sha256 was "):
         run((model, text), output)
     tiny_checkpoints.save_text(text)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    with pytest.raises(SmoothQuantError, match="config was "):
+        run((model, text), output)
     tiny_checkpoints.save("llama-bias", model)
     with pytest.raises(SmoothQuantError, match=r"source\.model\.safetensors was "):
         run((model, text), output)
 
 
-def test_the_state_of_another_version_is_refused(source, tmp_path):
+def test_a_damaged_key_is_refused(source, tmp_path):
     output = tmp_path / "out"
     assert forked(killed_in_write, source, output, 5) == -signal.SIGKILL
-    inputs = tmp_path / "out.state/inputs.json"
-    inputs.write_text(json.dumps(json.loads(inputs.read_text()) | {"format": 99}))
-    with pytest.raises(SmoothQuantError, match="format was 99, is 1"):
-        run(source, output)
-    inputs.write_text("{")
-    with pytest.raises(SmoothQuantError, match="remove that folder to begin anew"):
+    (tmp_path / "out.state/key.json").write_text("{")
+    with pytest.raises(SmoothQuantError, match="remove that folder to start over"):
         run(source, output)
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(source, whole, tmp_path, monkeypatch, capsys):
-    """Here the export's second shard meets it; blocks and the first shard are there when there is room again."""
+def test_a_folder_of_somebody_else_is_refused_and_left_alone(source, tmp_path):
+    (tmp_path / "out.state/block").mkdir(parents=True)
+    (tmp_path / "out.state/notes.txt").write_text("mine")
+    with pytest.raises(SmoothQuantError, match="got something else"):
+        run(source, tmp_path / "out")
+    assert (tmp_path / "out.state/notes.txt").read_text() == "mine"
+
+
+def test_what_a_user_put_into_the_state_folder_stays(source, tmp_path):
+    assert forked(killed_in_write, source, tmp_path / "out", 5) == -signal.SIGKILL
+    (tmp_path / "out.state/notes.txt").write_text("mine")
+    run(source, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out.state").iterdir()] == ["notes.txt"]
+
+
+def test_a_second_run_at_the_same_time_is_refused(source, tmp_path):
+    store = ObservationStore(tmp_path / "out")
+    with store.session():
+        with pytest.raises(SmoothQuantError, match="one calibration at a time"):
+            run(source, tmp_path / "out")
+        assert store.folder.is_dir()
+    run(source, tmp_path / "out")
+
+
+def test_an_error_before_anything_is_observed_leaves_nothing(source, tmp_path):
+    with pytest.raises(SmoothQuantError):
+        run(source, tmp_path / "out", text_column="texts")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_observation(source, whole, tmp_path, monkeypatch, capsys):
+    """Here the export's second shard meets it; the observation is there when there is room again."""
     output, save = tmp_path / "out", export.save_file
 
     def full(tensors, path, metadata=None):
@@ -238,10 +311,10 @@ def test_a_full_disk_is_one_line_and_loses_nothing(source, whole, tmp_path, monk
         assert cli.main(argv) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert "No space left on device" in line
-    assert (tmp_path / "out.state/checkpoint/shard-0").exists()
+    assert not (tmp_path / "out.state/checkpoint").exists()
     assert not output.exists()
+    monkeypatch.setattr(block_outputs, "save_file", None)  # no block runs
     assert cli.main(argv) == 0
-    (output / RECIPE).unlink()  # the command's, which `whole` was made without
     assert contents(output) == whole
 
 
@@ -268,9 +341,7 @@ def test_a_full_disk_while_observing_loses_nothing(source, whole, tmp_path, monk
 
 def test_kept_statistics_give_the_same_bytes_without_a_pass(source, whole, tmp_path, monkeypatch):
     run(source, tmp_path / "first", alpha=0.7, weights="tensor", save_stats=tmp_path / "stats.safetensors")
-    from calibration import pipeline
-
-    monkeypatch.setattr(pipeline, "observe_samples", None)
+    monkeypatch.setattr(observe, "observe_samples", None)
     run(source, tmp_path / "out", stats=tmp_path / "stats.safetensors")
     assert contents(tmp_path / "out") == whole
     with safe_open(tmp_path / "stats.safetensors", "pt") as file:
@@ -280,8 +351,8 @@ def test_kept_statistics_give_the_same_bytes_without_a_pass(source, whole, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 5}, "observed_on.tokens.samples was 9, is 5"),
-        ({"quantize_lm_head": True}, "expected statistics of lm_head"),
+        ({"samples": 5}, "key.tokens.samples was 9, is 5"),
+        ({"quantize_lm_head": True}, "expected the absmax of lm_head"),
     ],
 )
 def test_statistics_of_something_else_are_refused(options, message, source, tmp_path):
@@ -291,6 +362,13 @@ def test_statistics_of_something_else_are_refused(options, message, source, tmp_
         run(source, tmp_path / "out", stats=stats, **options)
     assert message in str(refused.value)
     assert not (tmp_path / "out.state").exists()
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(source, tmp_path):
+    (tmp_path / "stats").mkdir()
+    with pytest.raises(SmoothQuantError, match=r"--save-stats .*: expected a file that can be written"):
+        run(source, tmp_path / "out", save_stats=tmp_path / "stats")
+    assert [p.name for p in tmp_path.iterdir()] == ["stats"]
 
 
 def test_what_is_no_statistics_file_is_refused(source, tmp_path):

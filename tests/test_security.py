@@ -20,6 +20,7 @@ from tests.helpers.reference import load_reference
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 ROOT = Path(__file__).parent.parent
+
 EVIL = "from pathlib import Path\nPath({!r}).touch()\nclass Config: pass\nclass Model: pass\nclass Tokenizer: pass\n"
 
 
@@ -110,7 +111,7 @@ def test_no_name_reaches_the_terminal_as_it_is(copy, capsys):
 
 
 def test_a_long_value_is_cut():
-    error = SmoothQuantError("a", expected="b", got="c" * 10**6, do="d")
+    error = SmoothQuantError("a", "b", "c" * 10**6, "d")
     assert len(str(error)) < 1100
 
 

@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from calibration.evaluation.evaluate import engine_environment
+from calibration.evaluation.measure import engine_environment
 from demo.server import free_port, vllm_serve
 
 pytestmark = pytest.mark.slow
 
 ARGUMENTS = ["--served-model-name", "int8", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "8"]
+
 ARGUMENTS += ["--kv-cache-memory-bytes", "512M"]
+
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
 CAPITALS = {"The capital of France is": "Paris", "The capital of Italy is": "Rome", "The capital of Japan is": "Tokyo"}
+
 GREEDY = {"model": "int8", "temperature": 0, "max_tokens": 24}
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from calibration import __main__ as cli
 from calibration.evaluation import evaluate
+from calibration.evaluation.measure import SERVE
 from calibration.report import table
 
 ROW = {
@@ -15,10 +16,11 @@ ROW = {
     "peak_memory_bytes": 1200 << 20, "first_token_seconds": 0.0123, "tokens_per_second_batch_1": 10.04,
     "tokens_per_second_batch_16": 99.96, "kernels": [],
 }  # fmt: skip
+
 RESULT = {
     "text": {"source": "some/where/text.jsonl", "windows": 3, "seq_len": 34},
     "engine": {"vllm": "0.32.0", "dtype": "auto", "score_dtype": "float32"},
-    "serve": evaluate.SERVE,
+    "serve": SERVE,
     "models": [
         ROW | {"model": "a/base", "baseline": True, "perplexity_change": 0.0},
         ROW | {"model": "a/dynamic", "perplexity_change": 0.0123},
@@ -60,6 +62,6 @@ def test_a_column_nobody_measured_is_left_out():
 def test_what_cannot_be_a_table_is_refused_at_once(tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    monkeypatch.setattr(evaluate, "run", lambda args: pytest.fail("it went on"))
+    monkeypatch.setattr(evaluate, "evaluate", lambda options: pytest.fail("it went on"))
     assert cli.main(["evaluate", "m", *arguments]) == 1
     assert said in capsys.readouterr().err

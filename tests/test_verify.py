@@ -62,6 +62,7 @@ def test_a_flipped_bit_is_caught(where, bit, file, checkpoints):
 
 
 NAN, UP = float("nan"), "model.layers.1.mlp.up_proj"
+
 SPOILT = {
     "scale NaN": (lambda s: s[f"{UP}.weight_scale"][3].fill_(NAN), f"{UP}.weight_scale: expected finite values above"),
     "scale negative": (lambda s: s[f"{UP}.input_scale"].neg_(), f"{UP}.input_scale: expected finite values above zero"),

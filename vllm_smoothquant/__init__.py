@@ -59,10 +59,7 @@ def _refusing(version: str) -> type:
 
     def refuse(*_: object, **__: object) -> object:
         raise SmoothQuantError(
-            "vllm",
-            expected=f"a version {SUPPORTED_VLLM}",
-            got=version,
-            do="install a supported vLLM, or upgrade vllm-smoothquant",
+            "vllm", f"a version {SUPPORTED_VLLM}", version, "install a supported vLLM, or upgrade vllm-smoothquant"
         )
 
     # Abstract methods may differ between versions; none is reached, but all must be there for `__init__` to be.

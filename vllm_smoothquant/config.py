@@ -72,9 +72,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         if os.path.isdir(model_name):
             headers = read_headers(model_name)
             if not headers:
-                raise SmoothQuantError(
-                    model_name, expected="safetensors files", got="none", do="copy or export the checkpoint again"
-                )
+                raise SmoothQuantError(model_name, "safetensors files", "none", "copy or export the checkpoint again")
             sizes = size_faults(read_json(Path(model_name, "config.json")), headers)
             for fault in (*sizes, *header_faults(self.config, headers)):
                 raise fault
@@ -122,9 +120,9 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         for name in sorted((self.config.smoothed | set(self.config.overrides)) - self._asked):
             raise SmoothQuantError(
                 f"quantization_config: {name}",
-                expected="the name of a linear layer of this model in vLLM",
-                got="a name vLLM did not ask for",
-                do="report this architecture, or calibrate with the same activations for all layers",
+                "the name of a linear layer of this model in vLLM",
+                "a name vLLM did not ask for",
+                "report this architecture, or calibrate with the same activations for all layers",
             )
 
     def _checkpoint_names(self, prefix: str) -> list[str]:
@@ -144,9 +142,9 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         if len(set(said.values())) > 1:
             raise SmoothQuantError(
                 f"quantization_config: {prefix}",
-                expected=f"one scheme for {', '.join(names)}, which vLLM computes as one layer",
-                got="; ".join(f"{name.rpartition('.')[2]} {_describe(*value)}" for name, value in said.items()),
-                do="recalibrate so that these layers are ignored, overridden and smoothed alike",
+                f"one scheme for {', '.join(names)}, which vLLM computes as one layer",
+                "; ".join(f"{name.rpartition('.')[2]} {_describe(*value)}" for name, value in said.items()),
+                "recalibrate so that these layers are ignored, overridden and smoothed alike",
             )
         return said[names[0]]
 
@@ -163,7 +161,7 @@ def _describe(scheme: Scheme | None, smoothed: bool) -> str:
 def not_quantised(model: str) -> SmoothQuantError:
     return SmoothQuantError(
         model,
-        expected="a SmoothQuant checkpoint",
-        got="a model without quantization_config",
-        do=f"run `smoothquant calibrate {model} -o OUT` first, then serve OUT",
+        "a SmoothQuant checkpoint",
+        "a model without quantization_config",
+        f"run `smoothquant calibrate {model} -o OUT` first, then serve OUT",
     )

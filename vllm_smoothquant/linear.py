@@ -133,7 +133,7 @@ class SmoothQuantLinearMethod(LinearMethodBase):
     def tie_weights(self, layer: Layer, embed_tokens: Layer) -> Layer:
         raise SmoothQuantError(
             self.prefix,
-            expected="an output head of its own, since quantization_config does not ignore it",
-            got="one tied to the embeddings",
-            do=f"add {self.prefix!r} to `ignore` in config.json, or calibrate the model again",
+            "an output head of its own, since quantization_config does not ignore it",
+            "one tied to the embeddings",
+            f"add {self.prefix!r} to `ignore` in config.json, or calibrate the model again",
         )

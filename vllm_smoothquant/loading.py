@@ -4,6 +4,7 @@ vLLM does not notice a missing tensor of a quantised model, and it casts any dty
 loader is wrapped: dtype, shape and values are checked when a tensor is loaded, and completeness after loading.
 """
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,13 +56,13 @@ class CheckedLoading:
 
     def checked(self, layer: Layer, tensor: str, loader: Callable[..., None]) -> Callable[..., None]:
         """`loader` of the parameter `tensor`, with checks before it; it records which shards were loaded."""
-        shards = self.loaded.setdefault(tensor, {})
+        shards, layer_ref = self.loaded.setdefault(tensor, {}), weakref.ref(layer)  # weak: vLLM keeps loaders for ever
 
         def load(param: Parameter, value: torch.Tensor, *args: Any, **kwargs: Any) -> None:
             # vLLM passes the shard by position, by either of two names, or not at all (fused in the checkpoint).
             shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
             value = collapse(value, self.repeating)
-            self._check_value(layer, tensor, shard, value)
+            self._check_value(layer_ref(), tensor, shard, value)
             loader(param, value, *args, **kwargs)
             if shard is None and isinstance(param, PerTensorScaleParameter):
                 param.data.fill_(value.item())  # one scale for all shards: older versions of vLLM fill only the first
@@ -98,9 +99,9 @@ class CheckedLoading:
         if value.dtype != dtype or not fits:
             raise SmoothQuantError(
                 where,
-                expected=f"{dtype} [{', '.join('any' if n is None else str(n) for n in shape)}]",
-                got=f"{value.dtype} {list(value.shape)}",
-                do="calibrate the model again, or list the layer in `ignore` if it was left in floating point",
+                f"{dtype} [{', '.join('any' if n is None else str(n) for n in shape)}]",
+                f"{value.dtype} {list(value.shape)}",
+                "calibrate the model again, or list the layer in `ignore` if it was left in floating point",
             )
         if tensor != "weight":
             _check_positive(where, value)
@@ -108,9 +109,9 @@ class CheckedLoading:
             if previous is not None and not torch.equal(previous, value):
                 raise SmoothQuantError(
                     where,
-                    expected=f"the values of {self._name(other)}.{tensor}, because vLLM computes both as {self.prefix}",
-                    got="different values",
-                    do="calibrate the model again so that both share them",
+                    f"the values of {self._name(other)}.{tensor}, because vLLM computes both as {self.prefix}",
+                    "different values",
+                    "calibrate the model again so that both share them",
                 )
 
     def _rows(self, layer: Layer, shard: Any) -> int | None:
@@ -134,17 +135,17 @@ class CheckedLoading:
         missing = [index for index in range(len(self.widths)) if index not in present]
         if ours and None not in shards and missing:
             raise SmoothQuantError(
-                f"{self._name(missing[0])}.{tensor}", expected="a tensor in the checkpoint", got="none",
-                do="copy or export the checkpoint again",
-            )  # fmt: skip
+                f"{self._name(missing[0])}.{tensor}",
+                "a tensor in the checkpoint",
+                "none",
+                "copy or export the checkpoint again",
+            )
         if tensor != "weight":
             # vLLM pads an output head with rows of zeros, scales included; they compute zeros, which is right.
             padding = getattr(layer, "num_org_embeddings_per_partition", None)
             _check_positive(f"{self.prefix}.{tensor}", param.data[:padding])
         elif param.dtype != torch.int8:
-            raise SmoothQuantError(
-                f"{self.prefix}.{tensor}", expected="int8", got=str(param.dtype), do="calibrate the model again"
-            )
+            raise SmoothQuantError(f"{self.prefix}.{tensor}", "int8", str(param.dtype), "calibrate the model again")
 
     def _check_bias(self, layer: Layer) -> None:
         """vLLM skips a bias that its layer lacks, and leaves a bias that the checkpoint lacks uninitialised."""
@@ -156,9 +157,9 @@ class CheckedLoading:
             if (f"{name}.bias" in tensors) != has_bias:
                 raise SmoothQuantError(
                     f"{name}.bias",
-                    expected="a tensor in the checkpoint" if has_bias else "none, because vLLM's layer adds no bias",
-                    got="none" if has_bias else "one",
-                    do="check that config.json belongs to this checkpoint and that vLLM has this architecture",
+                    "a tensor in the checkpoint" if has_bias else "none, because vLLM's layer adds no bias",
+                    "none" if has_bias else "one",
+                    "check that config.json belongs to this checkpoint and that vLLM has this architecture",
                 )
 
 
@@ -178,7 +179,7 @@ def _check_positive(where: str, value: torch.Tensor) -> None:
         bad = value[~good].flatten()
         raise SmoothQuantError(
             where,
-            expected="finite values above zero",
-            got=f"{bad[0].item()} and {bad.numel() - 1} more such" if bad.numel() > 1 else f"{bad[0].item()}",
-            do="calibrate the model again",
+            "finite values above zero",
+            f"{bad[0].item()} and {bad.numel() - 1} more such" if bad.numel() > 1 else f"{bad[0].item()}",
+            "calibrate the model again",
         )

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.calibration`: see run.py."""
+"""`python -m benchmarks.calibration`: run.py describes it."""
 
 import sys
 

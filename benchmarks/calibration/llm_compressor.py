@@ -1,7 +1,7 @@
 """llm-compressor's SmoothQuant on given tokens, run by its own interpreter: `python llm_compressor.py REQUEST.json`.
 
-The same scheme and strength as ours: weights per channel, activations per token (dynamic), alpha 0.5, head left alone.
-Prints one JSON line: seconds of loading, of calibrating and of saving.
+The scheme and the strength are ours: weights per channel, activations per token (dynamic), alpha 0.5; the output head
+is not quantized. Prints one JSON line: seconds of loading, of calibrating and of saving.
 """
 
 import json
@@ -21,7 +21,7 @@ except ImportError:
 
 
 def main() -> None:
-    """Load, calibrate, save; tell the seconds of each."""
+    """Load, calibrate, save; print the seconds of each."""
     with open(sys.argv[1]) as file:
         request = json.load(file)
     clock = time.perf_counter()

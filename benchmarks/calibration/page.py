@@ -1,25 +1,23 @@
-"""docs/calibration.md and docs/calibration.png, of what calibration.py measured."""
+"""docs/calibration.md and docs/calibration.png, written from the figures of run.py."""
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.calibration import synthetic
-from calibration.pipeline import calibrate
+from calibration.options import Options
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "calibration.md"
 TITLES = {"bare": "bare forward passes", "ours": "smoothquant calibrate", "theirs": "llm-compressor oneshot"}
 STAGES = ("load", "discover", "observe", "gate", "quantize and export")
-# Samples and tokens of a calibration that nobody gave options: for these the cost of large models is worked out.
-DEFAULTS = tuple(signature(calibrate).parameters[name].default for name in ("samples", "seq_len"))
-NOISE = 0.1  # of KL divergence: rows of the default scheme lie up to 8 % off their middle, in no order
+DEFAULTS = (Options.samples, Options.seq_len)  # the cost of large models is estimated for these
+NOISE = 0.1  # of KL divergence: rows of the default scheme differ from their median by up to 8 %, without a trend
 LARGE = ("70B", "405B")
 
 
 def write(figures: Mapping[str, Any], command: str) -> None:
-    """The page with those parts that have been measured."""
+    """Write the page, with the parts that have been measured."""
     text = f"# What a calibration costs\n\nWritten by `{command}`; not by hand.\n"
     for part, section in (("compare", _compare), ("quality", _quality), ("growth", _growth), ("identical", _identical)):
         if part in figures:
@@ -31,38 +29,38 @@ def write(figures: Mapping[str, Any], command: str) -> None:
         _plot(figures["growth"]["figures"]["rows"], OUTPUT.with_suffix(".png"))
 
 
-def _compare(found: Mapping[str, Any]) -> str:
+def _compare(figures: Mapping[str, Any]) -> str:
     def middle(name: str, key: str) -> float:
-        return median(run[key] for run in found["runs"][name])
+        return median(run[key] for run in figures["runs"][name])
 
     rows = ""
     for name, title in TITLES.items():
-        runs = [run["part"] for run in found["runs"][name]]
+        runs = [run["part"] for run in figures["runs"][name]]
         seconds = [middle(name, key) for key in ("wall", "cpu", "part")]
         memory = [middle(name, key) for key in ("anonymous", "resident")]
         rows += f"| {title} | " + " | ".join(f"{x:.1f}" for x in seconds) + f" ({min(runs):.1f} to {max(runs):.1f}) | "
         rows += f"{seconds[2] / middle('bare', 'part'):.2f} | " + " | ".join(f"{x:.2f}" for x in memory)
-        rows += f" | {_score(found['scores'][name], found['scores']['bare'])}"
-    rate = found["flops"] / middle("bare", "part") / 1e9
+        rows += f" | {_score(figures['scores'][name], figures['scores']['bare'])}"
+    rate = figures["flops"] / middle("bare", "part") / 1e9
     share = [middle("ours", key) / middle("theirs", key) for key in ("wall", "part")]
     return (
-        f"\n## Beside llm-compressor\n\nSmolLM2-135M-Instruct, {found['samples']} x {found['seq_len']} tokens, the "
-        f"same for all, in batches of {found['batch_size']}; alpha 0.5, weights per channel, activations per token. "
-        f"Arithmetic: {found['dtype']} for all three. Median of {len(found['runs']['bare'])} rounds, each run in a "
-        f"process of its own; llm-compressor's has {found['theirs']}. Ours takes {share[0]:.0%} of llm-compressor's "
+        f"\n## Beside llm-compressor\n\nSmolLM2-135M-Instruct, {figures['samples']} x {figures['seq_len']} tokens, the "
+        f"same for all, in batches of {figures['batch_size']}; alpha 0.5, weights per channel, activations per token. "
+        f"Arithmetic: {figures['dtype']} for all three. Median of {len(figures['runs']['bare'])} rounds, each run in a "
+        f"process of its own; llm-compressor's has {figures['theirs']}. Ours takes {share[0]:.0%} of llm-compressor's "
         f"wall time, its observation {share[1]:.0%} of theirs. Wall and CPU are of the whole process, imports and "
         "loading included; `part` is what grows with the samples: the passes, `observe`, and `oneshot` (with the "
         "spread). Anonymous memory is what no file backs. Perplexity through vLLM on 8 x 512 tokens of other "
         "articles, of both checkpoints through this plugin.\n\n"
         "| | wall, s | CPU, s | part, s | part / bare | anonymous, GB | resident, GB | perplexity | change | KL |\n"
         "|---|---|---|---|---|---|---|---|---|---|\n"
-        f"{rows}\nThe bare passes reach {rate:.0f} of the {found['gflops_peak']:.0f} GFLOPS that one square product "
-        f"reaches here in {found['dtype']} ({rate / found['gflops_peak']:.0%}).\n"
+        f"{rows}\nThe bare passes reach {rate:.0f} of the {figures['gflops_peak']:.0f} GFLOPS that one square product "
+        f"reaches here in {figures['dtype']} ({rate / figures['gflops_peak']:.0%}).\n"
     )
 
 
 def _reached(compared: Mapping[str, Any], swept: Mapping[str, Any]) -> str:
-    """The least time in which we get what llm-compressor gets."""
+    """The least time in which our calibration reaches llm-compressor's perplexity."""
     perplexity = compared["scores"]["theirs"]["perplexity"]
     wall = median(run["wall"] for run in compared["runs"]["theirs"])
     rows = [row for row in swept["figures"] if "wall" in row and row["perplexity"] <= perplexity]
@@ -90,20 +88,20 @@ def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _knee(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Where more samples of as many tokens as the default has stop helping, for each scheme."""
-    found = {}
+    """For each scheme, beyond how many samples (of the default number of tokens) more samples do not help."""
+    fewest = {}
     for what in dict.fromkeys(row["what"] for row in rows):
         kl = {r["samples"]: r["kl_divergence"] for r in rows if r["what"] == what and r["seq_len"] == DEFAULTS[1]}
-        found[what] = min(n for n in kl if kl[n] <= (1 + NOISE) * min(kl.values()))
-    said = ", ".join(f"{n} ({what})" for what, n in found.items())
+        fewest[what] = min(n for n in kl if kl[n] <= (1 + NOISE) * min(kl.values()))
+    counts = ", ".join(f"{n} ({what})" for what, n in fewest.items())
     return (
-        f"KL within {NOISE:.0%} of the best row of {DEFAULTS[1]} tokens is reached with this many samples: {said}. "
+        f"KL within {NOISE:.0%} of the best row of {DEFAULTS[1]} tokens is reached with this many samples: {counts}. "
         f"Unless told otherwise, `calibrate` takes {DEFAULTS[0]} x {DEFAULTS[1]}."
     )
 
 
 def _score(row: Mapping[str, Any], exact: Mapping[str, Any]) -> str:
-    """Perplexity, its change and KL divergence as the last cells of a line."""
+    """The last cells of a line: perplexity, its change, KL divergence."""
     if "kl_divergence" not in row:
         return f"{row['perplexity']:.3f} | | |\n"
     return (
@@ -111,11 +109,11 @@ def _score(row: Mapping[str, Any], exact: Mapping[str, Any]) -> str:
     )
 
 
-def _growth(found: Mapping[str, Any]) -> str:
-    rows = found["rows"]
+def _growth(figures: Mapping[str, Any]) -> str:
+    rows = figures["rows"]
     text = (
         f"\n## How it grows\n\n![seconds and memory by size](calibration.png)\n\nSynthetic Llamas in BF16, "
-        f"{found['samples']} x {found['seq_len']} tokens, weights left in memory-mapped files; one run each.\n\n"
+        f"{figures['samples']} x {figures['seq_len']} tokens, weights left in memory-mapped files; one run each.\n\n"
         "| | parameters | checkpoint, GB | " + " | ".join(f"{n}, s" for n in STAGES)
         + " | all, s | anonymous, GB |\n|---|" + "---|" * (len(STAGES) + 4) + "\n"
     )  # fmt: skip
@@ -124,8 +122,8 @@ def _growth(found: Mapping[str, Any]) -> str:
         cells += [f"{row['stages'].get(name, 0):.1f}" for name in STAGES]
         text += f"| {row['size']} | " + " | ".join([*cells, f"{row['wall']:.0f}", f"{row['anonymous']:.2f}"]) + " |\n"
     last = rows[-1]
-    # `observe` runs the first batch through the whole model as well.
-    tokens = (found["samples"] + found["batch_size"]) * found["seq_len"]
+    # The first batch also passes the whole model.
+    tokens = (figures["samples"] + figures["batch_size"]) * figures["seq_len"]
     rate = 2 * last["matrices"] * tokens / last["stages"]["observe"]
     text += (
         f"\n## On paper\n\nFrom the rate of the {last['size']} model's observation here ({rate / 1e9:.0f} GFLOPS), for "
@@ -144,13 +142,13 @@ def _growth(found: Mapping[str, Any]) -> str:
     return text
 
 
-def _identical(found: Mapping[str, Any]) -> str:
-    peaks = found["anonymous"]
+def _identical(figures: Mapping[str, Any]) -> str:
+    peaks = figures["anonymous"]
     return (
-        f"\n## The same bytes\n\nThe {found['size']} model as above, block by block with its weights in mapped files "
+        f"\n## The same bytes\n\nThe {figures['size']} model as above, block by block with its weights in mapped files "
         f"({peaks['mapped']:.2f} GB of anonymous memory at most), and with all weights in memory and passes over the "
-        f"whole model ({peaks['held']:.2f} GB): {found['files']} weight files, "
-        f"{'the same, byte for byte' if found['same'] else '**not the same**'}.\n"
+        f"whole model ({peaks['held']:.2f} GB): {figures['files']} weight files, "
+        f"{'the same, byte for byte' if figures['same'] else '**not the same**'}.\n"
     )
 
 

@@ -1,19 +1,19 @@
-"""docs/calibration.md: what a calibration costs, beside llm-compressor's and beside bare forward passes.
+"""docs/calibration.md: what a calibration costs, compared with llm-compressor's and with bare forward passes.
 
-`python -m benchmarks.calibration [PART ...]`; all of them where none is named, and what is measured anew replaces what
-calibration.json had. Each run is a process of its own.
+`python -m benchmarks.calibration [PART ...]`; all parts if none is named. New figures replace those in
+results/calibration.json. Each run is a process of its own.
 
-    compare   SmolLM2-135M-Instruct and Wikipedia articles, the same tokens for bare forward passes, for us and for
-              llm-compressor, in turn, in the same arithmetic: the model's own, or float32 where this machine can only
-              emulate that. llm-compressor is installed into .cache/llm-compressor (or give --llm-compressor PYTHON).
-              Its checkpoint is converted to our format, integer for integer, and measured beside ours through vLLM
+    compare   SmolLM2-135M-Instruct and Wikipedia articles: bare forward passes, our calibration and llm-compressor's,
+              in turn, on the same tokens and in the same arithmetic (the model's dtype, or float32 if this machine
+              only emulates it). llm-compressor is installed into .cache/llm-compressor (or give --llm-compressor
+              PYTHON). Its checkpoint is converted to our format, integer for integer, and both are measured with vLLM
     quality   the same model calibrated on more and fewer samples, measured through vLLM on other articles
-    growth    synthetic Llamas of several sizes, few tokens: seconds by stage and memory, and what that makes of 70B
-              and 405B on paper; --limit-gb: peak of anonymous memory that no size may pass
-    identical the largest of --sizes twice, as it comes (block by block, weights in mapped files), and with all weights
-              in memory and whole-model passes: the weight files must be the same, byte for byte
+    growth    synthetic Llamas of several sizes, few tokens: seconds by stage and memory, and an estimate for 70B and
+              405B; --limit-gb: the limit of anonymous memory for every size
+    identical the largest of --sizes twice: block by block with weights in mapped files, and with all weights in memory
+              and whole-model passes; the weight files must be the same, byte for byte
 
-The last line printed is JSON; exit code 1 where growth passes its limit, or bytes differ.
+The last line printed is JSON; the exit code is 1 if growth exceeds its limit or bytes differ.
 """
 
 import argparse
@@ -35,10 +35,12 @@ import torch
 from benchmarks.accuracy import MODELS
 from benchmarks.calibration import page, synthetic
 from benchmarks.machine import describe
+from benchmarks.stages import stage_seconds
 from calibration.checkpoint.convert import convert
-from calibration.evaluation import evaluate
-from calibration.inputs import text
+from calibration.evaluation.measure import measure
+from calibration.evaluation.windows import token_windows
 from calibration.inputs.model import load, sha256
+from calibration.inputs.text import load_samples
 from calibration.observation.observe import BATCH_SIZE
 from calibration.running.precision import compute_dtype
 from demo import assets
@@ -49,7 +51,7 @@ COMMAND = "python -m benchmarks.calibration"
 SEQ_LEN = 512
 REQUIREMENT = "llmcompressor==0.14.0.1"
 NAMES = ("bare", "ours", "theirs")
-# Row -> options, and (samples, tokens of each). Static rows take what the default ones observed.
+# Row -> options, and (samples, tokens of each). Static rows use the observations of the default rows.
 QUALITY: dict[str, tuple[list[str], list[tuple[int, int]]]] = {
     "default": (
         ["--alpha", "0.5"],
@@ -64,7 +66,7 @@ GROWTH = (16, 64)
 
 
 def measured(argv: list[str], **environment: str) -> dict[str, Any]:
-    """Run `argv`: wall and CPU seconds, peak of anonymous and of all resident memory in GB, and what it printed."""
+    """Run `argv`: wall and CPU seconds, peaks of anonymous and of resident memory in GB, stdout and stderr."""
     clock = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(argv, stdout=out, stderr=err, cwd=ROOT, env=os.environ | environment)
@@ -74,9 +76,9 @@ def measured(argv: list[str], **environment: str) -> dict[str, Any]:
                 status = Path(f"/proc/{process.pid}/status").read_text()
             except OSError:
                 status = ""
-            found = {key: int(kb) for key, kb in re.findall(r"^(RssAnon|VmHWM):\s+(\d+)", status, re.M)}
-            anonymous = max(anonymous, found.get("RssAnon", 0))
-            resident = max(resident, found.get("VmHWM", 0))
+            memory = {key: int(kb) for key, kb in re.findall(r"^(RssAnon|VmHWM):\s+(\d+)", status, re.M)}
+            anonymous = max(anonymous, memory.get("RssAnon", 0))
+            resident = max(resident, memory.get("VmHWM", 0))
             pid, code, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 process.returncode = os.waitstatus_to_exitcode(code)
@@ -94,7 +96,7 @@ def measured(argv: list[str], **environment: str) -> dict[str, Any]:
 
 
 def bare(request: dict[str, Any]) -> None:
-    """In a process of its own: forward passes of the decoder, no head, no hooks, no files."""
+    """In a process of its own: forward passes of the decoder without output head, hooks or files."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(request["model"], dtype=getattr(torch, request["dtype"])).eval()
@@ -105,11 +107,6 @@ def bare(request: dict[str, Any]) -> None:
         for batch in batches:
             model(input_ids=batch, use_cache=False)
     print(json.dumps({"passes": time.perf_counter() - clock, "cpu": time.process_time() - cpu}))
-
-
-def stages(errors: str) -> dict[str, float]:
-    """Stage -> seconds, of what `smoothquant calibrate` said."""
-    return {stage: float(seconds) for stage, seconds in re.findall(r"^([a-z ]+): ([\d.]+) s$", errors, re.M)}
 
 
 def their_python(given: str | None) -> str:
@@ -133,7 +130,7 @@ def their_versions(python: str) -> str:
 
 
 def peak_gflops(dtype: torch.dtype) -> float:
-    """Of one square product on as many cores as this process has."""
+    """The rate of one square product on all cores of this process."""
     a, b = torch.randn(2, 2048, 2048).to(dtype)
     best = min(_seconds(lambda: a @ b) for _ in range(8))
     return 2 * 2048**3 / best / 1e9
@@ -146,18 +143,18 @@ def _seconds(run: Any) -> float:
 
 
 def compare(samples: int, rounds: int, python: str) -> dict[str, Any]:
-    """Rounds of bare passes, ours and theirs, in turn; every second round the other way round."""
+    """Rounds of bare passes, our calibration and llm-compressor's, in turn; every second round in reverse order."""
     model = assets.model_dir()
     source = load(str(model))
     dtype = compute_dtype(source.model)
-    drawn = text.load_samples(
+    tokens = load_samples(
         str(assets.calibration_text()), source.tokenizer, text_column="text", samples=samples, seq_len=SEQ_LEN, seed=0
     )
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         request = {
-            "model": str(model), "dtype": str(dtype).removeprefix("torch."), "input_ids": drawn.input_ids.tolist(),
+            "model": str(model), "dtype": str(dtype).removeprefix("torch."), "input_ids": tokens.input_ids.tolist(),
             "output": str(folder / "theirs"), "options": {"batch_size": BATCH_SIZE},
         }  # fmt: skip
         path = folder / "request.json"
@@ -176,8 +173,8 @@ def compare(samples: int, rounds: int, python: str) -> dict[str, Any]:
                     run = measured([python, script, str(path)], PYTHONPATH="")
                     run["stages"] = json.loads(run["out"].splitlines()[-1])
                     part = run["stages"]["calibrate"]
-                kept = {key: value for key, value in run.items() if key not in ("out", "err")}
-                found[name].append({"part": part} | kept)
+                figures = {key: value for key, value in run.items() if key not in ("out", "err")}
+                runs[name].append({"part": part} | figures)
                 print(f"{name}: {run['wall']:.1f} s, of which {part:.1f} s", file=sys.stderr, flush=True)
         convert(folder / "theirs", folder / "converted", "smoothquant")
         with scoring() as score:
@@ -185,24 +182,24 @@ def compare(samples: int, rounds: int, python: str) -> dict[str, Any]:
     return {
         "samples": samples, "seq_len": SEQ_LEN, "batch_size": BATCH_SIZE, "dtype": request["dtype"],
         "gflops_peak": peak_gflops(dtype), "flops": 2 * synthetic.parameters("135M")[1] * samples * SEQ_LEN,
-        "theirs": their_versions(python), "runs": found, "scores": scores,
+        "theirs": their_versions(python), "runs": runs, "scores": scores,
     }  # fmt: skip
 
 
 def calibrated(model: Path, output: Path, text: Path, samples: int, seq_len: int, *options: str) -> dict[str, Any]:
-    """`measured` of `smoothquant calibrate`, and its stages."""
+    """`measured` for `smoothquant calibrate`, and the seconds of its stages."""
     run = measured(
         [sys.executable, "-m", "calibration", "calibrate", str(model), "-o", str(output), "--dataset", str(text),
          "--samples", str(samples), "--seq-len", str(seq_len), *options]
     )  # fmt: skip
-    return run | {"stages": stages(run["err"])}
+    return run | {"stages": stage_seconds(run["err"])}
 
 
 @contextmanager
 def scoring() -> Iterator[Callable[[Path], dict[str, float]]]:
-    """score(model): perplexity through vLLM, of whatever comes after the first with its distance from the first."""
+    """score(folder): perplexity through vLLM; from the second model on, also its distance from the first model."""
     model = next(iter(MODELS.values()))
-    windows, _ = evaluate.token_windows(
+    windows, _ = token_windows(
         [str(model.folder())], str(assets.evaluation_text()), text_column="text", samples=model.windows,
         seq_len=model.seq_len, seed=0,
     )  # fmt: skip
@@ -211,17 +208,17 @@ def scoring() -> Iterator[Callable[[Path], dict[str, float]]]:
         first = Path(temporary, "first.pt")
 
         def score(folder: Path) -> dict[str, float]:
-            way: dict[str, Any] = {"compare" if first.exists() else "keep": str(first)}
-            got = evaluate.measure(folder, windows, decode=None, dtype=dtype, enforce_eager=True, **way)
-            return {key: got[key] for key in ("perplexity", "kl_divergence", "top1_agreement") if key in got}
+            logits: dict[str, Any] = {"compare" if first.exists() else "keep": str(first)}
+            row = measure(folder, windows, decode=None, dtype=dtype, enforce_eager=True, **logits)
+            return {key: row[key] for key in ("perplexity", "kl_divergence", "top1_agreement") if key in row}
 
         yield score
 
 
-def quality(before: list[dict[str, Any]], keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
-    """Perplexity and KL divergence beside floating point, by samples and tokens of each.
+def quality(before: list[dict[str, Any]], save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """Perplexity and KL divergence from floating point for every number of samples and of tokens in each.
 
-    before: rows of an earlier run, which are not measured again. keep: gets the rows after each new one.
+    before: rows of an earlier run, which are not measured again. save: called with all rows after each new one.
     """
     known = {(row["what"], row.get("samples"), row.get("seq_len")): row for row in before}
     model, text = assets.model_dir(), assets.calibration_text()
@@ -232,13 +229,13 @@ def quality(before: list[dict[str, Any]], keep: Callable[[list[dict[str, Any]]],
                 row = known.get((what, samples, seq_len))
                 if row is None:
                     stats, output = Path(temporary, f"{samples}-{seq_len}.safetensors"), Path(temporary, "int8")
-                    again = ["--stats" if stats.exists() else "--save-stats", str(stats)]
-                    run = calibrated(model, output, text, samples, seq_len, *options, *again)
+                    reuse = ["--stats" if stats.exists() else "--save-stats", str(stats)]
+                    run = calibrated(model, output, text, samples, seq_len, *options, *reuse)
                     row = {"what": what, "samples": samples, "seq_len": seq_len, "wall": run["wall"], **score(output)}
                     shutil.rmtree(output)
                     print(row, file=sys.stderr, flush=True)
                 rows.append(row)
-                keep(rows)
+                save(rows)
     return rows
 
 
@@ -253,9 +250,9 @@ def growth(sizes: list[str], models: Path) -> dict[str, Any]:
             model = synthetic.write(size, models / size, tiny_checkpoints.tokenizer())
             output = Path(folder, "int8")
             run = calibrated(model, output, text, *GROWTH)
-            every, inside = synthetic.parameters(size)
+            parameters, matrices = synthetic.parameters(size)
             rows.append({
-                "size": size, "parameters": every, "matrices": inside, "stages": run["stages"],
+                "size": size, "parameters": parameters, "matrices": matrices, "stages": run["stages"],
                 "bytes": sum(f.stat().st_size for f in output.iterdir()),
                 **{key: run[key] for key in ("wall", "cpu", "anonymous", "resident")},
             })  # fmt: skip
@@ -265,7 +262,7 @@ def growth(sizes: list[str], models: Path) -> dict[str, Any]:
 
 
 def identical(size: str, models: Path) -> dict[str, Any]:
-    """Peak of anonymous memory in GB of both ways, and whether every weight file has the same sha256."""
+    """Peak of anonymous memory in GB of both calibrations, and whether every weight file has the same sha256."""
     from tests.helpers import tiny_checkpoints
 
     with tempfile.TemporaryDirectory(dir=models) as folder:
@@ -291,7 +288,7 @@ def hold(model: str, output: str, text: str) -> None:
         return source
 
     def never(*_: Any) -> None:
-        raise observe.NotAlone("asked for")
+        raise observe.BlockNotIsolated("asked for")
 
     pipeline.load, observe.Blocks = in_memory, never  # type: ignore[assignment, misc]
     samples, seq_len = GROWTH
@@ -300,18 +297,18 @@ def hold(model: str, output: str, text: str) -> None:
 
 
 def main() -> None:
-    """Measure the parts asked for, write the page."""
+    """Measure the parts named on the command line and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="compare, quality, growth, identical; without any, all"
-    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="compare, quality, growth, identical (default: all)")
     parser.add_argument("--samples", type=int, default=128, help=f"of {SEQ_LEN} tokens, to compare on")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sizes", nargs="*", default=["135M", "360M", "1B", "3B"], choices=synthetic.SIZES)
-    parser.add_argument("--again", action="store_true", help="rows of `quality` that are known as well")
+    parser.add_argument("--again", action="store_true", help="also measure rows of `quality` that are known")
     parser.add_argument("--limit-gb", type=float, default=3.0)
     parser.add_argument("--llm-compressor", metavar="PYTHON", help="an interpreter that has it")
-    parser.add_argument("--models", type=Path, default=assets.CACHE / "synthetic", help="where synthetic ones are kept")
+    parser.add_argument(
+        "--models", type=Path, default=assets.CACHE / "synthetic", help="folder of the synthetic models"
+    )
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     parser.add_argument("--held", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -324,24 +321,24 @@ def main() -> None:
     figures: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     parts = {
         "compare": lambda: compare(args.samples, args.rounds, their_python(args.llm_compressor)),
-        "quality": lambda: quality([] if args.again else figures.get("quality", {}).get("figures", []), keep),
+        "quality": lambda: quality([] if args.again else figures.get("quality", {}).get("figures", []), save),
         "growth": lambda: growth(args.sizes, args.models),
         "identical": lambda: identical(args.sizes[-1], args.models),
     }
     if unknown := set(args.parts) - parts.keys():
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
 
-    def keep(found: Any) -> None:
-        figures[part] = {"machine": describe(), "figures": found}
+    def save(measured: Any) -> None:
+        figures[part] = {"machine": describe(), "figures": measured}
         FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
         page.write(figures, COMMAND)
 
     for part in args.parts or parts:
-        keep(parts[part]())
+        save(parts[part]())
     print(json.dumps(figures))
-    grown = figures.get("growth", {"figures": {"rows": []}})["figures"]["rows"]
+    rows = figures.get("growth", {"figures": {"rows": []}})["figures"]["rows"]
     same = figures.get("identical", {"figures": {"same": True}})["figures"]["same"]
-    sys.exit(0 if same and all(row["anonymous"] <= args.limit_gb for row in grown) else 1)
+    sys.exit(0 if same and all(row["anonymous"] <= args.limit_gb for row in rows) else 1)
 
 
 if __name__ == "__main__":

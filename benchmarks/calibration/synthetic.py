@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 SHARD_BYTES = 10**9
 
-# hidden, intermediate, layers, heads, key-value heads; vocabulary. As the models of that name have them; 1.1B is no
-# model's, has 0.92 G parameters, and a head of its own that is not most of it.
+# hidden, intermediate, layers, heads, key-value heads, vocabulary of the models with these names. "1.1B" is our own: it
+# has 0.92 G parameters and an untied head that is a small part of them.
 SIZES = {
     "135M": (576, 1536, 30, 9, 3, 49152),
     "360M": (960, 2560, 32, 15, 5, 49152),
@@ -37,7 +37,7 @@ def config(size: str) -> LlamaConfig:
 
 
 def parameters(size: str) -> tuple[int, int]:
-    """(all parameters, those a token is multiplied by in the decoder blocks)."""
+    """(number of all parameters, number of those in matrices of the decoder blocks)."""
     with init_empty_weights():
         model = LlamaForCausalLM(config(size))
     model.tie_weights()
@@ -46,7 +46,7 @@ def parameters(size: str) -> tuple[int, int]:
 
 
 def write(size: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A Hugging Face folder of a random Llama `size` in BF16; holds one shard in memory. Made once."""
+    """A Hugging Face folder of a random Llama `size` in BF16, created once; one shard at a time is in memory."""
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,5 +81,5 @@ def write(size: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     tokenizer.save_pretrained(folder)
-    config(size).save_pretrained(folder)  # last: its presence says that the folder is whole
+    config(size).save_pretrained(folder)  # last: if it exists, the folder is complete
     return folder

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.serving`: see run.py."""
+"""`python -m benchmarks.serving`: run.py describes it."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""The process that serving.py starts for each arm: one vLLM engine, its worker, and nothing else.
+"""The process that run.py starts for each arm: one vLLM engine, its worker, and nothing else.
 
 `python -m benchmarks.serving.engine FD` reads lines of JSON from stdin and writes an answer to each into the open file
-FD, as everything else that a process prints, libraries print as well. The first line is what vllm.LLM gets, the others
-are [name of one of ASKS, its arguments].
+FD, because libraries print on stdout and stderr. The first line has the arguments of vllm.LLM, the others are [name of
+one of COMMANDS, its arguments].
 """
 
 import json
@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-# Library in the worker's memory -> how it is called; one of them stands before glibc's malloc.
+# Libraries that replace glibc's malloc.
 ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
 THREADING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "LD_PRELOAD")
 
 
 class Steps:
-    """Extends vLLM's worker (worker_extension_cls): notes its steps, and tells where it runs and with what."""
+    """An extension of vLLM's worker (worker_extension_cls): records its steps and describes its process."""
 
     def note_steps(self: Any) -> None:
-        """From now on each step is noted as [tokens, requests, seconds].
+        """From now on record each step as [tokens, requests, seconds].
 
-        vLLM splits a step in two, the model and the sampling; between them the engine does what is not the model's.
+        vLLM splits a step into the model and the sampling; the engine's own work between them is not counted.
         """
         self.noted: list[list[float]] = []
         execute, sample = self.execute_model, self.sample_tokens
@@ -53,52 +53,52 @@ class Steps:
         self.execute_model, self.sample_tokens = timed_execute, timed_sample
 
     def taken_steps(self: Any) -> list[list[float]]:
-        """The steps since this was asked last."""
+        """The steps since the last call."""
         steps, self.noted = self.noted, []
         return steps
 
     def whereabouts(self) -> dict[str, Any]:
-        """Threads, cores, what was preloaded, the malloc that answers, and whether oneDNN's INT8 sums are right."""
+        """Threads, cores, preloaded libraries, the malloc in use, and whether oneDNN's INT8 sums are right."""
         from vllm_smoothquant.kernels.exact import onednn_is_exact
 
         maps = Path("/proc/self/maps").read_text()
-        # As the process was started: vLLM adds to LD_PRELOAD later, for processes that it would start itself.
-        found = dict(entry.split("=", 1) for entry in Path("/proc/self/environ").read_text().split("\0") if entry)
+        # The environment at the start of the process: later vLLM adds to LD_PRELOAD for processes that it starts.
+        started = dict(entry.split("=", 1) for entry in Path("/proc/self/environ").read_text().split("\0") if entry)
         return {
             "threads": torch.get_num_threads(), "cores": sorted(os.sched_getaffinity(0)),
-            "environment": {name: file_names(found[name]) for name in THREADING if found.get(name)},
+            "environment": {name: file_names(started[name]) for name in THREADING if started.get(name)},
             "malloc": next((name for name in ALLOCATORS if re.search(rf"/lib{name}[^/]*\.so", maps)), "glibc"),
             "onednn_is_exact": onednn_is_exact(),
         }  # fmt: skip
 
     def resident(self) -> dict[str, int]:
-        """Bytes: VmHWM, the most pages that were ever resident, and RssAnon, those of no file that are resident now."""
+        """Bytes: VmHWM, the peak of resident memory, and RssAnon, the resident memory now that no file backs."""
         status = Path("/proc/self/status").read_text()
         return {key: int(kb) * 1024 for key, kb in re.findall(r"^(VmHWM|RssAnon):\s+(\d+)", status, re.M)}
 
     def multipliers(self: Any) -> dict[str, int]:
-        """What computes the quantised layers, by our names and vLLM's classes -> in how many layers."""
+        """Name of a kernel of quantised layers (ours, or vLLM's class) -> number of layers that use it."""
         from vllm_smoothquant.linear import SmoothQuantLinearMethod
 
-        found: Counter[str] = Counter()
+        layers: Counter[str] = Counter()
         for module in self.get_model().modules():
             method = getattr(module, "quant_method", None)
             if isinstance(method, SmoothQuantLinearMethod):
-                inner = getattr(method.kernel, "kernel", None)  # vllm: its own choice
-                found[method.kernel.name + (f", {type(inner).__name__}" if inner else "")] += 1
+                inner = getattr(method.kernel, "kernel", None)  # the kernel that vLLM chose
+                layers[method.kernel.name + (f", {type(inner).__name__}" if inner else "")] += 1
             elif kernel := getattr(getattr(module, "scheme", None), "kernel", None):
-                found[type(kernel).__name__] += 1
-        return found
+                layers[type(kernel).__name__] += 1
+        return layers
 
 
 def file_names(value: str) -> str:
-    """Without their folders, which are this machine's."""
+    """The paths in `value` without their folders, because these differ from machine to machine."""
     return ":".join(Path(part).name for part in value.split(":"))
 
 
-def one(llm: Any, what: str) -> Any:
-    """What the only worker answers."""
-    (answer,) = llm.collective_rpc(what)
+def one(llm: Any, method: str) -> Any:
+    """The answer of the only worker."""
+    (answer,) = llm.collective_rpc(method)
     return answer
 
 
@@ -118,10 +118,10 @@ def run(llm: Any, prompts: int, length: int, new: int, vocabulary: int) -> list[
 
 
 def profile(llm: Any, **case: int) -> dict[str, Any]:
-    """`run` under torch's profiler: the steps, and operator -> seconds in itself, what it called left out."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+    """`run` under torch's profiler: the steps, and operator -> seconds in itself without the operators it called."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         steps = run(llm, **case)
-    return {"steps": steps, "operators": {e.key: e.self_cpu_time_total / 1e6 for e in seen.key_averages()}}
+    return {"steps": steps, "operators": {e.key: e.self_cpu_time_total / 1e6 for e in profiler.key_averages()}}
 
 
 def score(llm: Any, windows: list[list[int]], keep: str | None = None, compare: str | None = None) -> dict[str, float]:
@@ -130,7 +130,7 @@ def score(llm: Any, windows: list[list[int]], keep: str | None = None, compare: 
     return engine.score(llm, windows, keep=keep, compare=compare)
 
 
-ASKS: dict[str, Callable[..., Any]] = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "about": about, "run": run, "profile": profile, "score": score, "memory": lambda llm: one(llm, "resident"),
 }  # fmt: skip
 
@@ -151,8 +151,8 @@ def main() -> None:
         llm.collective_rpc("note_steps")
         answer("ready")
         for line in sys.stdin:
-            what, arguments = json.loads(line)
-            answer(ASKS[what](llm, **arguments))
+            command, arguments = json.loads(line)
+            answer(COMMANDS[command](llm, **arguments))
 
 
 if __name__ == "__main__":

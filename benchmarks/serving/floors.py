@@ -1,9 +1,9 @@
-"""How fast a step could be at best: what memory and arithmetic of this machine allow the weights of a checkpoint.
+"""The least time of a step: the limits that this machine's memory and arithmetic set for the weights of a checkpoint.
 
     floor = sum over parts of max(bytes / bandwidth, 2 * weights * rows / peak)
 
-A part is what is multiplied in one arithmetic by one number of rows: INT8 layers, layers in floating point, and the
-head, which sees one row of each request only. Attention, norms, quantisation and sampling come on top.
+A part is all weights with the same arithmetic and the same number of rows: INT8 layers, layers in floating point, and
+the output head, which gets one row of each request. Attention, norms, quantisation and sampling are not in the floor.
 
 `python -m benchmarks.serving.floors DTYPE` measures bandwidth and peaks in a process of its own and prints JSON.
 """
@@ -29,7 +29,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Part:
-    """weights: elements that are multiplied; bytes: what is read for that, scales included."""
+    """weights: elements that are multiplied. bytes: size of what is read for that, scales included."""
 
     int8: bool
     head: bool
@@ -38,25 +38,25 @@ class Part:
 
 
 def parts(folder: Path, itemsize: int) -> list[Part]:
-    """Of the checkpoint in `folder`, whose floating-point tensors take `itemsize` bytes an element when served."""
+    """The parts of the checkpoint in `folder`; an element of its floating-point tensors takes `itemsize` bytes."""
     tied = read_json(folder / "config.json").get("tie_word_embeddings", False)
     headers = read_headers(folder)
-    found: dict[tuple[bool, bool], list[int]] = {}
+    sizes: dict[tuple[bool, bool], list[int]] = {}
     for name, (dtype, shape) in headers.items():
         layer, _, kind = name.rpartition(".")
         embeddings = "embed_tokens" in layer
         if embeddings and not tied:
-            continue  # a row is read, not the table
+            continue  # of the table only the rows of the tokens are read
         int8 = headers.get(f"{layer}.weight", (dtype,))[0] == "I8"
-        sums = found.setdefault((int8, embeddings or layer.endswith("lm_head")), [0, 0])
+        sums = sizes.setdefault((int8, embeddings or layer.endswith("lm_head")), [0, 0])
         elements = math.prod(shape)
         sums[0] += elements if kind == "weight" and len(shape) == 2 else 0
         sums[1] += elements * (1 if dtype == "I8" else 4 if int8 else itemsize)
-    return [Part(*key, *sums) for key, sums in found.items()]
+    return [Part(*key, *sums) for key, sums in sizes.items()]
 
 
 def floor(of: Iterable[Part], limits: Mapping[str, float], tokens: int, requests: int) -> float:
-    """Seconds of a step of so many tokens, a next one wanted for each request; limits: as `measure` gives them."""
+    """Seconds of a step with `tokens` tokens that gives a next token to `requests` requests; limits: of `measure`."""
 
     def seconds(part: Part) -> float:
         peak = limits["int8_ops_per_s" if part.int8 else "dtype_ops_per_s"]
@@ -68,7 +68,7 @@ def floor(of: Iterable[Part], limits: Mapping[str, float], tokens: int, requests
 def floors(
     of: Sequence[Part], limits: Mapping[str, float], cases: Mapping[str, tuple[int, int, int]]
 ) -> dict[str, float]:
-    """Case of serving.py (requests, tokens of each prompt, new tokens of each) -> seconds of the step it measures."""
+    """Case of run.py (requests, tokens of each prompt, new tokens of each) -> least seconds of the measured step."""
     return {
         case: floor(of, limits, requests * length if new == 1 else requests, requests)
         for case, (requests, length, new) in cases.items()
@@ -76,18 +76,18 @@ def floors(
 
 
 def best(run: Callable[[], Any]) -> float:
-    """Seconds of the fastest of some calls, after one that allocates."""
+    """Seconds of the fastest of REPEATS calls, after one that allocates memory."""
     run()
-    found = []
+    seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         run()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def peak(product: Callable[[int], Callable[[], Any]]) -> float:
-    """Operations a second of product(n), square: n doubles until one takes long enough."""
+    """Operations a second of the square product(n); n is doubled until one call takes LONG_ENOUGH_S."""
     n = 256
     while (seconds := best(product(n))) < LONG_ENOUGH_S and n < LARGEST:
         n *= 2
@@ -108,7 +108,7 @@ def plain_int8(n: int) -> Callable[[], Any]:
 
 
 def onednn_int8(n: int) -> Callable[[], Any]:
-    """As vLLM calls it (kernels.py); where it saturates, the speed is that of wrong sums."""
+    """The call of vLLM's kernel; if oneDNN saturates on this CPU, this is the speed of wrong sums."""
     from vllm import _custom_ops as vllm_ops
 
     a, b = torch.randint(-127, 128, (2, n, n), dtype=torch.int8)
@@ -118,7 +118,7 @@ def onednn_int8(n: int) -> Callable[[], Any]:
 
 
 def measure(dtype: torch.dtype) -> dict[str, float]:
-    """bytes_per_s of reading, dtype_ops_per_s and int8_ops_per_s of square products: the fastest ways known here."""
+    """bytes_per_s of reading; dtype_ops_per_s and int8_ops_per_s of square products, each by the fastest method."""
     matrix, vector = torch.ones(ROWS, COLUMNS), torch.ones(COLUMNS)
     read = min(best(lambda: torch.mv(matrix, vector)), best(matrix.sum))
     return {

@@ -1,4 +1,4 @@
-"""docs/serving.md, of what serving.py measured."""
+"""docs/serving.md, written from the figures of run.py."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ Where the time goes is seen by torch's profiler in one more run, in the operator
 torch.compile made of everything between them.
 """
 Section = Mapping[str, Any]
-# (whether it holds for a section, what must then be said, with the section's words)
+# (whether a section needs the note, the note as a format string for the section's values)
 NOTES: tuple[tuple[Callable[[Section], bool], str], ...] = (
     (
         lambda s: not _host(s)["onednn_is_exact"],
@@ -59,11 +59,11 @@ NOTES: tuple[tuple[Callable[[Section], bool], str], ...] = (
 )
 
 
-def ratios(found: Mapping[str, Mapping[str, Sequence[float]]], arm: str, reference: str) -> dict[str, list[float]]:
-    """Case -> of each round, the time of `arm` in that of `reference`."""
+def ratios(seconds: Mapping[str, Mapping[str, Sequence[float]]], arm: str, reference: str) -> dict[str, list[float]]:
+    """Case -> for each round, the time of `arm` divided by the time of `reference`."""
     return {
-        case: [mine / its for mine, its in zip(found[arm][case], found[reference][case], strict=True)]
-        for case in found[arm]
+        case: [a / b for a, b in zip(seconds[arm][case], seconds[reference][case], strict=True)]
+        for case in seconds[arm]
     }
 
 
@@ -76,12 +76,12 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def page(figures: Mapping[str, Mapping[str, Section]]) -> str:
-    """The page of all sections, model -> mode -> what serving.py kept of it."""
+    """The page of all sections; figures: model -> mode -> section."""
     return HEADER + "".join(_section(mode, s) for modes in figures.values() for mode, s in modes.items())
 
 
 def _host(section: Section) -> Mapping[str, Any]:
-    """What the reference's worker said of where it runs."""
+    """The row of the reference, with the description of its process."""
     return section["rows"][section["reference"]]
 
 
@@ -97,7 +97,7 @@ def _section(mode: str, s: Section) -> str:
         f"{limits['bytes_per_s'] / 1e9:.1f} GB/s read, {limits['dtype_ops_per_s'] / 1e9:.0f} GOP/s in {s['dtype']}, "
         f"{limits['int8_ops_per_s'] / 1e9:.0f} GOP/s in INT8.\n"
     )
-    text += "".join(f"\n- {said.format(**s)}" for applies, said in NOTES if applies(s)) + "\n"
+    text += "".join(f"\n- {note.format(**s)}" for applies, note in NOTES if applies(s)) + "\n"
     for case in host["seconds"]:
         text += f"\n### {case}\n\n{_table(*_speed(s, case))}"
     text += f"\n### Where the time goes\n\n{_table(*_profile(s))}"

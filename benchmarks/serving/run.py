@@ -1,18 +1,18 @@
-"""docs/serving.md: what a step takes when vLLM serves on a CPU: floating point, stock vLLM's INT8, each scheme of ours.
+"""docs/serving.md: the time of a step when vLLM serves on a CPU: floating point, stock vLLM's INT8, our schemes.
 
     python -m benchmarks.serving                 both models, compiled and eager; hours on two cores
     python -m benchmarks.serving --models SmolLM2 --modes eager --dtype float32 --prefill 128 --rounds 2 --samples 4
 
-Each arm is a vLLM engine in a process of its own (engine.py), two at a time: the reference stays while the
-others come and go. In a round both decode one request, then several, then take in a long prompt, in turn, every second
-round the other way round; a round's ratio is of two runs that were seconds apart, so that a machine that grows slower
-moves both. Steps are timed in the worker: neither scheduler nor tokenizer is in them. Nothing comes from a cache: no
-prefix cache, and each engine compiles anew (but for --keep). Front end and worker are one process: on few cores the
-one would poll on the other's core.
+Each arm is a vLLM engine in a process of its own (engine.py). Two engines run at a time: the reference stays, the other
+arms follow one another. In a round both engines decode one request, then several, then prefill a long prompt, in turn;
+every second round in reverse order. The two runs of a ratio are seconds apart, so that a slowdown of the machine
+affects both. Steps are timed in the worker, without scheduler and tokenizer. Nothing comes from a cache: there is no
+prefix cache, and each engine compiles everything (except with --keep). Front end and worker are one process, because on
+few cores one of them would poll on the core of the other.
 
-Stock vLLM gets the very integers of our default checkpoint (`smoothquant convert`), and no plugin. Floors are measured
-first, by a process with the same threads and the same malloc (floors.py). Options and environment hold for all
-arms alike: choose cores with taskset, threads with OMP_NUM_THREADS. The last line printed is JSON.
+Stock vLLM gets the integers of our default checkpoint (`smoothquant convert`) and no plugin. Floors are measured first,
+by a process with the same threads and the same malloc (floors.py). Options and environment are the same for all arms:
+choose cores with taskset, threads with OMP_NUM_THREADS. The last line printed is JSON.
 """
 
 import argparse
@@ -42,7 +42,8 @@ from benchmarks.machine import describe
 from benchmarks.serving import floors, page
 from benchmarks.serving.page import FLOAT, STOCK
 from calibration.checkpoint.convert import COMPRESSED_TENSORS, convert
-from calibration.evaluation import evaluate
+from calibration.evaluation.measure import _last_error
+from calibration.evaluation.windows import token_windows
 from calibration.running.precision import is_native
 from demo import assets
 from demo.server import stop
@@ -52,7 +53,7 @@ ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "benchmarks" / "results" / "serving.json"
 FOLDER = assets.CACHE / "serving"
 MODES = {"compiled": False, "eager": True}
-# Arm of ours -> how it is calibrated.
+# Our arms -> options of their calibration.
 OURS: dict[str, list[str]] = {
     "default": [],
     "O1": ["--level", "O1"],
@@ -65,24 +66,23 @@ PROMPT = 16  # tokens that a decoding request starts from
 NEGLIGIBLE = 1e-3  # share of an operator in a step
 CACHE_BYTES = 2**29  # for keys and values
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-Ask = Callable[..., Any]
+Ask = Callable[..., Any]  # sends a command of engine.py and returns the answer
 Case = tuple[int, int, int]  # requests, tokens of each prompt, new tokens of each
 Seconds = dict[str, dict[str, list[float]]]  # arm -> case -> of each round
 
 
 class EngineError(RuntimeError):
-    """The engine of `arm` ended instead of answering; str() is what its log says of that."""
+    """The engine of `arm` ended instead of answering; str() is the reason, from its log."""
 
-    def __init__(self, arm: str, said: str) -> None:
-        super().__init__(said)
+    def __init__(self, arm: str, reason: str) -> None:
+        super().__init__(reason)
         self.arm = arm
 
 
 @dataclass(frozen=True)
 class Model:
-    """folder: makes it. samples of seq_len tokens calibrate it, and windows of as many measure it.
-
-    speaks: whether its perplexity means anything.
+    """folder: creates the model's folder. samples: number of calibration samples. seq_len: tokens of a sample and of a
+    window of text that quality is measured on. speaks: whether the model's perplexity has a meaning.
     """
 
     what: str
@@ -103,8 +103,8 @@ def tiny_llama() -> Path:
 
     folder = assets.CACHE / "synthetic" / "tiny"
     if not folder.exists():
-        with assets.made(folder) as beside:
-            tiny_checkpoints.save("llama-tied", beside)
+        with assets.made(folder) as partial_folder:
+            tiny_checkpoints.save("llama-tied", partial_folder)
     return folder
 
 
@@ -116,45 +116,46 @@ MODELS = {
 
 
 def file_name(*words: str) -> str:
-    """Compilers are called with such names in the middle of a line: no spaces."""
+    """A name without spaces, because compilers are called with it in an unquoted command line."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(words))
 
 
 def checkpoints(model: Model, arms: Sequence[str], folder: Path, samples: int) -> dict[str, Path]:
-    """Arm -> what vLLM serves; those that `folder` has are taken as they are."""
-    found = {FLOAT: model.folder()}
+    """Arm -> the folder that vLLM serves. Checkpoints that exist in `folder` are used as they are."""
+    paths = {FLOAT: model.folder()}
     text, stats = assets.calibration_text(), folder / "stats.safetensors"
     for arm in ("default", *(arm for arm in arms if arm in OURS and arm != "default")):
-        found[arm] = folder / file_name(arm)
-        if found[arm].exists():
+        paths[arm] = folder / file_name(arm)
+        if paths[arm].exists():
             continue
-        # What was observed serves all schemes, but not another set of layers.
-        known = [] if "--quantize-lm-head" in OURS[arm] else ["--stats" if stats.exists() else "--save-stats", stats]
+        # One observation is enough for all schemes, but not for another set of layers.
+        reuse = [] if "--quantize-lm-head" in OURS[arm] else ["--stats" if stats.exists() else "--save-stats", stats]
         size = ["--dataset", text, "--samples", samples, "--seq-len", model.seq_len]
-        words = ["calibrate", found[FLOAT], "-o", found[arm], "--quiet", *size, *known, *OURS[arm]]
+        words = ["calibrate", paths[FLOAT], "-o", paths[arm], "--quiet", *size, *reuse, *OURS[arm]]
         subprocess.run([sys.executable, "-m", "calibration", *map(str, words)], check=True, cwd=ROOT)
-    found[STOCK] = folder / STOCK
-    if not found[STOCK].exists():
-        convert(found["default"], found[STOCK], COMPRESSED_TENSORS)
-    return {arm: found[arm] for arm in arms}
+    paths[STOCK] = folder / STOCK
+    if not paths[STOCK].exists():
+        convert(paths["default"], paths[STOCK], COMPRESSED_TENSORS)
+    return {arm: paths[arm] for arm in arms}
 
 
 def environment(arm: str, preload: str | None, cache: Path) -> dict[str, str]:
-    """Of an engine of `arm`: the plugin for ours alone, and compiled code kept in `cache`."""
-    said = os.environ | ENVIRONMENT | {"VLLM_CACHE_ROOT": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch")}
-    said.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    """The environment of an engine of `arm`: only our arms load the plugin; compiled code is stored in `cache`."""
+    variables = os.environ | ENVIRONMENT | {"VLLM_CACHE_ROOT": str(cache)}
+    variables["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "torch")
+    variables.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     if preload:
-        said["LD_PRELOAD"] = ":".join(filter(None, (preload, said.get("LD_PRELOAD"))))
-    return said if arm in OURS else said | {"VLLM_PLUGINS": ""}
+        variables["LD_PRELOAD"] = ":".join(filter(None, (preload, variables.get("LD_PRELOAD"))))
+    return variables if arm in OURS else variables | {"VLLM_PLUGINS": ""}
 
 
 @contextmanager
 def engine(
     arguments: dict[str, Any], arm: str, preload: str | None, compiled: Path | None
 ) -> Iterator[tuple[Ask, float]]:
-    """Yield what asks a fresh engine (engine.ASKS), and the seconds until it was ready; EngineError.
+    """Yield an Ask for a new engine and the seconds until it was ready. Errors: EngineError.
 
-    compiled: where its code may be from an earlier run; None: nowhere.
+    compiled: the folder of compiled code, which may have code from an earlier run; None: a new folder.
     """
     with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         log = Path(folder, "log.txt")
@@ -178,20 +179,20 @@ def engine(
                 except BrokenPipeError:
                     answer = ""
                 if not answer:
-                    raise EngineError(arm, evaluate._last_error(log.read_text(errors="replace")))
+                    raise EngineError(arm, _last_error(log.read_text(errors="replace")))
                 return json.loads(answer)
 
             try:
                 tell(arguments)
-                yield lambda what, **how: tell([what, how]), time.perf_counter() - clock
+                yield lambda command, **options: tell([command, options]), time.perf_counter() - clock
             finally:
                 stop(process)
 
 
 def seconds_of(steps: Sequence[Sequence[float]], case: Case) -> float:
-    """Of `steps`, as engine.py notes them: the one that takes the prompt in, or the median of those after it.
+    """Seconds of the prompt's step among `steps`, as engine.py records them, or the median of the steps after it.
 
-    A step that decodes has one token of each request. ValueError where the steps are not those of `case`.
+    A step that decodes has one token of each request. Errors: ValueError if the steps are not those of `case`.
     """
     requests, length, new = case
     decode = [seconds for tokens, running, seconds in steps if tokens == running == requests]
@@ -202,23 +203,23 @@ def seconds_of(steps: Sequence[Sequence[float]], case: Case) -> float:
 
 
 def in_turn(pair: Mapping[str, Callable[[Case], float]], cases: Mapping[str, Case], rounds: int) -> Seconds:
-    """All cases by both arms of `pair`, `rounds` times; every second time the other one first."""
-    found: Seconds = {arm: {case: [] for case in cases} for arm in pair}
+    """Run all cases by both arms of `pair`, `rounds` times; every second time the other arm first."""
+    seconds: Seconds = {arm: {name: [] for name in cases} for arm in pair}
     for turn in range(rounds):
-        for case, what in cases.items():
+        for name, case in cases.items():
             for arm in pair if turn % 2 == 0 else reversed(pair):
-                found[arm][case].append(pair[arm](what))
-    return found
+                seconds[arm][name].append(pair[arm](case))
+    return seconds
 
 
 def compare(
     model: Model, args: argparse.Namespace, cases: Mapping[str, Case], paths: Mapping[str, Path], **served: Any
 ) -> dict[str, Any]:
-    """Arm -> its figures; the reference's seconds are those of all pairs, ratios are to the reference's same round.
+    """Arm -> its figures. The reference's seconds are those of all pairs; a ratio is of two runs of the same round.
 
     served: dtype and enforce_eager of all engines.
     """
-    windows, _ = evaluate.token_windows(
+    windows, _ = token_windows(
         [str(paths[FLOAT])], str(assets.evaluation_text()), text_column="text", samples=args.windows,
         seq_len=model.seq_len, seed=0,
     )  # fmt: skip
@@ -226,7 +227,7 @@ def compare(
     longest = max(model.seq_len + 1, *(length + new for _, length, new in cases.values()))
     most = max(requests for requests, _, _ in cases.values())
     reference = args.reference
-    # Floating point first: it is what the others' distributions are compared with.
+    # Floating point first, because the other arms' distributions are compared with its.
     others = sorted((arm for arm in paths if arm != reference), key=lambda arm: arm != FLOAT)
     rows: dict[str, Any] = {reference: {"seconds": {case: [] for case in cases}}}
 
@@ -245,18 +246,18 @@ def compare(
             return seconds_of(ask("run", prompts=requests, length=length, new=new, vocabulary=vocabulary), case)
 
         for case in cases.values():
-            run(case)  # compiles, allocates
+            run(case)  # compiles and allocates
         return run
 
     def profiled(ask: Ask) -> dict[str, dict[str, float]]:
         """Case -> operator -> its share of the steps' time."""
-        found = {}
+        shares = {}
         for case, (requests, length, new) in cases.items():
-            seen = ask("profile", prompts=requests, length=length, new=new, vocabulary=vocabulary)
-            whole = sum(seconds for _, _, seconds in seen["steps"])
-            shares = {operator: seconds / whole for operator, seconds in seen["operators"].items()}
-            found[case] = {operator: share for operator, share in shares.items() if share > NEGLIGIBLE}
-        return found
+            profile = ask("profile", prompts=requests, length=length, new=new, vocabulary=vocabulary)
+            total = sum(seconds for _, _, seconds in profile["steps"])
+            of_case = {operator: seconds / total for operator, seconds in profile["operators"].items()}
+            shares[case] = {operator: share for operator, share in of_case.items() if share > NEGLIGIBLE}
+        return shares
 
     with tempfile.TemporaryDirectory() as folder, started(reference) as (ask_reference, start):
         rows[reference] |= {"start": start} | ask_reference("about")
@@ -265,28 +266,29 @@ def compare(
             try:
                 with started(arm) as (ask, start):
                     row: dict[str, Any] = {"start": start} | ask("about")
-                    found = in_turn({reference: run_reference, arm: timed(ask)}, cases, args.rounds)
-                    asked = {arm: ask} if "memory" in rows[reference] else {reference: ask_reference, arm: ask}
-                    rows[arm] = row | {"seconds": found[arm], "ratios": page.ratios(found, arm, reference)}
-                    for case, values in found[reference].items():
+                    times = in_turn({reference: run_reference, arm: timed(ask)}, cases, args.rounds)
+                    # The reference's other figures are measured once, with the first arm.
+                    asks = {arm: ask} if "memory" in rows[reference] else {reference: ask_reference, arm: ask}
+                    rows[arm] = row | {"seconds": times[arm], "ratios": page.ratios(times, arm, reference)}
+                    for case, values in times[reference].items():
                         rows[reference]["seconds"][case] += values
-                    # The logits of whole windows, which no server holds, would be the peak.
-                    for name, its in asked.items():
-                        rows[name]["memory"] = its("memory")
-                        rows[name]["profile"] = profiled(its)
-                    for name in sorted(asked, key=lambda name: name != FLOAT):
-                        way = {"keep" if name == FLOAT else "compare": f"{folder}/logits.pt"}
-                        rows[name]["quality"] = asked[name]("score", windows=windows, **way)
+                    # Memory before quality: the logits of whole windows, which no server holds, would be the peak.
+                    for name, ask_arm in asks.items():
+                        rows[name]["memory"] = ask_arm("memory")
+                        rows[name]["profile"] = profiled(ask_arm)
+                    for name in sorted(asks, key=lambda name: name != FLOAT):
+                        logits = {"keep" if name == FLOAT else "compare": f"{folder}/logits.pt"}
+                        rows[name]["quality"] = asks[name]("score", windows=windows, **logits)
             except EngineError as error:
                 if error.arm in (FLOAT, reference):
-                    raise  # without them there is nothing to compare with
+                    raise  # the other arms are compared with these two
                 rows[arm] = {"failed": str(error)}
                 print(f"{arm}: {error}", file=sys.stderr, flush=True)
     return {arm: rows[arm] for arm in ARMS if arm in rows}
 
 
 def tcmalloc() -> str | None:
-    """The machine's, or the one that some builds of vLLM bring along and preload themselves."""
+    """The machine's tcmalloc, or the one that some builds of vLLM contain and preload."""
     vllm = find_spec("vllm")
     libs = Path(*vllm.submodule_search_locations, "libs") if vllm and vllm.submodule_search_locations else Path("none")
     bundled = sorted(map(str, libs.glob("libtcmalloc*.so*")))
@@ -303,22 +305,24 @@ def measured_limits(dtype: str, preload: str | None) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure what is asked for, write the page: sections of models and modes that are not asked for stay."""
+    """Measure the models and modes of the command line and write the page; its other sections stay as they are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["SmolLM2", "1.1B"], choices=MODELS)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--arms", nargs="*", default=ARMS, choices=ARMS, help=f"beside {FLOAT} and the reference")
-    parser.add_argument("--reference", default=STOCK, choices=(FLOAT, STOCK), help="stays while the others come and go")
-    parser.add_argument("--dtype", help="around the integers, of all arms (without: the model's own)")
+    parser.add_argument(
+        "--arms", nargs="*", default=ARMS, choices=ARMS, help=f"in addition to {FLOAT} and the reference"
+    )
+    parser.add_argument("--reference", default=STOCK, choices=(FLOAT, STOCK), help="the arm of all ratios")
+    parser.add_argument("--dtype", help="around the integers, of all arms (default: the model's)")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=32, help="that decode, in each run")
-    parser.add_argument("--batch", type=int, default=16, help="requests that decode at once, beside one alone")
+    parser.add_argument("--steps", type=int, default=32, help="decoding steps of each run")
+    parser.add_argument("--batch", type=int, default=16, help="requests that decode at once")
     parser.add_argument("--prefill", type=int, default=1024, help="tokens of the long prompt")
-    parser.add_argument("--windows", type=int, default=4, help="of text, to measure quality on")
-    parser.add_argument("--samples", type=int, help="to calibrate with (without: 16 of SmolLM2, 4 of a random one)")
+    parser.add_argument("--windows", type=int, default=4, help="windows of text that quality is measured on")
+    parser.add_argument("--samples", type=int, help="to calibrate with (default: 16 for SmolLM2, else 4)")
     parser.add_argument("--preload", metavar="FILE", default=tcmalloc(), help="the malloc of all arms")
-    parser.add_argument("--keep", action="store_true", help="checkpoints and compiled code, for a next run")
-    parser.add_argument("--figures", type=Path, default=FIGURES, help="the JSON file to keep them in")
+    parser.add_argument("--keep", action="store_true", help="keep checkpoints and compiled code for the next run")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="the JSON file of all figures")
     parser.add_argument("--output", type=Path, default=page.OUTPUT, help="the page to write")
     args = parser.parse_args()
     cases = {
@@ -330,23 +334,24 @@ def main() -> None:
     figures: dict[str, Any] = json.loads(args.figures.read_text()) if args.figures.exists() else {}
     for name in args.models:
         model = MODELS[name]
-        own = AutoConfig.from_pretrained(model.folder(), trust_remote_code=False).dtype
-        kind = getattr(torch, args.dtype) if args.dtype else own
-        dtype = str(kind).removeprefix("torch.")
+        model_dtype = AutoConfig.from_pretrained(model.folder(), trust_remote_code=False).dtype
+        torch_dtype = getattr(torch, args.dtype) if args.dtype else model_dtype
+        dtype = str(torch_dtype).removeprefix("torch.")
         limits = measured_limits(dtype, args.preload)
         with nullcontext(FOLDER / name) if args.keep else tempfile.TemporaryDirectory(dir=assets.CACHE) as folder:
             paths = checkpoints(model, arms, Path(folder), args.samples or model.samples)
-            seen = read_json(Path(folder) / "default" / MANIFEST)["calibration"]
-            floors = {
-                arm: floors.floors(floors.parts(path, kind.itemsize), limits, cases) for arm, path in paths.items()
+            manifest = read_json(Path(folder) / "default" / MANIFEST)["calibration"]
+            floors_of_arms = {
+                arm: floors.floors(floors.parts(path, torch_dtype.itemsize), limits, cases)
+                for arm, path in paths.items()
             }
             for mode in args.modes:
                 figures.setdefault(name, {})[mode] = {
                     "machine": describe(), "command": shlex.join(["python", "-m", "benchmarks.serving", *sys.argv[1:]]),
-                    "what": model.what, "speaks": model.speaks, "dtype": dtype, "native": is_native(kind, "cpu"),
-                    "calibrated": [seen["samples"], seen["seq_len"]], "windows": [args.windows, model.seq_len],
+                    "what": model.what, "speaks": model.speaks, "dtype": dtype, "native": is_native(torch_dtype, "cpu"),
+                    "calibrated": [manifest["samples"], manifest["seq_len"]], "windows": [args.windows, model.seq_len],
                     "kept": args.keep, "rounds": args.rounds, "steps": args.steps, "reference": args.reference,
-                    "limits": limits, "floors": floors,
+                    "limits": limits, "floors": floors_of_arms,
                     "rows": compare(model, args, cases, paths, dtype=dtype, enforce_eager=MODES[mode]),
                 }  # fmt: skip
                 args.figures.write_text(json.dumps(figures, indent=2) + "\n")

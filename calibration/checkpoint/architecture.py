@@ -26,9 +26,9 @@ def build_empty(folder: Path) -> PreTrainedModel:
     except Exception as error:  # Of a damaged config transformers raises anything: its message is the fault reported.
         raise SmoothQuantError(
             f"{folder}/config.json",
-            expected="a causal language model transformers can build",
-            got=" ".join(f"{type(error).__name__}: {error}".split())[:200],
-            do="copy or export the checkpoint again",
+            "a causal language model transformers can build",
+            error,
+            "copy or export the checkpoint again",
         ) from error
     return model
 
@@ -37,7 +37,7 @@ def architecture_faults(model: PreTrainedModel, headers: Headers) -> Iterator[Sm
     """Every name and shape in `headers` that `model`, still in floating point, does not have, and the reverse."""
 
     def fault(name: str, expected: str, got: str) -> SmoothQuantError:
-        return SmoothQuantError(name, expected=expected, got=got, do="copy or export the checkpoint again")
+        return SmoothQuantError(name, expected, got, "copy or export the checkpoint again")
 
     model.tie_weights()
     state: dict[str, torch.Tensor] = {}
@@ -62,7 +62,7 @@ def missing_from_ignore(model: PreTrainedModel, headers: Headers, ignore: frozen
                 if headers.get(tensor, ("", ()))[0] != "I8" and tensor.removesuffix(".weight") not in ignore:
                     yield SmoothQuantError(
                         "quantization_config.ignore",
-                        expected=f"{name}, which is in floating point",
-                        got="a list without it",
-                        do="add it, or calibrate the model again",
+                        f"{name}, which is in floating point",
+                        "a list without it",
+                        "add it, or calibrate the model again",
                     )

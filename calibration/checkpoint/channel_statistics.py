@@ -21,8 +21,9 @@ import torch
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
+from ..observation.observation import Observation
 from ..running.modules import float_parameters
-from ..smoothing.plan import Plan, Watched
+from ..smoothing.plan import Plan
 
 STATISTICS = "statistics.npz"
 ARRAYS = ("activations", "weights", "factor", "smoothed")
@@ -45,36 +46,30 @@ class Channels:
         return self.activations / self.factor
 
 
-def collect(watched: Watched, plan: Plan) -> list[Channels]:
-    """Of every tensor that layers read which were to be INT8, in the model's order: those that fell back, too."""
-    found = []
+def collect(observation: Observation, plan: Plan) -> list[Channels]:
+    """One entry for every tensor that INT8 layers read, in the model's order, including layers that fell back."""
+    channels = []
     with torch.inference_mode():
-        for reading in watched.graph.inputs:
-            layers = tuple(name for name in reading if name in watched.names)
+        for names in observation.graph.shared_input_groups:
+            layers = tuple(name for name in names if name in observation.layers)
             if not layers:
                 continue
             factor = plan.smoothing.input_factor(layers[0])
-            absmax = watched.absmax[layers[0]].cpu()
-            found.append(
-                Channels(
-                    layers,
-                    absmax.numpy(),
-                    _columns(watched, plan, layers, smoothed=False),
-                    (torch.ones_like(absmax) if factor is None else factor.cpu()).numpy(),
-                    _columns(watched, plan, layers, smoothed=True),
-                )
-            )
-    return found
+            absmax = observation.absmax[layers[0]]
+            before = _column_absmax(plan, layers, smoothed=False)
+            after = _column_absmax(plan, layers, smoothed=True)
+            s = torch.ones_like(absmax) if factor is None else factor.cpu()
+            channels.append(Channels(layers, absmax.numpy(), before, s.numpy(), after))
+    return channels
 
 
-def _columns(watched: Watched, plan: Plan, layers: Sequence[str], *, smoothed: bool) -> np.ndarray:
+def _column_absmax(plan: Plan, layers: Sequence[str], *, smoothed: bool) -> np.ndarray:
     """max|W_j| over the weights of `layers`, float32 [in]."""
-    maxima = []
+    smoothing, maxima = plan.smoothing, []
     for name in layers:
-        module = watched.model.get_submodule(name)
-        changed = smoothed and name in plan.smoothing.modules
-        weight = (plan.smoothing.parameters(watched.model, name) if changed else float_parameters(module))["weight"]
-        maxima.append(weight.abs().amax(dim=1 if plan.smoothing.transposed.get(name) else 0).cpu())
+        changed = smoothed and name in smoothing.modules
+        parameters = smoothing.parameters(name) if changed else float_parameters(smoothing.model.get_submodule(name))
+        maxima.append(parameters["weight"].abs().amax(dim=1 if smoothing.transposed.get(name) else 0).cpu())
     return torch.stack(maxima).amax(0).numpy()
 
 
@@ -100,9 +95,11 @@ def read(folder: Path) -> list[Channels] | None:
             raise ValueError("arrays of different lengths")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise SmoothQuantError(
-            str(path), expected="what calibrate saw of every channel", got=f"{type(error).__name__}: {error}"[:200],
-            do="copy the checkpoint again, or delete the file",
-        ) from error  # fmt: skip
+            str(path),
+            "what calibrate saw of every channel",
+            error,
+            "copy the checkpoint again, or delete the file",
+        ) from error
     return found
 
 

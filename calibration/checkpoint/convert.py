@@ -11,7 +11,6 @@ model_executor/layers/quantization/compressed_tensors/compressed_tensors.py.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ from vllm_smoothquant.format.config import (
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import MANIFEST, Headers, header_faults, read_headers, read_json, read_tensors
 
-from ..running.modules import LINEAR_TYPES
+from ..running.modules import LINEAR_TYPES, block_of
 from . import export, model_card
 from .architecture import build_empty
 from .verify import verify
@@ -53,9 +52,11 @@ def convert(checkpoint: str | Path, output: str | Path, to: str) -> dict[str, An
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method not in FORMATS or method == to:
         raise SmoothQuantError(
-            f"{folder}/config.json: quant_method", expected=" or ".join(f for f in FORMATS if f != to),
-            got=repr(method), do="give a checkpoint of the other format",
-        )  # fmt: skip
+            f"{folder}/config.json: quant_method",
+            " or ".join(f for f in FORMATS if f != to),
+            repr(method),
+            "give a checkpoint of the other format",
+        )
     export.check_output(output)
     return (_to_compressed if to == COMPRESSED_TENSORS else _from_compressed)(folder, output, config)
 
@@ -78,8 +79,8 @@ def _to_compressed(folder: Path, output: Path, config: dict[str, Any]) -> dict[s
 def check_expressible(folder: Path, ours: CheckpointConfig, headers: Headers, config: dict[str, Any]) -> None:
     """SmoothQuantError where compressed-tensors, or stock vLLM reading it, has no way to compute `ours`."""
 
-    def refuse(where: str, got: str, do: str) -> SmoothQuantError:
-        return SmoothQuantError(where, expected="what compressed-tensors can express", got=got, do=do)
+    def refuse(where: str, got: str, fix: str) -> SmoothQuantError:
+        return SmoothQuantError(where, "what compressed-tensors can express", got, fix)
 
     for activations in (ours.input_activations, *ours.overrides.values()):
         if activations.strategy == "tensor" and activations.dynamic:
@@ -111,7 +112,7 @@ def compressed_config(ours: CheckpointConfig, headers: Headers) -> dict[str, Any
     One group for every way to scale activations that an override asks for, by full names; one for all other layers, by
     their class. Readers try names before classes. A head is a Linear in transformers but not in vLLM: it is named, too.
     """
-    heads = [name for name in _quantised(headers) if not _numbered(name) and name not in ours.overrides]
+    heads = [name for name in _quantised(headers) if not block_of(name) and name not in ours.overrides]
     groups = [
         ([name for name in sorted(ours.overrides) if ours.overrides[name] == activations], activations)
         for activations in sorted(set(ours.overrides.values()), key=str)
@@ -146,11 +147,6 @@ def _quantised(headers: Headers) -> list[str]:
     return sorted(name.removesuffix(".weight") for name, (dtype, _) in headers.items() if dtype == "I8")
 
 
-def _numbered(name: str) -> bool:
-    """Whether the layer `name` is in one of the model's numbered blocks."""
-    return re.search(r"\.\d+\.", name) is not None
-
-
 def _expert(name: str) -> bool:
     return ".experts." in name
 
@@ -168,11 +164,13 @@ def _from_compressed(folder: Path, output: Path, config: dict[str, Any]) -> dict
     for name, scheme in schemes.items():
         if scheme not in allowed:
             raise SmoothQuantError(
-                name, expected=" or ".join(map(_describe, allowed)) + " activations, by config_groups",
-                got=_describe(scheme) + ", by its tensors", do="export the checkpoint again",
-            )  # fmt: skip
+                name,
+                " or ".join(map(_describe, allowed)) + " activations, by config_groups",
+                _describe(scheme) + ", by its tensors",
+                "export the checkpoint again",
+            )
     if not schemes:
-        raise SmoothQuantError(str(folder), expected="int8 weights", got="none", do="give an int-quantized checkpoint")
+        raise SmoothQuantError(str(folder), "int8 weights", "none", "give an int-quantized checkpoint")
     most = max(sorted(set(schemes.values()), key=str), key=list(schemes.values()).count)
     kept = [name for name in _built(folder) if name not in schemes]
     ours = CheckpointConfig(
@@ -194,18 +192,16 @@ def _read_groups(quantization: dict[str, Any]) -> tuple[Weights, tuple[InputActi
     where = "quantization_config"
     for key in FOREIGN:
         if quantization.get(key):
-            raise SmoothQuantError(f"{where}.{key}", expected="none", got="one", do="serve it with stock vLLM")
+            raise SmoothQuantError(f"{where}.{key}", "none", "one", "serve it with stock vLLM")
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise SmoothQuantError(f"{where}.config_groups", expected="groups", got=repr(groups), do="mend config.json")
+        raise SmoothQuantError(f"{where}.config_groups", "groups", repr(groups), "mend config.json")
     weights: set[str] = set()
     activations: list[InputActivations] = []
     for key, group in groups.items():
         at = f"{where}.config_groups.{key}"
         if not isinstance(group, dict) or group.get("output_activations"):
-            raise SmoothQuantError(
-                at, expected="weights and input_activations", got="others", do="serve it with stock vLLM"
-            )
+            raise SmoothQuantError(at, "weights and input_activations", "others", "serve it with stock vLLM")
         weights.add(_strategy(group.get("weights"), f"{at}.weights", {("tensor", False), ("channel", False)}))
         strategy = _strategy(
             group.get("input_activations"), f"{at}.input_activations", {("tensor", False), ("token", True)}
@@ -213,9 +209,8 @@ def _read_groups(quantization: dict[str, Any]) -> tuple[Weights, tuple[InputActi
         activations.append(InputActivations(strategy, dynamic=strategy == "token"))
     if len(weights) > 1:
         raise SmoothQuantError(
-            f"{where}.config_groups", expected="one strategy for all weights", got="tensor and channel",
-            do="serve it with stock vLLM",
-        )  # fmt: skip
+            f"{where}.config_groups", "one strategy for all weights", "tensor and channel", "serve it with stock vLLM"
+        )
     return Weights(weights.pop()), tuple(dict.fromkeys(activations))
 
 
@@ -229,9 +224,11 @@ def _strategy(said: Any, where: str, known: set[tuple[str, bool]]) -> str:
     if not right or grouped or (strategy, dynamic) not in known:
         ways = " or ".join(f"{'dynamic' if d else 'static'} per_{s}" for s, d in sorted(known))
         raise SmoothQuantError(
-            where, expected=f"symmetric 8-bit integers, {ways}", got=json.dumps(said)[:200] if said else "nothing",
-            do="serve it with stock vLLM",
-        )  # fmt: skip
+            where,
+            f"symmetric 8-bit integers, {ways}",
+            json.dumps(said)[:200] if said else "nothing",
+            "serve it with stock vLLM",
+        )
     return str(strategy)
 
 
@@ -241,17 +238,13 @@ def _our_tensors(folder: Path, ours: CheckpointConfig) -> Iterator[tuple[str, to
         suffix = name.rpartition(".")[2]
         if suffix.endswith("_zero_point"):
             if tensor.any():
-                raise SmoothQuantError(
-                    name, expected="zeros: symmetric integers", got="others", do="serve it with stock vLLM"
-                )
+                raise SmoothQuantError(name, "zeros: symmetric integers", "others", "serve it with stock vLLM")
             continue
         if suffix in ("weight_scale", "input_scale"):
             per_channel = suffix == "weight_scale" and ours.weights.strategy == "channel"
             tensor = tensor.float().reshape((-1, 1) if per_channel else (1,))
             if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-                raise SmoothQuantError(
-                    name, expected="finite scales above zero", got="others", do="quantise the model again"
-                )
+                raise SmoothQuantError(name, "finite scales above zero", "others", "quantise the model again")
         yield name, tensor
 
 

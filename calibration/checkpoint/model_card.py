@@ -9,11 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
-from vllm_smoothquant.format.errors import SmoothQuantError
 
 CARD = "README.md"
 # What is taken over from the source model's own card.
@@ -126,32 +123,3 @@ def _source_metadata(source: str) -> dict[str, Any]:
     except (OSError, ValueError, HfHubHTTPError, HFValidationError):
         return {}
     return {key: data[key] for key in INHERITED if data.get(key)}
-
-
-def check_repository(name: str) -> None:
-    """Before the work is done: that `name` can be a repository, and that somebody is logged in."""
-    try:
-        validate_repo_id(name)
-        HfApi().whoami()
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise SmoothQuantError(
-            f"--push-to-hub {name}", expected="the name of a repository, and a login", got=_one_line(error),
-            do="run `hf auth login`",
-        ) from error  # fmt: skip
-
-
-def push(folder: Path, name: str) -> str:
-    """Upload the checkpoint `folder`; returns its address. A new repository is private until its owner opens it."""
-    api = HfApi()
-    try:
-        api.create_repo(name, private=True, exist_ok=True)
-        return str(api.upload_folder(folder_path=folder, repo_id=name, commit_message="SmoothQuant W8A8 INT8"))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise SmoothQuantError(
-            f"--push-to-hub {name}", expected="an upload", got=_one_line(error),
-            do=f"the checkpoint is in {folder}: try `hf upload {name} {folder}`",
-        ) from error  # fmt: skip
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -23,9 +23,7 @@ def quantize_linear(
     Errors (SmoothQuantError): a weight or a scale that is not finite.
     """
     if not torch.isfinite(weight).all():
-        raise SmoothQuantError(
-            f"{name}.weight", expected="finite smoothed weights", got="NaN or infinity", do="use a smaller --alpha"
-        )
+        raise SmoothQuantError(f"{name}.weight", "finite smoothed weights", "NaN or infinity", "use a smaller --alpha")
     transposed = isinstance(linear, Conv1D)
     q, scale = int8.quantize_weight(weight.t() if transposed else weight, scheme.weights.strategy)
     # A Conv1D layer keeps its layout in the file: vLLM's loaders of such models transpose every weight they read.

@@ -44,12 +44,7 @@ class Verdict:
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        keys = ("where", "expected", "got", "do")
-        return {
-            "faults": [{k: getattr(f, k) for k in keys} for f in self.faults],
-            "checked": self.checked,
-            "layers": self.layers,
-        }
+        return {"faults": [f.to_dict() for f in self.faults], "checked": self.checked, "layers": self.layers}
 
 
 def verify(checkpoint: str | Path, source: str | None = None) -> Verdict:
@@ -89,8 +84,10 @@ def verify(checkpoint: str | Path, source: str | None = None) -> Verdict:
     return verdict
 
 
-def _fault(where: str, expected: str, got: str, do: str = "copy or export the checkpoint again") -> SmoothQuantError:
-    return SmoothQuantError(where, expected=expected, got=got, do=do)
+def _fault(
+    where: str, expected: str, got: str | BaseException, fix: str = "copy or export the checkpoint again"
+) -> SmoothQuantError:
+    return SmoothQuantError(where, expected, got, fix)
 
 
 def _outside(folder: Path) -> Iterator[SmoothQuantError]:
@@ -104,7 +101,7 @@ def _outside(folder: Path) -> Iterator[SmoothQuantError]:
         try:
             target = path.resolve(strict=True)
         except (OSError, RuntimeError) as error:  # a link to nothing, or to itself
-            yield _fault(str(path), "a file", f"{type(error).__name__}: {error}")
+            yield _fault(str(path), "a file", error)
             continue
         if not any(target.is_relative_to(where) for where in homes):
             yield _fault(str(path), "a file in this folder", f"a link to {target}", "copy the file itself")

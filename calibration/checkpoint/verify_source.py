@@ -33,9 +33,10 @@ from ..discovery.discover import TRACE_SHAPE, discover
 from ..discovery.graph import Graph, Group
 from ..discovery.linears import choose_linears
 from ..inputs.model import Source, load, untie_head
-from ..observation.absmax import observe
-from ..smoothing import gate
+from ..observation.absmax import observe_absmax
+from ..observation.observation import input_range
 from ..smoothing.factors import FACTOR_OF, Smoothing
+from ..smoothing.gate import check_equivalence
 from . import export
 
 # Half a step, and what some roundings of float32 make of 127 steps: 127 * 16 * 2**-24.
@@ -89,12 +90,12 @@ def compare_with_source(
             return
     smoothing = Smoothing(model, graph, factors)
     yield from _groups(graph, smoothing, width, manifest)
-    inputs = [[export.hub_module_name(model, n) for n in r if n in stored.quantised] for r in graph.inputs]
+    inputs = [[export.hub_module_name(model, n) for n in r if n in stored.quantised] for r in graph.shared_input_groups]
     if sorted(r for r in inputs if r) != sorted(map(list, _claim(manifest, "inputs", list))):
         yield _fault("manifest: inputs", "the layers that read one tensor, as the source runs", "others")
     yield from _tensors(stored, smoothing, graph, width, layers)
     yield from _ranges(stored, smoothing, ids)
-    gate.check(model, smoothing.folded(model), graph, list(ids[: GATE_SHAPE[0]].split(1)))
+    check_equivalence(smoothing.folded(), list(ids[: GATE_SHAPE[0]].split(1)))
     yield from _other_files(checkpoint, loaded)
 
 
@@ -127,7 +128,7 @@ class Stored:
 
     def smoothed(self, module: str, smoothing: Smoothing) -> torch.Tensor:
         """float32 [out, in]: the source's weight as `smoothing` leaves it."""
-        return self._upright(module, smoothing.parameters(self.model, module)["weight"])
+        return self._upright(module, smoothing.parameters(module)["weight"])
 
     def factors(self, group: Group, before: Smoothing) -> tuple[torch.Tensor, float]:
         """(s [channels] of `group`, how wide its interval is, relative to s). `before`: the groups known so far."""
@@ -147,7 +148,7 @@ class Stored:
     def _interval(self, group: Group, before: Smoothing) -> tuple[torch.Tensor, float]:
         low, high = torch.zeros(group.channels), torch.full((group.channels,), torch.inf)
         weight = self.smoothed(group.source, before)
-        bias = before.parameters(self.model, group.source).get("bias")
+        bias = before.parameters(group.source).get("bias")
         if group.source in self.quantised:
             q, scale = self.integers(group.source)
             edges = [(q - HALF) * scale / weight, (q + HALF) * scale / weight]
@@ -236,7 +237,7 @@ def _tensors(
         for key, tensor in block.items():
             owner, _, suffix = key.rpartition(".")
             if owner in smoothing.modules and not (owner in stored.quantised and suffix == "weight"):
-                folded[key] = smoothing.parameters(model, owner).get(suffix, tensor).to(tensor.dtype)
+                folded[key] = smoothing.parameters(owner).get(suffix, tensor).to(tensor.dtype)
             elif owner not in smoothing.modules and not (owner in stored.quantised and suffix == "weight"):
                 plain[key] = tensor
         for expected_here, exact in ((plain, True), (folded, False)):
@@ -253,10 +254,9 @@ def _ranges(stored: Stored, smoothing: Smoothing, ids: torch.Tensor) -> Iterator
     """Static ranges against what random tokens reach: only the calibration text can tell more."""
     scales = {name: stored.tensors.get(f"{hub}.input_scale") for name, hub in stored.quantised.items()}
     static = {name: float(scale) for name, scale in scales.items() if scale is not None}
-    absmax = observe(stored.model, sorted(static), ids, quiet=True) if static else {}
+    absmax = observe_absmax(stored.model, sorted(static), ids) if static else {}
     for name, scale in static.items():
-        factor = smoothing.input_factor(name)
-        reached = float((absmax[name].cpu() if factor is None else absmax[name].cpu() / factor).max())
+        reached = input_range(absmax[name], smoothing.input_factor(name))
         if reached > 0 and not 1 / FAR < scale * int8.QMAX / reached < FAR:
             where = f"{stored.quantised[name]}.input_scale"
             yield _fault(where, f"about the range of random tokens, {reached:.3g}", f"{scale * int8.QMAX:.3g}")
@@ -315,4 +315,4 @@ def _short(hashes: Any) -> str:
 
 
 def _fault(where: str, expected: str, got: str) -> SmoothQuantError:
-    return SmoothQuantError(where, expected=expected, got=got, do="check --source, or calibrate the model again")
+    return SmoothQuantError(where, expected, got, "check --source, or calibrate the model again")

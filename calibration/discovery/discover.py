@@ -43,9 +43,7 @@ def discover(model: nn.Module, input_ids: torch.Tensor, keep: Collection[str] = 
     """
     if input_ids.dim() != 2 or input_ids.shape[1] < 2:
         got = str(list(input_ids.shape))
-        raise SmoothQuantError(
-            "discover", expected="input_ids [batch, tokens >= 2]", got=got, do="pass a longer sample"
-        )
+        raise SmoothQuantError("discover", "input_ids [batch, tokens >= 2]", got, "pass a longer sample")
     watch = _Watch(model)
     was_training = model.training
     model.eval()
@@ -217,7 +215,7 @@ class _Watch:
                 if ours.any():
                     channel_of = torch.where(ours, labels, -1)
                     power = torch.where(ours, columns // DEGREE + 1, 1)
-                    readers.append(Reader(name, channel_of, power, self.transposed[name], name in keep))
+                    readers.append(Reader(name, channel_of, power, self.transposed[name], name not in keep))
                     read[labels[ours]] = True
             refusals += [Refusal(source.name, *why, n, source.channels) for why, n in source.why.items()]
             if not readers:
@@ -225,7 +223,7 @@ class _Watch:
                     nobody = "nothing reads it"
                     left = int((~source.pinned).sum())
                     refusals.append(Refusal(source.name, "no linear layer", nobody, left, source.channels))
-            elif all(r.kept for r in readers):
+            elif not any(r.quantized for r in readers):
                 kept = "every reader stays in floating point"
                 refusals.append(Refusal(source.name, readers[0].name, kept, int(read.sum()), source.channels))
             else:

@@ -23,14 +23,18 @@ class Reader:
 
     channel_of: int64 [in_features], the source's channel behind each input channel, -1 where there is none to fold.
     power: int64 [in_features], dividing the source's channel by s divides that input by s ** power (1 unless squared).
-    transposed: weight is [in, out]. kept: it stays in floating point.
+    transposed: weight is [in, out]. quantized: False if it stays in floating point.
     """
 
     name: str
     channel_of: torch.Tensor
     power: torch.Tensor
     transposed: bool = False
-    kept: bool = False
+    quantized: bool = True
+
+    def columns(self, s: torch.Tensor) -> torch.Tensor:
+        """float32 [in_features]: the factor of each input channel, from s [channels] of the source, or 1."""
+        return torch.where(self.channel_of >= 0, s[self.channel_of.clamp(min=0)] ** self.power, 1.0)
 
 
 @dataclass(frozen=True)
@@ -69,20 +73,20 @@ class Refusal:
 class Graph:
     """What `discover` found. groups in the order their sources ran, linears in the order they ran.
 
-    inputs: linear layers that read one and the same tensor (q, k and v), together; each that ran is in one of them.
+    shared_input_groups: linear layers that read the same tensor (q, k and v); each layer that ran is in one of them.
     """
 
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
     linears: tuple[Linear, ...]
-    inputs: tuple[tuple[str, ...], ...]
+    shared_input_groups: tuple[tuple[str, ...], ...]
 
     def linear(self, name: str) -> Linear:
         """The linear layer `name`; SmoothQuantError if it did not run."""
         for linear in self.linears:
             if linear.name == name:
                 return linear
-        raise SmoothQuantError(name, expected="a linear layer that ran", got="none of that name", do="check the name")
+        raise SmoothQuantError(name, "a linear layer that ran", "none of that name", "check the name")
 
     def with_inputs(self, names: Collection[str]) -> "Graph":
         """Also a group of kind "input" for each tensor read by layers of `names` of which no channel is foldable.
@@ -90,8 +94,8 @@ class Graph:
         Its source is called by its first reader. Readers beside `names` see the tensor as it is.
         """
         groups = []
-        for reading in self.inputs:
-            linears = [self.linear(name) for name in reading if name in names]
+        for layers in self.shared_input_groups:
+            linears = [self.linear(name) for name in layers if name in names]
             if linears and all(linear.uncovered == linear.in_features for linear in linears):
                 channels = linears[0].in_features
                 each, once = torch.arange(channels), torch.ones(channels, dtype=torch.int64)

@@ -21,9 +21,11 @@ def choose_linears(
     for name in sorted(ignore - linears.keys()):
         close = [n for n in linears if n.endswith(name.rsplit(".", 1)[-1])][:1] or list(linears)[:1]
         raise SmoothQuantError(
-            f"--ignore {name}", expected=f"a linear layer such as {', '.join(close)}", got="no such layer",
-            do="spell the module's full name",
-        )  # fmt: skip
+            f"--ignore {name}",
+            f"a linear layer such as {', '.join(close)}",
+            "no such layer",
+            "spell the module's full name",
+        )
     head = getattr(model, "get_output_embeddings", lambda: None)()
     experts = _expert_blocks(model)
     owners: dict[int, int] = {}
@@ -54,10 +56,10 @@ def choose_linears(
     chosen = [name for name in linears if name not in kept]
     if lm_head and not any(linears[name] is head for name in chosen):
         why = next((why for name, why in kept.items() if linears[name] is head), "it is no linear layer")
-        raise SmoothQuantError("--quantize-lm-head", expected="a head that can be INT8", got=why, do="leave it out")
+        raise SmoothQuantError("--quantize-lm-head", "a head that can be INT8", why, "leave it out")
     if not chosen:
         raise SmoothQuantError(
-            type(model).__name__, expected="linear layers to quantise", got="none", do="check the model and --ignore"
+            type(model).__name__, "linear layers to quantise", "none", "check the model and --ignore"
         )
     return chosen, kept
 

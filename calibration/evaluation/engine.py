@@ -5,6 +5,7 @@ Nothing else imports this module: it needs vLLM.
 """
 
 import ctypes
+import gc
 import json
 import math
 import os
@@ -204,9 +205,8 @@ def serving(
     return answer | {"peak_memory_bytes": sum(peaks.values())}
 
 
-def main() -> None:
-    request_file, answer_file = map(Path, sys.argv[1:])
-    request = json.loads(request_file.read_text())
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Everything that `request` (measure.request) asks for, by a new engine."""
     llm = LLM(
         request["model"],
         worker_cls="calibration.evaluation.engine.MeasuredWorker",
@@ -214,20 +214,29 @@ def main() -> None:
         enable_prefix_caching=False,
         **request["engine"],
     )
-    answer: dict[str, Any] = {
+    result: dict[str, Any] = {
         "memory_bytes": sum(llm.collective_rpc("memory_of_weights")),
         "kernels": sorted(set().union(*llm.collective_rpc("kernels"))),
     }
     # Before anything else: the logits of whole prompts, which no server holds, would be the peak.
     if request["serve"]:
-        answer |= serving(llm, request["windows"], **request["serve"])
+        result |= serving(llm, request["windows"], **request["serve"])
     if request["score"]:
-        answer |= score(llm, request["windows"], keep=request["keep"], compare=request["compare"])
+        result |= score(llm, request["windows"], keep=request["keep"], compare=request["compare"])
     if request["passages"]:
-        answer |= last_word(llm, request["passages"])
+        result |= last_word(llm, request["passages"])
     if request["decode"]:
-        answer["decode_tokens_per_second"] = decode_speed(llm, request["windows"], **request["decode"])
-    answer_file.write_text(json.dumps(answer))
+        result["decode_tokens_per_second"] = decode_speed(llm, request["windows"], **request["decode"])
+    return result
+
+
+def main() -> None:
+    request_file, answer_file = map(Path, sys.argv[1:])
+    answers = []
+    for request in json.loads(request_file.read_text()):
+        answers.append(answer(request))
+        answer_file.write_text(json.dumps(answers))
+        gc.collect()
 
 
 if __name__ == "__main__":

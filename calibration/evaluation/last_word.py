@@ -44,9 +44,11 @@ def load_passages(
         if len(chosen) == passages:
             return chosen
     raise SmoothQuantError(
-        dataset, expected=f"text for {passages} passages that end with a word", got=f"enough for {len(chosen)}",
-        do="give more text, or fewer --passages (0 for none)",
-    )  # fmt: skip
+        dataset,
+        f"text for {passages} passages that end with a word",
+        f"enough for {len(chosen)}",
+        "give more text, or fewer --passages (0 for none)",
+    )
 
 
 def passages_of(document: str) -> Iterator[str]:

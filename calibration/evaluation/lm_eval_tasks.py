@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 
 def main() -> None:
     """Answer task -> metric -> value: every number that the harness reports, standard errors included."""
-    request = json.loads(Path(sys.argv[1]).read_text())
+    (request,) = json.loads(Path(sys.argv[1]).read_text())
     results = simple_evaluate(
         model="vllm",
         model_args={"pretrained": request["model"], **request["engine"]},
@@ -30,7 +30,7 @@ def main() -> None:
         }
         for task, metrics in results.items()
     }
-    Path(sys.argv[2]).write_text(json.dumps(answer))
+    Path(sys.argv[2]).write_text(json.dumps([answer]))
 
 
 def _is_number(value: object) -> bool:

@@ -1,7 +1,6 @@
 """Load a floating-point causal language model and its tokenizer, or say in one line why not."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 
 @dataclass(frozen=True)
 class Source:
-    """The model to calibrate. `hashes`: file name -> sha256 of every weight file it was read from."""
+    """The model to calibrate. hashes: weight file -> sha256. config_hash: sha256 of config.json."""
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     hashes: dict[str, str]
+    config_hash: str
 
 
 def load(name: str, device_map: str | dict[str, Any] = "auto") -> Source:
@@ -38,23 +38,21 @@ def load(name: str, device_map: str | dict[str, Any] = "auto") -> Source:
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SmoothQuantError(
-            name,
-            expected="a causal language model with its tokenizer",
-            got=_one_line(error),
-            do="check the folder or id",
+            name, "a causal language model with its tokenizer", error, "check the folder or id"
         ) from error
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(fault):
             found = sorted(map(str, info[fault]))
             raise SmoothQuantError(
                 f"{name}: {found[0]}",
-                expected="every tensor of the weight files to fit the model",
-                got=f"{len(found)} {fault.replace('_', ' ')}",
-                do="use a complete checkpoint of this architecture",
+                "every tensor of the weight files to fit the model",
+                f"{len(found)} {fault.replace('_', ' ')}",
+                "use a complete checkpoint of this architecture",
             )
     model.eval()
     check_finite(name, model)
-    return Source(name, model, tokenizer, weight_hashes(name))
+    folder = model_folder(name)
+    return Source(name, model, tokenizer, weight_hashes(folder), sha256(folder / "config.json"))
 
 
 def check_source(name: str) -> None:
@@ -64,18 +62,26 @@ def check_source(name: str) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise SmoothQuantError(
             name,
-            expected="a model folder or a hub id of an architecture that transformers knows",
-            got=_one_line(error),
-            do="check the spelling, the network or upgrade transformers",
+            "a model folder or a hub id of an architecture that transformers knows",
+            error,
+            "check the spelling, the network or upgrade transformers",
         ) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
         raise SmoothQuantError(
             f"{name}: config.json",
-            expected="a floating-point model",
-            got=f"one already quantised by {quantization.get('quant_method')!r}",
-            do="calibrate the original model instead",
+            "a floating-point model",
+            f"one already quantised by {quantization.get('quant_method')!r}",
+            "calibrate the original model instead",
+        )
+
+
+def check_seq_len(source: Source, seq_len: int) -> None:
+    limit = getattr(source.model.config, "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise SmoothQuantError(
+            "--seq-len", f"at most {limit}, the model's positions", str(seq_len), "use shorter samples"
         )
 
 
@@ -83,9 +89,7 @@ def untie_head(name: str, model: PreTrainedModel) -> None:
     """Give the output head of `model` a weight of its own, to be rounded while the embeddings stay as they are."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None:
-        raise SmoothQuantError(
-            "--quantize-lm-head", expected="a model with an output head", got=f"none in {name}", do="leave it out"
-        )
+        raise SmoothQuantError("--quantize-lm-head", "a model with an output head", f"none in {name}", "leave it out")
     if head.weight is embeddings.weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in (model.config, model.config.get_text_config()):
@@ -96,16 +100,18 @@ def check_finite(name: str, model: torch.nn.Module) -> None:
     for key, tensor in model.state_dict().items():
         # Extremes, because isfinite of a whole matrix makes three others of its size.
         if tensor.is_floating_point() and not tensor.is_meta and not torch.stack(tensor.aminmax()).isfinite().all():
-            raise SmoothQuantError(
-                f"{name}: {key}", expected="finite weights", got="NaN or infinity", do="use an undamaged checkpoint"
-            )
+            raise SmoothQuantError(f"{name}: {key}", "finite weights", "NaN or infinity", "use an undamaged checkpoint")
 
 
-def weight_hashes(name: str) -> dict[str, str]:
-    """sha256 of each weight file, so that the manifest says which bytes were calibrated."""
+def model_folder(name: str) -> Path:
+    """The local folder of a model folder or hub id that was loaded before."""
     config = cached_file(name, "config.json")
-    assert config is not None  # cached_file raises where it does not find
-    folder = Path(config).parent
+    assert config is not None  # cached_file raises if there is none
+    return Path(config).parent
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of each weight file, so that the manifest names the bytes that were calibrated."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return {f.name: sha256(f) for f in files}
 
@@ -113,8 +119,3 @@ def weight_hashes(name: str) -> dict[str, str]:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return json.dumps(text if len(text) <= 300 else text[:300] + "...", ensure_ascii=False)

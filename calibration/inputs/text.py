@@ -43,7 +43,7 @@ def load_samples(
     """
     for option, value in (("--samples", samples), ("--seq-len", seq_len)):
         if value < 1:
-            raise SmoothQuantError(option, expected="at least 1", got=str(value), do="give a positive number")
+            raise SmoothQuantError(option, "at least 1", str(value), "give a positive number")
     texts = read_texts(dataset, text_column)
     found = []
     for window in _windows(_shuffled(texts, seed), tokenizer, seq_len, seed):
@@ -53,9 +53,9 @@ def load_samples(
     if len(found) < samples:
         raise SmoothQuantError(
             dataset,
-            expected=f"text for {samples} samples of {seq_len} tokens",
-            got=f"enough for {len(found)}",
-            do="give more text, or fewer --samples or a shorter --seq-len",
+            f"text for {samples} samples of {seq_len} tokens",
+            f"enough for {len(found)}",
+            "give more text, or fewer --samples or a shorter --seq-len",
         )
     input_ids = torch.tensor(found, dtype=torch.int64)
     return Samples(input_ids, dataset, hashlib.sha256(input_ids.numpy().tobytes()).hexdigest(), seed)
@@ -67,12 +67,12 @@ def read_texts(dataset: str, text_column: str) -> Dataset:
     if text_column not in table.column_names:
         raise SmoothQuantError(
             dataset,
-            expected=f"a text column {text_column!r}",
-            got=f"columns {', '.join(table.column_names) or 'none'}",
-            do="name one with --text-column",
+            f"a text column {text_column!r}",
+            f"columns {', '.join(table.column_names) or 'none'}",
+            "name one with --text-column",
         )
     if len(table) == 0:
-        raise SmoothQuantError(dataset, expected="at least one document", got="an empty data set", do="give some text")
+        raise SmoothQuantError(dataset, "at least one document", "an empty data set", "give some text")
     return table.select_columns([text_column]).rename_column(text_column, "text") if text_column != "text" else table
 
 
@@ -82,11 +82,9 @@ def _load(dataset: str) -> Dataset:
     try:
         if reader is not None:
             if not path.is_file():
-                raise SmoothQuantError(dataset, expected="a readable file", got="no such file", do="check the path")
+                raise SmoothQuantError(dataset, "a readable file", "no such file", "check the path")
             if path.stat().st_size == 0:
-                raise SmoothQuantError(
-                    dataset, expected="at least one document", got="an empty file", do="give some text"
-                )
+                raise SmoothQuantError(dataset, "at least one document", "an empty file", "give some text")
             # A plain text file is one document; split= names the only split a file has.
             options = {"sample_by": "document"} if reader == "text" else {}
             return load_dataset(reader, data_files=str(path), split="train", **options)
@@ -96,12 +94,11 @@ def _load(dataset: str) -> Dataset:
     except (OSError, ValueError, DatasetsError) as error:
         if isinstance(error, SmoothQuantError):
             raise
-        cause = error.__cause__ or error
         raise SmoothQuantError(
             dataset,
-            expected="a data set: a file ending in " + ", ".join(FILE_READERS) + " or a hub name",
-            got=f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}",
-            do="check the path or the name, and that the hub can be reached",
+            "a data set: a file ending in " + ", ".join(FILE_READERS) + " or a hub name",
+            error.__cause__ or error,
+            "check the path or the name, and that the hub can be reached",
         ) from error
     if isinstance(loaded, DatasetDict):
         return loaded["validation"] if "validation" in loaded else next(iter(loaded.values()))

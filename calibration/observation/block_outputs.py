@@ -1,48 +1,37 @@
-"""What the last block gave for every batch of samples, and what the running block gives: memory, then files.
+"""What the previous and the running block returned for each batch of samples, in safetensors files.
 
-With a folder, everything lies in it as safetensors, so that an interrupted run finds it again; the operating system
-keeps files in memory while there is room. Without one it is held in memory up to a limit, and what is beyond is spilled
-to a temporary folder.
+An interrupted run finds them again. While there is room, the operating system keeps files in memory.
 """
 
-import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-IN_MEMORY = 2 * 10**9
+from vllm_smoothquant.format.errors import SmoothQuantError
 
 
 class BlockOutputs:
-    """Outputs of blocks by (block, batch); those of two blocks running are kept, the older ones are overwritten."""
+    """Outputs by (block, batch) in `folder`. Those of two consecutive blocks are kept; older ones are overwritten."""
 
-    def __init__(self, folder: Path | None = None, in_memory: int = IN_MEMORY) -> None:
-        """folder: where to keep them for good. in_memory: bytes to hold before spilling, without a folder."""
-        self.spilled = None if folder is not None else tempfile.TemporaryDirectory(prefix="smoothquant-")
-        self.folder = folder or Path(self.spilled.name if self.spilled else "")
-        self.in_memory = 0 if folder is not None else in_memory
-        self.held: dict[tuple[int, int], torch.Tensor] = {}
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def write(self, block: int, batch: int, output: torch.Tensor) -> None:
-        """Keep `output`; from here on the block before has nothing for this batch, unless it lies in a file."""
-        self.held.pop((block - 1, batch), None)
-        if sum(t.nbytes for t in self.held.values()) + output.nbytes <= self.in_memory:
-            self.held[block, batch] = output.cpu().clone()
-            return
         path = self._path(block, batch)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"output": output.cpu().contiguous()}, path)
 
     def read(self, block: int, batch: int) -> torch.Tensor:
-        """A copy of its own: how a matrix lies in memory may decide in which order a product is summed."""
-        held = self.held.get((block, batch))
-        return (load_file(self._path(block, batch))["output"] if held is None else held).clone()
-
-    def close(self) -> None:
-        self.held.clear()
-        if self.spilled is not None:
-            self.spilled.cleanup()
+        """A copy in memory of its own, because the layout of a matrix may decide the order of a sum."""
+        try:
+            return load_file(self._path(block, batch))["output"].clone()
+        except (OSError, SafetensorError) as error:
+            raise SmoothQuantError(
+                str(self.folder), f"the output of block {block} for batch {batch}", error,
+                "remove the state folder to start over",
+            ) from error  # fmt: skip
 
     def _path(self, block: int, batch: int) -> Path:
         return self.folder / str(block % 2) / f"{batch}.safetensors"

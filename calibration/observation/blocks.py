@@ -1,16 +1,17 @@
-"""Observe a model one decoder block at a time: each block over all samples, before the next one is looked at.
+"""Observe a model one decoder block at a time: all samples pass one block before the next block runs.
 
-    x_0 = embed(tokens)          x_(i+1) = block_i(x_i)         absmax of what is read in block i: from block_i alone
+    x_0 = embed(tokens)          x_(i+1) = block_i(x_i)         the absmax inside block i needs block_i alone
 
-Only one block's weights are worked with at a time, and only one block's activations are kept (activations.py). A model
-whose weights lie in files larger than memory is read once, not once for every batch, and a run that was interrupted
-goes on behind the last finished block.
+Only one block's weights are in use at a time, and only one block's outputs are kept (block_outputs.py). A model whose
+weight files are larger than memory is read once, not once for every batch. An interrupted run resumes after the last
+finished block.
 
-There is no table of architectures. A block runs inside the model's own forward pass, in which the other blocks hand on
-what they get and the one before gives what it gave when it was its turn: so masks, positions and whatever else the
-model computes beside the blocks are right for each of them. Which list holds the blocks, and that they can be run
-alone, is seen on the first batch: it goes through the whole model as well, and every absmax and the final output must
-be the same, bit for bit. Where they are not, NotAlone says why, and the caller runs whole-model passes.
+There is no table of architectures. A block runs inside the model's own forward pass: all other blocks are bypassed, and
+the previous one is replaced by its recorded output. So masks, positions and whatever else the model computes outside
+the
+blocks are right for each block. The first batch shows which list holds the blocks and that they can run isolated: it
+also passes the whole model, and every absmax and the final output must be equal, bit for bit. Where they are not,
+BlockNotIsolated says why, and the caller runs the whole model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,23 +24,23 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..running.modules import decoder_of
+from ..running.hooks import hooked
+from ..running.modules import decoder_blocks, decoder_of
 from ..running.precision import fast_arithmetic, fast_block
 from .absmax import watching_absmax
-
-Absmax = dict[str, torch.Tensor]
+from .saved import Absmax
 
 
 class BlockNotIsolated(Exception):
-    """The blocks of this model cannot be run alone; the text says why."""
+    """The blocks of this model cannot run isolated; the text says why."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The first batch through the whole model. absmax: of each watched layer; output: what the decoder gave.
+    """The first batch in the whole model. absmax: of each observed layer. output: what the decoder returned.
 
-    blocks: name -> whether it gave one tensor, or a tuple of this many, in the order they ran; empty if there is no
-    list of modules that ran once each, one after the other.
+    blocks: name -> None if it returned one tensor, else the length of the tuple, in the order in which they ran. It is
+    empty if there is no list of modules that ran once each, one after the other.
     """
 
     absmax: Absmax
@@ -48,59 +49,52 @@ class Trial:
 
 
 def try_whole(model: nn.Module, decoder: nn.Module, names: Sequence[str], batch: torch.Tensor) -> Trial:
-    """Run `decoder` (the model or a part of it) on `batch`, int64 [samples, tokens], watching the layers `names`."""
-    lists = {
-        f"{prefix}.{index}": prefix
-        for prefix, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        for index in range(len(module))
-    }
-    ran: list[str] = []
-    gave: dict[str, int | None] = {}
+    """Run `decoder` (the model or a part of it) on `batch`, int64 [samples, tokens], and observe the layers `names`."""
+    blocks = decoder_blocks(model)
+    order: list[str] = []
+    returned: dict[str, int | None] = {}
 
     def hook(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        ran.append(name)
-        gave[name] = len(output) if isinstance(output, tuple) else None
+        order.append(name)
+        returned[name] = len(output) if isinstance(output, tuple) else None
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in lists]
-    try:
-        with fast_arithmetic(model), watching_absmax(model, names) as absmax:
-            output = run(decoder, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    largest: list[str] = []
-    size = 0
-    for prefix in dict.fromkeys(lists.values()):
-        inside = [name for name in lists if lists[name] == prefix]
-        weights = sum(p.numel() for name in inside for p in model.get_submodule(name).parameters())
-        if weights > size:
-            largest, size = inside, weights
-    once = [name for name in ran if name in largest] == largest
-    return Trial({n: t.clone() for n, t in absmax.items()}, output, {n: gave[n] for n in largest} if once else {})
+    handles = (block.register_forward_hook(partial(hook, name)) for name, block in blocks.items())
+    with hooked(handles), fast_arithmetic(model), watching_absmax(model, names) as absmax:
+        output = run(decoder, batch)
+    # The decoder's list of blocks is the one with most parameters.
+    lists: dict[str, list[str]] = {}
+    for name in blocks:
+        lists.setdefault(name.rpartition(".")[0], []).append(name)
+    largest = max(lists.values(), key=lambda names: sum(_size(blocks[name]) for name in names), default=[])
+    once = [name for name in order if name in largest] == largest
+    return Trial({n: t.clone() for n, t in absmax.items()}, output, {n: returned[n] for n in largest} if once else {})
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def run(decoder: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
-    """The floating-point tensors that `decoder` gives for `batch`."""
+    """The floating-point tensors that `decoder` returns for `batch`."""
     output = decoder(input_ids=batch.to(next(decoder.parameters()).device), use_cache=False)
     leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
     return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 class Blocks:
-    """The blocks of `decoder` as `trial` saw them run. names: theirs, in order."""
+    """The blocks of `decoder` as `trial` recorded them. names: theirs, in order."""
 
     def __init__(self, model: nn.Module, decoder: nn.Module, trial: Trial) -> None:
-        """Errors (NotAlone): there is no such list."""
+        """Errors (BlockNotIsolated): there is no such list."""
         if not trial.blocks:
             raise BlockNotIsolated("no list of blocks runs once from its first to its last")
         self.model, self.decoder, self.trial = model, decoder, trial
         self.names = list(trial.blocks)
         self.modules = [model.get_submodule(name) for name in self.names]
-        self.around = decoder_of(model, self.names)  # the head is not run for each block
+        self.around = decoder_of(model, self.names)  # without the head, which need not run for each block
 
     def layers(self, index: int, names: Sequence[str]) -> list[str]:
-        """Those of `names` in block `index`; for the index one behind the last, those in none."""
+        """Those of `names` that are in block `index`; for the index after the last block, those that are in none."""
 
         def block(name: str) -> int:
             return next((i for i, b in enumerate(self.names) if name == b or name.startswith(f"{b}.")), len(self.names))
@@ -108,21 +102,23 @@ class Blocks:
         return [name for name in names if block(name) == index]
 
     @contextmanager
-    def alone(self, index: int) -> Iterator["IsolatedBlock"]:
-        """While open, passes run block `index` alone; for the index one behind the last, none of the blocks."""
-        alone = IsolatedBlock(self, index)
+    def isolated(self, index: int) -> Iterator["IsolatedBlock"]:
+        """While open, passes run block `index` only; for the index after the last block, no block at all."""
+        isolated = IsolatedBlock(self, index)
         block = self.modules[index] if index < len(self.modules) else nn.Module()
         before = [module.__dict__.get("forward") for module in self.modules]
-        handle = block.register_forward_hook(alone.catch)
         try:
             for i, module in enumerate(self.modules):
                 if i != index:
-                    stand_in = alone.feed if i == index - 1 else bypass
+                    stand_in = isolated.replay if i == index - 1 else bypass
                     module.forward = partial(stand_in, self.trial.blocks[self.names[i]])
-            with fast_arithmetic(self.model, without=self.modules), fast_block(self.model, block):
-                yield alone
+            with (
+                hooked([block.register_forward_hook(isolated.catch)]),
+                fast_arithmetic(self.model, without=self.modules),
+                fast_block(self.model, block),
+            ):
+                yield isolated
         finally:
-            handle.remove()
             for module, forward in zip(self.modules, before, strict=True):
                 module.__dict__.pop("forward", None)
                 if forward is not None:  # accelerate's, which moves tensors to the block's device
@@ -130,7 +126,7 @@ class Blocks:
 
 
 class IsolatedBlock:
-    """One block, or what comes behind the last, that can be run on batch after batch."""
+    """One block, or what follows the last one, that can run on batch after batch."""
 
     def __init__(self, blocks: Blocks, index: int) -> None:
         self.blocks, self.index = blocks, index
@@ -138,59 +134,59 @@ class IsolatedBlock:
         self.output: torch.Tensor | None = None
 
     def __call__(self, batch: torch.Tensor, x: torch.Tensor | None) -> list[torch.Tensor]:
-        """What the block makes of `x`, which the one before it made of `batch`; x is None for the first block.
+        """What the block returns for `x`, the previous block's output for `batch`; x is None for the first block.
 
-        Behind the last block it is what the decoder gives. Errors (NotAlone): it cannot be run like this.
+        After the last block it is what the decoder returns. Errors (BlockNotIsolated): it cannot run like this.
         """
         self.input, self.output = x, None
         try:
-            given = run(self.blocks.decoder if self.behind else self.blocks.around, batch)
+            returned = run(self.blocks.decoder if self.after_last else self.blocks.around, batch)
         except (TypeError, LookupError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise BlockNotIsolated(f"{self.name}: {type(error).__name__} when run alone") from error
-        if self.behind:
-            return given
+            raise BlockNotIsolated(f"{self.name}: {type(error).__name__} when it runs isolated") from error
+        if self.after_last:
+            return returned
         if self.output is None:
-            raise BlockNotIsolated(f"{self.name}: gives no tensor")
+            raise BlockNotIsolated(f"{self.name}: returns no tensor")
         return [self.output]
 
     @property
     def name(self) -> str:
-        return "behind the last block" if self.behind else self.blocks.names[self.index]
+        return "after the last block" if self.after_last else self.blocks.names[self.index]
 
     @property
-    def behind(self) -> bool:
+    def after_last(self) -> bool:
         return self.index == len(self.blocks.names)
 
     def catch(self, module: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
         self.output = first if isinstance(first, torch.Tensor) else None
 
-    def feed(self, gives: int | None, *args: Any, **kwargs: Any) -> Any:
-        """In place of the block before: what it gave when it was its turn."""
+    def replay(self, length: int | None, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the previous block: what it returned when it ran."""
         assert self.input is not None
-        return _shaped(self.input.to(_hidden(args, kwargs).device), gives)
+        return _packed(self.input.to(_hidden(args, kwargs).device), length)
 
-    def check(self, given: list[torch.Tensor], absmax: Absmax) -> None:
-        """NotAlone where the first batch did not come out as in the whole model."""
+    def check(self, returned: list[torch.Tensor], absmax: Absmax) -> None:
+        """BlockNotIsolated if the first batch gave anything else than in the whole model."""
         for name, value in absmax.items():
             if name not in self.blocks.trial.absmax or not torch.equal(value, self.blocks.trial.absmax[name]):
-                raise BlockNotIsolated(f"{self.name}: run alone, {name} sees another input")
+                raise BlockNotIsolated(f"{self.name}: isolated, {name} gets another input")
         whole = self.blocks.trial.output
-        same = len(given) == len(whole) and all(torch.equal(a, b) for a, b in zip(given, whole, strict=True))
-        if self.behind and not same:
-            raise BlockNotIsolated("block by block, the model gives another output")
+        same = len(returned) == len(whole) and all(torch.equal(a, b) for a, b in zip(returned, whole, strict=True))
+        if self.after_last and not same:
+            raise BlockNotIsolated("block by block, the model returns another output")
 
 
-def bypass(gives: int | None, *args: Any, **kwargs: Any) -> Any:
-    """In place of a block that is not to run."""
-    return _shaped(_hidden(args, kwargs), gives)
+def bypass(length: int | None, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a block that must not run: its input."""
+    return _packed(_hidden(args, kwargs), length)
 
 
 def _hidden(args: Any, kwargs: Any) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _shaped(x: torch.Tensor, gives: int | None) -> Any:
-    return x if gives is None else (x, *([None] * (gives - 1)))
+def _packed(x: torch.Tensor, length: int | None) -> Any:
+    return x if length is None else (x, *([None] * (length - 1)))

@@ -1,59 +1,116 @@
-"""Observe the calibration samples: block by block (blocks.py), or by passes over the whole model where that fails.
+"""Observe the calibration samples: block by block (blocks.py), or the whole model at once where that is not possible.
 
-A pass over the first batch comes first: it names the sink tokens, shows which the blocks are, and is what the blocks,
-run alone, are compared with.
+First, one batch passes the whole model. This pass finds the sink tokens and the list of decoder blocks, and it is the
+reference with which the isolated blocks are compared.
 """
 
+import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from vllm_smoothquant.format.errors import SmoothQuantError
-
-from ..running.modules import decoder_of, weight_shape
-from ..running.precision import fast_arithmetic
+from ..discovery.graph import Graph
+from ..inputs.model import Source
+from ..inputs.text import Samples
+from ..running.modules import LINEAR_TYPES, decoder_of, output_head, weight_shape
+from ..running.precision import compute_dtype, fast_arithmetic
 from ..running.progress import Progress
 from .absmax import checked, watching_absmax
 from .block_outputs import BlockOutputs
 from .blocks import BlockNotIsolated, Blocks, run, try_whole
+from .observation import Observation
 from .processes import Processes
-from .resume import State
-from .sinks import SAMPLES, watching_peaks
+from .resume import ObservationStore
+from .saved import Absmax, load_observation, save_observation
+from .sinks import SAMPLES, first_readers, name_sinks, watching_peaks
 
-# How many samples run together. It decides the shapes of products, and so their rounding: the manifest names it.
+# Samples that run together. This decides the shapes of products and so their rounding: the manifest names it.
 BATCH_SIZE = 4
 BY_BLOCKS = "block by block"
+LIBRARIES = ("vllm-smoothquant", "torch", "transformers", "accelerate", "datasets", "safetensors")
 
-Absmax = dict[str, torch.Tensor]
 
+def observe(
+    source: Source, samples: Samples, graph: Graph, layers: list[str], in_float: dict[str, str], *,
+    store: ObservationStore, processes: Processes, stats: str | None = None, save_stats: str | None = None,
+    quiet: bool = False,
+) -> Observation:  # fmt: skip
+    """What is needed of the inputs of `layers` and of every reader of a group in `graph`.
 
-@dataclass(frozen=True)
-class Observed:
-    """absmax: layer -> float32 [in]. peaks: layer -> float32 [samples, tokens] of the first SAMPLES samples.
-
-    passes: BY_BLOCKS, or why the whole model was run.
+    store: what an interrupted run left, and where to keep what is done. stats: a file to take the observation from.
+    save_stats: a file to write it to. Errors (SmoothQuantError): a layer that no sample reached, a range that is not
+    finite, a store or file of other inputs.
     """
+    key = observation_key(source, samples)
+    needed = sorted({*layers, *(reader.name for group in graph.groups for reader in group.readers)})
+    if stats is not None:
+        absmax, findings = load_observation(Path(stats), needed, key)
+    else:
+        absmax, findings = _observe_in_store(source, samples, graph, layers, needed, key, store, processes, quiet)
+    if save_stats is not None and processes.first:
+        save_observation(Path(save_stats), absmax, key, findings)
+    # INT8 layers whose input nothing can smooth offline form groups of their own.
+    needed_absmax = {name: absmax[name] for name in needed}
+    return Observation(source, samples, graph.with_inputs(layers), layers, needed_absmax, in_float, **findings)
 
-    absmax: Absmax
-    peaks: Mapping[str, torch.Tensor]
-    passes: str
+
+def observation_key(source: Source, samples: Samples) -> dict[str, Any]:
+    """Everything that the observation depends on and that another alpha or scheme leaves alone."""
+    rows, seq_len = samples.input_ids.shape
+    return {
+        "source": source.hashes,
+        "config": source.config_hash,
+        "arithmetic": str(compute_dtype(source.model)).removeprefix("torch."),
+        "tokens": {"sha256": samples.sha256, "samples": rows, "seq_len": seq_len},
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def _observe_in_store(
+    source: Source, samples: Samples, graph: Graph, layers: list[str], needed: list[str], key: dict[str, Any],
+    store: ObservationStore, processes: Processes, quiet: bool,
+) -> tuple[Absmax, dict[str, Any]]:  # fmt: skip
+    head = next((name for name, m in source.model.named_modules() if m is output_head(source.model)), None)
+    # All linear layers, so that another --ignore needs no new pass; the head only on request, because it is expensive.
+    linears = [name for name, m in source.model.named_modules() if isinstance(m, LINEAR_TYPES) and name != head]
+    observed = sorted({*linears, *needed})
+    store_key = {**key, "output_head": head in needed, "processes": processes.size, "versions": versions()}
+    if processes.first and store.open(store_key) and not quiet:
+        print(f"{store.folder}: resuming an interrupted run", file=sys.stderr)
+    processes.wait()
+    if processes.any(processes.first and store.observation.exists()):
+        return load_observation(store.observation, needed, key)
+    readers = first_readers([name for name in names if name in layers] for names in graph.shared_input_groups)
+    absmax, peaks, passes = observe_samples(
+        source.model, observed, list(readers), samples.input_ids, store=store, processes=processes, quiet=quiet
+    )
+    checked(needed, absmax)
+    sinks = name_sinks(peaks, readers, samples.input_ids[:SAMPLES], source.tokenizer)
+    findings = {"sinks": sinks, "passes": passes, "batch_size": BATCH_SIZE}
+    if processes.first:
+        save_observation(store.observation, absmax, key, findings)
+    return absmax, findings
 
 
 def observe_samples(
     model: nn.Module, names: Sequence[str], peaks_of: Sequence[str], input_ids: torch.Tensor, *,
-    state: State | None = None, ranks: Processes | None = None, quiet: bool = False,
-) -> Observed:  # fmt: skip
-    """The inputs of the layers `names` over `input_ids` [samples, seq_len], and the peaks of `peaks_of`.
+    store: ObservationStore, processes: Processes | None = None, quiet: bool = False,
+) -> tuple[Absmax, Mapping[str, torch.Tensor], str]:  # fmt: skip
+    """(absmax, peaks, passes) of `input_ids` [samples, seq_len].
 
-    state: goes on from what it holds, and keeps in it what is done.
-    Errors (SmoothQuantError): a layer no sample reached, or NaN / infinity in its input.
+    absmax: layer -> float32 [in] on the CPU, of those of `names` that a sample reached. peaks: layer -> float32
+    [samples, tokens], of `peaks_of` and the first SAMPLES samples. passes: BY_BLOCKS, or why the whole model ran.
     """
-    ranks = ranks or Processes()
-    quiet = quiet or not ranks.first
+    processes = processes or Processes()
+    quiet = quiet or not processes.first
     decoder = decoder_of(model, names)
     batches = input_ids.split(BATCH_SIZE)
     with torch.inference_mode():
@@ -61,98 +118,78 @@ def observe_samples(
             trial = try_whole(model, decoder, names, batches[0])
         checked(trial.absmax, trial.absmax)
         try:
-            absmax = _by_blocks(Blocks(model, decoder, trial), names, batches, state, ranks, quiet)
+            absmax = _by_blocks(Blocks(model, decoder, trial), names, batches, store, processes, quiet)
             passes = BY_BLOCKS
         except BlockNotIsolated as reason:
             passes = f"whole model: {reason}"
             if not quiet:
                 print(f"observe: not block by block but the {passes}", file=sys.stderr)
-            absmax = _by_passes(model, decoder, names, batches, state, ranks, quiet)
-    # Outside, because what inference mode makes cannot be used everywhere.
-    found = checked(names, {name: tensor.clone() for name, tensor in absmax.items()})
-    return Observed(found, {name: peak.clone()[:SAMPLES] for name, peak in peaks.items()}, passes)
+            absmax = _by_passes(model, decoder, names, batches, store, processes, quiet)
+    # Copied outside inference mode, because its tensors cannot be used everywhere.
+    return checked(absmax, absmax), {name: peak.clone()[:SAMPLES] for name, peak in peaks.items()}, passes
 
 
 def _by_blocks(
-    blocks: Blocks, names: Sequence[str], batches: Sequence[torch.Tensor], state: State | None, ranks: Processes,
-    quiet: bool,
+    blocks: Blocks, names: Sequence[str], batches: Sequence[torch.Tensor], store: ObservationStore,
+    processes: Processes, quiet: bool,
 ) -> Absmax:  # fmt: skip
     absmax: Absmax = {}
-    last = len(blocks.names)
+    last = len(blocks.names)  # the index of what follows the last block
     first = 0
-    while state is not None and first <= last and (done := state.done("block", first)) is not None:
-        absmax |= done
+    while first <= last and (finished := store.load("block", first)) is not None:
+        absmax |= finished
         first += 1
-    mine = ranks.mine(batches)
-    samples = sum(len(batch) for _, batch in mine)
-    progress = Progress(last, samples, done=min(first, last), quiet=quiet)
-    kept = BlockOutputs(None if state is None else state.activations(ranks.rank))
-    try:
+    own_batches = processes.share(batches)
+    outputs = BlockOutputs(store.outputs(processes.rank))
+    samples = sum(len(batch) for _, batch in own_batches)
+    with Progress(last, samples, done=min(first, last), quiet=quiet) as progress:
         for index in range(first, last + 1):
             inside = blocks.layers(index, names)
-            # Behind the last block there may be nothing to observe; the first batch shows that all went well.
-            todo = mine if index < last or inside else [(b, batch) for b, batch in mine if b == 0]
+            # After the last block there may be nothing to observe; one batch is enough for the equality check.
+            todo = own_batches if index < last or inside else [(b, batch) for b, batch in own_batches if b == 0]
             reason: BlockNotIsolated | None = None
-            with blocks.alone(index) as alone, watching_absmax(blocks.model, inside) as found:
+            with blocks.isolated(index) as block, watching_absmax(blocks.model, inside) as maxima:
                 try:
                     for b, batch in todo:
-                        given = alone(batch, _read(kept, index - 1, b, state) if index else None)
+                        returned = block(batch, outputs.read(index - 1, b) if index else None)
                         if b == 0:
-                            alone.check(given, found)
+                            block.check(returned, maxima)
                         if index < last:
-                            kept.write(index, b, given[0])
+                            outputs.write(index, b, returned[0])
                             progress.sample(len(batch))
                 except BlockNotIsolated as error:
                     reason = error
-            if ranks.any(reason is not None):
-                raise reason or BlockNotIsolated("another process found that its blocks cannot be run alone")
-            absmax |= (reduced := ranks.largest(found, {n: _channels(blocks.model, n) for n in inside}))
-            if state is not None and ranks.first:
-                state.save("block", index, reduced)
-            # Nobody overwrites what block - 1 gave before it is on record that nobody needs it.
-            ranks.wait()
+            if processes.any(reason is not None):
+                raise reason or BlockNotIsolated("another process found that its blocks cannot run isolated")
+            reduced = processes.largest(maxima, {name: _channels(blocks.model, name) for name in inside})
+            absmax |= reduced
+            if processes.first:
+                store.save("block", index, reduced)
+            # Wait: rank 0 must record this block before any rank overwrites the outputs it was computed from.
+            processes.wait()
             if index < last:
                 progress.block()
-    finally:
-        kept.close()
-        progress.close()
     return absmax
 
 
 def _by_passes(
-    model: nn.Module, decoder: nn.Module, names: Sequence[str], batches: Sequence[torch.Tensor], state: State | None,
-    ranks: Processes, quiet: bool,
+    model: nn.Module, decoder: nn.Module, names: Sequence[str], batches: Sequence[torch.Tensor],
+    store: ObservationStore, processes: Processes, quiet: bool,
 ) -> Absmax:  # fmt: skip
     absmax: Absmax = {}
-    mine = ranks.mine(batches)
-    progress = Progress(len(mine), len(batches[0]), quiet=quiet, unit="batch")
-    try:
-        with fast_arithmetic(model):
-            for b, batch in mine:
-                found = None if state is None else state.done("pass", b)
-                if found is None:
-                    with watching_absmax(model, names) as watched:
-                        run(decoder, batch)
-                    found = dict(watched)
-                    if state is not None:
-                        state.save("pass", b, found)
-                for name, value in found.items():
-                    absmax[name] = torch.maximum(absmax[name], value) if name in absmax else value
-                progress.block()
-    finally:
-        progress.close()
-    return ranks.largest(absmax, {name: _channels(model, name) for name in names})
+    own_batches = processes.share(batches)
+    with fast_arithmetic(model), Progress(len(own_batches), len(batches[0]), quiet=quiet, unit="batch") as progress:
+        for b, batch in own_batches:
+            maxima = store.load("pass", b)
+            if maxima is None:
+                with watching_absmax(model, names) as maxima:
+                    run(decoder, batch)
+                store.save("pass", b, maxima)
+            for name, value in maxima.items():
+                absmax[name] = torch.maximum(absmax[name], value) if name in absmax else value
+            progress.block()
+    return processes.largest(absmax, {name: _channels(model, name) for name in names})
 
 
 def _channels(model: nn.Module, name: str) -> int:
     return weight_shape(model.get_submodule(name))[1]
-
-
-def _read(kept: BlockOutputs, block: int, batch: int, state: State | None) -> torch.Tensor:
-    try:
-        return kept.read(block, batch)
-    except (OSError, SafetensorError) as error:
-        raise SmoothQuantError(
-            str(kept.folder), expected=f"what block {block} gave for batch {batch}", got=str(error),
-            do="remove the state folder to begin anew" if state is not None else "look after the disk",
-        ) from error  # fmt: skip

@@ -1,7 +1,7 @@
-"""Several processes that calibrate as one: each runs its share of the batches, the statistics are reduced by max.
+"""Several processes that calibrate as one: each runs its share of the batches, and absmax is reduced by maximum.
 
-Started by `accelerate launch` or `torchrun`. A maximum does not depend on order and the batches are the same however
-many processes share them, so the result is that of one process, bit for bit.
+`accelerate launch` or `torchrun` starts them. A maximum does not depend on the order, and the batches are the same for
+any number of processes. Therefore the result is that of one process, bit for bit.
 """
 
 import os
@@ -15,14 +15,14 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and how many there are; without a launcher it is alone."""
+    """The rank of this process and the number of processes; without a launcher there is one."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def of_launcher(cls) -> "Processes":
-        """As the environment of `accelerate launch` or torchrun says; joins the other processes."""
+        """Join the processes that the environment of `accelerate launch` or torchrun describes."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         from accelerate import PartialState
@@ -31,9 +31,9 @@ class Processes:
         return cls(state.process_index, state.num_processes)
 
     def placement(self, device_map: str) -> Any:
-        """Where the model goes. auto: what of it fits on the GPUs, each process on its own; without one on the CPU.
+        """The device map of this process. auto: its own GPU, or all GPUs if it is alone; without a GPU the CPU.
 
-        There, weights stay in their memory-mapped files, so that none need be put elsewhere.
+        On the CPU, weights stay in their memory-mapped files, so that nothing needs to be offloaded.
         """
         if device_map == "auto" and not torch.accelerator.is_available():
             return "cpu"
@@ -43,30 +43,29 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this one plans, proves and writes."""
+        """Whether this process plans, checks and writes."""
         return self.rank == 0
 
-    def mine(self, batches: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
-        """(number, batch) of those that this process runs."""
+    def share(self, batches: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+        """(number, batch) of the batches that this process runs."""
         return list(enumerate(batches))[self.rank :: self.size]
 
-    def largest(self, absmax: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """The elementwise maximum over all processes. sizes: layer -> channels, of all layers that may be in any."""
+    def largest(self, absmax: Mapping[str, torch.Tensor], channels: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """The elementwise maximum over all processes. channels: layer -> number, of all layers that any may have."""
         if self.size == 1:
             return dict(absmax)
         device = _device()
-        joined = torch.cat([absmax.get(name, torch.full((n,), -1.0)).to(device) for name, n in sizes.items()] or [
-            torch.zeros(0, device=device)
-        ])  # fmt: skip
+        parts = [absmax.get(name, torch.full((n,), -1.0)).to(device) for name, n in channels.items()]
+        joined = torch.cat(parts or [torch.zeros(0, device=device)])
         nan = torch.isnan(joined).any().to(torch.int32)
         dist.all_reduce(joined, dist.ReduceOp.MAX)
         dist.all_reduce(nan, dist.ReduceOp.MAX)  # MAX may lose a NaN
-        parts = joined.split(list(sizes.values()))
-        found = {name: part.clone() for name, part in zip(sizes, parts, strict=True) if not (part < 0).all()}
-        return {name: part.fill_(torch.nan) for name, part in found.items()} if nan else found
+        reduced = zip(channels, joined.split(list(channels.values())), strict=True)
+        largest = {name: part.clone() for name, part in reduced if not (part < 0).all()}
+        return {name: part.fill_(torch.nan) for name, part in largest.items()} if nan else largest
 
     def any(self, here: bool) -> bool:
-        """Whether it is so in any process; all of them wait for that."""
+        """Whether it is true in any process; all processes wait for the answer."""
         if self.size == 1:
             return here
         flag = torch.tensor([int(here)], device=_device())
@@ -74,7 +73,7 @@ class Processes:
         return bool(flag)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         self.any(False)
 
 

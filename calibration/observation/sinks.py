@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..running.hooks import hooked
+
 TIMES = 20
 SAMPLES = 4
 
@@ -34,12 +36,8 @@ def watching_peaks(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str,
 
         return model.get_submodule(name).register_forward_pre_hook(hook)
 
-    handles = [watch(name) for name in names]
-    try:
+    with hooked(watch(name) for name in names):
         yield peaks
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first_readers(inputs: Iterable[Sequence[str]]) -> dict[str, list[str]]:

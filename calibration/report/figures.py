@@ -5,7 +5,6 @@ every kind of input, blocks by channels. Transparent, with grey letters: readabl
 """
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from PIL import Image
 
 from ..checkpoint.channel_statistics import Channels
+from ..running.modules import block_of
 
 GREY = "#808890"
 STYLE: Any = {
@@ -36,16 +36,15 @@ STANDS_OUT = 100
 
 def kind_of(layers: Sequence[str]) -> str:
     """What layers of all blocks have in common: "self_attn.q_proj, k_proj, v_proj"."""
-    inside = [re.sub(r"^.*?\.\d+\.", "", name) for name in layers]
+    inside = [name.removeprefix(f"{block_of(name)}.") for name in layers]
     first, *others = inside
     parent = first.rpartition(".")[0]
     return ", ".join([first, *(name.removeprefix(f"{parent}.") if parent else name for name in others)])
 
 
-def block_of(layers: Sequence[str]) -> str:
-    """The number of the block, or the name of a layer outside them."""
-    number = re.search(r"\.(\d+)\.", layers[0])
-    return number.group(1) if number else layers[0]
+def block_label(layers: Sequence[str]) -> str:
+    """The number of the block, or the name of a layer outside all blocks."""
+    return block_of(layers[0]).rpartition(".")[2] or layers[0]
 
 
 def by_kind(channels: Sequence[Channels]) -> dict[str, list[Channels]]:
@@ -81,7 +80,7 @@ def overview(channels: Sequence[Channels]) -> bytes:
             for axes, pick in ((before, "activations"), (after, "smoothed_activations")):
                 ratios = [outlier_ratio(getattr(c, pick)) for c in members]
                 # A layer outside the blocks comes after them.
-                numbers = [block_of(c.layers) for c in members]
+                numbers = [block_label(c.layers) for c in members]
                 places = [int(n) if n.isdecimal() else len(channels) for n in numbers]
                 axes.plot(places, ratios, "o-", markersize=3.5, linewidth=1, color=colour, label=kind)
                 for place, number, ratio in zip(places, numbers, ratios, strict=True):
@@ -141,7 +140,7 @@ def heat_maps(kind: str, members: Sequence[Channels]) -> bytes:
             bar.locator = LogLocator(numticks=5)
             bar.formatter = FuncFormatter(lambda x, _: f"{x:g}")
             bar.minorticks_off()
-        numbers = [block_of(c.layers) for c in members]
+        numbers = [block_label(c.layers) for c in members]
         ticks = range(0, len(numbers), max(1, -(-len(numbers) // 6)))
         axes[0].set_yticks(list(ticks), [numbers[i][:20] for i in ticks])
         axes[3].set_xlabel("channel")
@@ -153,19 +152,19 @@ def by_block(title: str, values: Mapping[str, float], *, log: bool) -> bytes:
     """One number for every layer or group, by block, a line for each kind. values: its name -> the number."""
     kinds: dict[str, list[tuple[int, float]]] = {}
     for name, value in values.items():
-        number = re.search(r"\.(\d+)\.", name)
-        if number:
-            kinds.setdefault(kind_of([name]), []).append((int(number.group(1)), value))
+        block = block_of(name).rpartition(".")[2]
+        if block:
+            kinds.setdefault(kind_of([name]), []).append((int(block), value))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI)
         axes = figure.subplots()
         for i, (kind, points) in enumerate(kinds.items()):
             style: dict[str, Any] = {"color": LINES[i % len(LINES)], "linestyle": ("-", "--", ":")[i // len(LINES) % 3]}
             line: list[tuple[float, float]] = []
-            for block, value in sorted(points):
-                if line and block > line[-1][0] + 1:
-                    line.append((block - 1, np.nan))  # no line over blocks that have none
-                line.append((block, value))
+            for number, value in sorted(points):
+                if line and number > line[-1][0] + 1:
+                    line.append((number - 1, np.nan))  # no line over blocks that have none
+                line.append((number, value))
             axes.plot(*zip(*line, strict=True), marker="o", markersize=3.5, linewidth=1, label=kind, **style)
         axes.set(xlabel="block", title=title, yscale="log" if log else "linear")
         axes.grid(axis="y", alpha=0.25)

@@ -27,6 +27,7 @@ from vllm_smoothquant.format.files import MANIFEST, read_json, read_tensors
 from ..checkpoint import channel_statistics as channel_file
 from ..checkpoint.channel_statistics import Channels
 from ..checkpoint.verify import SATURATED
+from ..evaluation.columns import COLUMNS
 
 HERE = Path(__file__).parent
 PAGE = "report.html"
@@ -49,9 +50,7 @@ def report(
         import jinja2
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise SmoothQuantError(
-            "report", expected="matplotlib", got=str(error), do="pip install 'vllm-smoothquant[report]'"
-        ) from error
+        raise SmoothQuantError("report", "matplotlib", error, "pip install 'vllm-smoothquant[report]'") from error
     folder, target = Path(checkpoint), Path(output)
     manifest = read_json(folder / MANIFEST)
     try:
@@ -63,9 +62,11 @@ def report(
         if isinstance(error, SmoothQuantError):
             raise
         raise SmoothQuantError(
-            f"{folder}/{MANIFEST}", expected="what calibrate writes", got=f"{type(error).__name__}: {error}"[:200],
-            do=f"see what `smoothquant verify {folder}` finds",
-        ) from error  # fmt: skip
+            f"{folder}/{MANIFEST}",
+            "what calibrate writes",
+            error,
+            f"see what `smoothquant verify {folder}` finds",
+        ) from error
     script = (HERE / "report.js").read_text()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
@@ -215,19 +216,13 @@ def _weights(counted: Mapping[str, Mapping[str, Any]]) -> int:
 
 def _rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
     """The models of an evaluation, every number as text; columns that none of them has are left out."""
-    units = {
-        "perplexity": "{:.3f}", "perplexity_change": "{:+.2%}", "kl_divergence": "{:.4f}", "top1_agreement": "{:.1%}",
-        "last_word_accuracy": "{:.1%}", "memory_bytes": "{:,.0f} B", "peak_memory_bytes": "{:,.0f} B",
-        "first_token_seconds": "{:.3f} s", "decode_tokens_per_second": "{:.1f} tok/s",
-        "tokens_per_second_batch_1": "{:.1f} tok/s", "tokens_per_second_batch_16": "{:.1f} tok/s",
-    }  # fmt: skip
-    rows = [
+    rows = result["models"]
+    columns = [column for column in COLUMNS if any(column.key in row for row in rows)]
+    return [
         {"model": Path(str(row["model"])).name}
-        | {key.replace("_", " "): form.format(float(row[key])) for key, form in units.items() if key in row}
-        for row in result["models"]
+        | {c.long: c.format(float(row[c.key])) if c.key in row else "" for c in columns}
+        for row in rows
     ]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return [{key: row.get(key, "") for key in columns} for row in rows]
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -237,9 +232,7 @@ def _write(path: Path, content: bytes) -> None:
         beside.write_bytes(content)
         os.replace(beside, path)
     except OSError as error:
-        raise SmoothQuantError(
-            str(path), expected="a file that can be written", got=str(error), do="choose another -o"
-        ) from error
+        raise SmoothQuantError(str(path), "a file that can be written", error, "choose another -o") from error
     finally:
         beside.unlink(missing_ok=True)
 

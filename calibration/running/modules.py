@@ -1,3 +1,6 @@
+"""Parts of a model: its decoder, its blocks, its output head, the parameters of a module."""
+
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -5,12 +8,36 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+LINEAR_TYPES = (nn.Linear, Conv1D)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
 
 def decoder_of(model: torch.nn.Module, names: Iterable[str]) -> torch.nn.Module:
     """The smallest part of `model` that takes input_ids and contains the layers `names`: with or without its head."""
     decoder: torch.nn.Module = getattr(model, "base_model", model)
     inside = {id(m) for m in decoder.modules()}
     return decoder if all(id(model.get_submodule(name)) in inside for name in names) else model
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of every element of a ModuleList or ModuleDict, in the model's order: decoder blocks above all."""
+    return {
+        f"{prefix}.{key}": block
+        for prefix, container in model.named_modules()
+        if isinstance(container, CONTAINERS)
+        for key, block in container.named_children()
+        if not isinstance(block, CONTAINERS)
+    }
+
+
+def block_of(name: str) -> str:
+    """The decoder block that contains the module or tensor `name`: "model.layers.3"; "" if it is in none."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match.group(1) if match else ""
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 @contextmanager
@@ -40,9 +67,6 @@ def float_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
         name: p.detach().to(torch.float32) if p.is_floating_point() else p.detach()
         for name, p in own_parameters(module).items()
     }
-
-
-LINEAR_TYPES = (nn.Linear, Conv1D)
 
 
 def weight_shape(linear: nn.Module) -> tuple[int, int]:

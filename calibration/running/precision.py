@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from .modules import float_parameters, own_parameters
+from .hooks import hooked
+from .modules import decoder_blocks, float_parameters, own_parameters
 
 Parameters = dict[str, torch.Tensor]
 
@@ -104,35 +106,32 @@ def in_float32(
     def widen(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output.float()
 
-    handles = []
-    left_alone = {id(module) for root in without for module in root.modules()}
-    try:
+    untouched = {id(module) for root in without for module in root.modules()}
+
+    def handles() -> Iterator[RemovableHandle]:
         for name, inside in _units(model).items():
             module = model.get_submodule(name)
-            if id(module) in left_alone:
+            if id(module) in untouched:
                 continue
             if type(module).forward is nn.Embedding.forward and module.max_norm is None:
-                handles.append(module.register_forward_hook(widen, prepend=True))
+                yield module.register_forward_hook(widen, prepend=True)
                 continue
-            handles += [
-                module.register_forward_pre_hook(partial(enter, inside), prepend=True),
-                module.register_forward_hook(leave),
-            ]
-        yield
+            yield module.register_forward_pre_hook(partial(enter, inside), prepend=True)
+            yield module.register_forward_hook(leave)
+
+    try:
+        with hooked(handles()):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         undo(0)
 
 
 def _units(model: nn.Module) -> dict[str, list[str]]:
-    """Module -> modules with parameters or buffers of their own that change while it runs: itself or a whole block."""
+    """Module -> modules with own parameters or buffers that change while it runs: itself or a whole decoder block."""
     units: dict[str, list[str]] = {}
-    containers = (nn.ModuleList, nn.ModuleDict)
+    blocks = decoder_blocks(model)
     for name, module in model.named_modules():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        block = name and isinstance(parent, containers) and not isinstance(module, containers)
-        inside = module.named_modules(prefix=name) if block else [(name, module)]
+        inside = module.named_modules(prefix=name) if name in blocks else [(name, module)]
         own = [n for n, m in inside if own_parameters(m) or next(m.buffers(recurse=False), None) is not None]
         if own:
             units[name] = own

@@ -1,4 +1,4 @@
-"""What the user sees of a run: bars on a terminal, plain lines elsewhere, nothing if quiet; and the memory it takes."""
+"""What the user sees of a run: bars on a terminal, lines elsewhere, nothing if quiet; and the memory that it takes."""
 
 import sys
 import threading
@@ -12,50 +12,41 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
-    """Of `blocks` blocks (or passes over the whole model), each over `samples` samples."""
+    """Progress over `blocks` blocks (or batches), each over `samples` samples."""
 
     def __init__(self, blocks: int, samples: int, *, done: int = 0, quiet: bool = False, unit: str = "block") -> None:
         """done: blocks that an earlier run finished."""
-        self.blocks, self.samples, self.unit, self.quiet = blocks, samples, unit, quiet
-        self.done, self.done_before = done, done
-        self.clock = self.last_line = time.perf_counter()
-        self.bars: list[tqdm] = []
-        if not quiet and sys.stderr.isatty():
-            self.bars = [
-                tqdm(total=blocks, initial=done, desc="observe", unit=unit, position=0),
-                tqdm(total=samples, desc=unit, unit="sample", position=1, leave=False),
-            ]
+        self.unit, self.quiet, self.started, self.printed = unit, quiet, done, time.perf_counter()
+        hidden = quiet or not sys.stderr.isatty()
+        self.blocks = tqdm(total=blocks, initial=done, desc="observe", unit=unit, position=0, disable=hidden)
+        self.samples = tqdm(total=samples, desc=unit, unit="sample", position=1, leave=False, disable=hidden)
+        self.total, self.done, self.start = blocks, done, self.printed
 
     def sample(self, count: int) -> None:
-        """`count` samples more went through the running block."""
-        if self.bars:
-            self.bars[1].update(count)
+        """`count` more samples passed the running block."""
+        self.samples.update(count)
 
     def block(self) -> None:
         """The running block is finished."""
         self.done += 1
-        if self.bars:
-            self.bars[0].set_postfix_str(memory_text())
-            self.bars[0].update()
-            self.bars[1].reset()
-        elif not self.quiet:
-            now = time.perf_counter()
-            if now - self.last_line >= SECONDS_BETWEEN_LINES or self.done == self.blocks:
-                self.last_line = now
-                here = now - self.clock
-                left = here / (self.done - self.done_before) * (self.blocks - self.done)
-                print(
-                    f"observe: {self.unit} {self.done} of {self.blocks}, {_clock(here)} so far, {_clock(left)} left, "
-                    f"{memory_text()}", file=sys.stderr, flush=True,
-                )  # fmt: skip
+        self.blocks.set_postfix_str(memory_text())
+        self.blocks.update()
+        self.samples.reset()
+        now = time.perf_counter()
+        due = now - self.printed >= SECONDS_BETWEEN_LINES or self.done == self.total
+        if self.blocks.disable and not self.quiet and due:
+            self.printed = now
+            elapsed = now - self.start
+            left = elapsed / (self.done - self.started) * (self.total - self.done)
+            times = f"{tqdm.format_interval(round(elapsed))} so far, {tqdm.format_interval(round(left))} left"
+            print(f"observe: {self.unit} {self.done} of {self.total}, {times}, {memory_text()}", file=sys.stderr)
 
-    def close(self) -> None:
-        for bar in reversed(self.bars):
-            bar.close()
+    def __enter__(self) -> "Progress":
+        return self
 
-
-def _clock(seconds: float) -> str:
-    return tqdm.format_interval(round(seconds))
+    def __exit__(self, *error: object) -> None:
+        self.samples.close()
+        self.blocks.close()
 
 
 def anonymous_bytes() -> int:

@@ -35,11 +35,11 @@ FACTOR_OF = {
 
 
 def smoothing_factors(
-    group: Group, act_absmax: Mapping[str, torch.Tensor], model: nn.Module, alpha: float, *, power_of_two: bool = False
+    group: Group, absmax: Mapping[str, torch.Tensor], model: nn.Module, alpha: float, *, power_of_two: bool = False
 ) -> torch.Tensor:
     """s of `group`, float32 [channels]: the source's output is divided by it (eq. 4).
 
-    act_absmax: max|X_j| of each reader's input, [in_features]. All readers' columns that come from one channel share
+    absmax: max|X_j| of each reader's input, [in_features]. All readers' columns that come from one channel share
     its s: both maxima are taken over all of them. Readers kept in floating point follow but have no vote.
     A channel whose activation or weight maximum is 0 has no range to balance: s = 1.
     power_of_two rounds s (in the logarithm), so that folding is exact in any floating-point dtype.
@@ -47,14 +47,14 @@ def smoothing_factors(
     """
     activation, weight = torch.zeros(2, group.channels)
     for reader in group.readers:
-        if reader.kept:
+        if not reader.quantized:
             continue
-        if reader.name not in act_absmax:
+        if reader.name not in absmax:
             raise SmoothQuantError(
-                reader.name, expected="an activation maximum", got="none", do="observe every reader that is quantised"
+                reader.name, "an activation maximum", "none", "observe every reader that is quantised"
             )
         own = {
-            "activation": act_absmax[reader.name],
+            "activation": absmax[reader.name],
             "weight": _column_absmax(model.get_submodule(reader.name), reader.transposed),
         }
         mapped = reader.channel_of >= 0
@@ -63,9 +63,9 @@ def smoothing_factors(
             if not torch.isfinite(values).all():
                 raise SmoothQuantError(
                     reader.name,
-                    expected=f"finite {what} maxima",
-                    got=f"{int((~torch.isfinite(values)).sum())} that are not",
-                    do="check the model for overflow: load it in bfloat16 or float32",
+                    f"finite {what} maxima",
+                    f"{int((~torch.isfinite(values)).sum())} that are not",
+                    "check the model for overflow: load it in bfloat16 or float32",
                 )
             # An input that is divided by s ** power asks for the power-th root.
             values = values ** (1 / reader.power[mapped])
@@ -86,7 +86,7 @@ def _column_absmax(module: nn.Module, transposed: bool) -> torch.Tensor:
 def smooth_groups(
     model: nn.Module,
     graph: Graph,
-    act_absmax: Mapping[str, torch.Tensor],
+    absmax: Mapping[str, torch.Tensor],
     alpha: float | Mapping[str, float] | None,
     *,
     power_of_two: bool = False,
@@ -97,7 +97,7 @@ def smooth_groups(
     """
     alphas = alpha if isinstance(alpha, Mapping) else {} if alpha is None else {g.source: alpha for g in graph.groups}
     factors = {
-        group.source: smoothing_factors(group, act_absmax, model, alphas[group.source], power_of_two=power_of_two)
+        group.source: smoothing_factors(group, absmax, model, alphas[group.source], power_of_two=power_of_two)
         for group in graph.groups
         if group.source in alphas
     }
@@ -114,7 +114,7 @@ class Smoothing:
 
     def __init__(self, model: nn.Module, graph: Graph, factors: Mapping[str, torch.Tensor]) -> None:
         """factors: source -> s, [channels], positive and finite, 1 where the group is not foldable."""
-        self.graph = graph
+        self.model, self.graph = model, graph
         self.factors: dict[str, torch.Tensor] = {}
         self._norms: dict[str, dict[str, torch.Tensor]] = {}
         self._inputs: dict[str, torch.Tensor] = {}
@@ -123,29 +123,28 @@ class Smoothing:
         self.transposed = {linear.name: linear.transposed for linear in graph.linears}
         for group in graph.groups:
             if group.source in factors:
-                self._plan(model, group, factors[group.source])
+                self._fold_group(group, factors[group.source])
         self.modules = frozenset(self._norms) | frozenset(self._inputs) | frozenset(self._outputs)
 
-    def _plan(self, model: nn.Module, group: Group, s: torch.Tensor) -> None:
+    def _fold_group(self, group: Group, s: torch.Tensor) -> None:
         s = s.detach().to("cpu", torch.float32)
         fits = s.shape == (group.channels,) and bool((torch.isfinite(s) & (s > 0)).all())
         if not fits or bool((s[~group.foldable] != 1).any()):
             raise SmoothQuantError(
                 group.source,
-                expected=f"[{group.channels}] positive finite factors, 1 where nothing can be folded",
-                got=f"{list(s.shape)} from {s.min():.3g} to {s.max():.3g}" if s.numel() else "none",
-                do="compute them with smoothing_factors",
+                f"[{group.channels}] positive finite factors, 1 where nothing can be folded",
+                f"{list(s.shape)} from {s.min():.3g} to {s.max():.3g}" if s.numel() else "none",
+                "compute them with smoothing_factors",
             )
         if group.kind == "norm":
-            s, self._norms[group.source] = _fold_norm(model.get_submodule(group.source), group.rules, s)
+            s, self._norms[group.source] = _fold_norm(self.model.get_submodule(group.source), group.rules, s)
         elif group.kind == "linear":
             self._outputs[group.source] = s
         else:
             self.runtime |= dict.fromkeys((reader.name for reader in group.readers), s)
         self.factors[group.source] = s
         for reader in group.readers:
-            mapped = reader.channel_of >= 0
-            columns = torch.where(mapped, s[reader.channel_of.clamp(min=0)] ** reader.power, 1.0)
+            columns = reader.columns(s)
             known = self._inputs.get(reader.name)
             # Two sources may feed one layer, each its own columns.
             self._inputs[reader.name] = columns if known is None else known * columns
@@ -158,9 +157,9 @@ class Smoothing:
         """float32 [out_features]: rows and bias of linear layer `name` are divided by it."""
         return self._outputs.get(name)
 
-    def parameters(self, model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    def parameters(self, name: str) -> dict[str, torch.Tensor]:
         """All parameters of module `name` itself in float32, smoothed where the plan says so. New tensors."""
-        params = float_parameters(model.get_submodule(name))
+        params = float_parameters(self.model.get_submodule(name))
         for parameter, value in self._norms.get(name, {}).items():
             params[parameter] = value.to(params[parameter].device)
         columns, rows = self._inputs.get(name), self._outputs.get(name)
@@ -173,33 +172,33 @@ class Smoothing:
                 params["bias"] = params["bias"] / rows.to(params["bias"].device)
         return params
 
-    def apply_(self, model: nn.Module) -> None:
+    def apply_(self) -> None:
         """Write the smoothed parameters into `model`, in its own dtype and place. Tied parameters are never touched.
 
         Nothing is written if any of them would overflow (SmoothQuantError).
         """
         for write in (False, True):
             for name in sorted(self.modules):
-                owned = own_parameters(model.get_submodule(name))
-                for parameter, value in self.parameters(model, name).items():
+                owned = own_parameters(self.model.get_submodule(name))
+                for parameter, value in self.parameters(name).items():
                     stored = value.to(owned[parameter].dtype)
                     if not torch.isfinite(stored).all():
                         raise SmoothQuantError(
                             f"{name}.{parameter}",
-                            expected=f"finite values in {stored.dtype}",
-                            got="overflow after smoothing",
-                            do="load the model in bfloat16 or choose a smaller alpha",
+                            f"finite values in {stored.dtype}",
+                            "overflow after smoothing",
+                            "load the model in bfloat16 or choose a smaller alpha",
                         )
                     if write:
                         owned[parameter].data.copy_(stored)
 
-    def folded(self, model: nn.Module) -> "Smoothing":
+    def folded(self) -> "Smoothing":
         """The part of this plan that is done before the model runs."""
-        return self.only(model, {group.source for group in self.graph.groups if group.kind != "input"})
+        return self.only({group.source for group in self.graph.groups if group.kind != "input"})
 
-    def only(self, model: nn.Module, sources: Collection[str]) -> "Smoothing":
+    def only(self, sources: Collection[str]) -> "Smoothing":
         """The part of this plan that belongs to `sources`."""
-        return Smoothing(model, self.graph, {s: f for s, f in self.factors.items() if s in sources})
+        return Smoothing(self.model, self.graph, {s: f for s, f in self.factors.items() if s in sources})
 
     def describe(self, group: Group) -> dict[str, Any]:
         """What the manifest says of `group`: names, how many channels, the range of its factors."""

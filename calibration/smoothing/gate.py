@@ -36,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
-from ..discovery.graph import Graph
+from ..running.hooks import hooked
 from ..running.modules import float_parameters, own_parameters, plain_kernels
 from ..running.precision import Parameters, in_float32, plain_parameters
 from .factors import Smoothing
@@ -67,21 +67,21 @@ class Change:
         return max(self, other, key=lambda c: c.measured / c.allowed)
 
 
-def check(model: nn.Module, smoothing: Smoothing, graph: Graph, batches: Sequence[torch.Tensor]) -> dict[str, Any]:
+def check_equivalence(smoothing: Smoothing, batches: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Compare smoothed with original; returns the report for the manifest, or raises SmoothQuantError.
 
     batches: int64 [batch, tokens] each. The error names the first group, in the order in which the model runs, whose
     fold changes the function, and the layer where the change first shows. The report: batches, `change` and `allowed`
     of the logits and of the reader of each group that comes nearest to its bound (relative to the output's maximum).
     """
-    groups = [group for group in graph.groups if group.source in smoothing.factors]
+    groups = [group for group in smoothing.graph.groups if group.source in smoothing.factors]
     readers = {reader.name for group in groups for reader in group.readers}
     worst: dict[str, Change] = {}
-    with _settled(model):
+    with _settled(smoothing.model):
         for batch in batches if groups else ():
-            changes = _compare(model, smoothing, batch, readers)
+            changes = _compare(smoothing, batch, readers)
             if not all(change.within for change in changes.values()):
-                raise _refusal(model, smoothing, graph, batch, changes)
+                raise _refusal(smoothing, batch, changes)
             worst = {name: worst[name].worse(c) if name in worst else c for name, c in changes.items()}
     nearest = {
         group.source: max((worst[r.name] for r in group.readers), key=lambda c: c.measured / c.allowed)
@@ -100,17 +100,15 @@ def _entry(change: Change) -> dict[str, float]:
 
 
 def _compare(
-    model: nn.Module, smoothing: Smoothing, batch: torch.Tensor, watched: Iterable[str], floors: int = FLOORS
+    smoothing: Smoothing, batch: torch.Tensor, layers: Iterable[str], floors: int = FLOORS
 ) -> dict[str, Change]:
-    """Change of the logits and of each watched linear layer's output under `smoothing`, with its bound."""
-    watched = set(watched)
-    plain = _run(model, batch, watched, partial(plain_parameters, model))
+    """Change of the logits and of the output of each of `layers` under `smoothing`, with its bound."""
+    model = smoothing.model
+    plain = _run(model, batch, set(layers), partial(plain_parameters, model))
     for name, value in plain.items():
         if torch.isnan(value).any() or not torch.isfinite(value).any():
-            raise SmoothQuantError(
-                name, expected="finite output of the original model", got="NaN or infinity", do="check the model"
-            )
-    measured = _change(model, batch, plain, partial(smoothing.parameters, model), factor=smoothing.output_factor)
+            raise SmoothQuantError(name, "finite output of the original model", "NaN or infinity", "check the model")
+    measured = _change(model, batch, plain, smoothing.parameters, factor=smoothing.output_factor)
     floor = dict.fromkeys(measured, 0.0)
     for seed in range(floors):
         rounded = _Rounded(model, smoothing.modules, smoothing.transposed, seed)
@@ -159,34 +157,33 @@ def _change(
     return result
 
 
-def _refusal(
-    model: nn.Module, smoothing: Smoothing, graph: Graph, batch: torch.Tensor, changes: dict[str, Change]
-) -> SmoothQuantError:
+def _refusal(smoothing: Smoothing, batch: torch.Tensor, changes: dict[str, Change]) -> SmoothQuantError:
     """Find the group to blame: the shortest run of groups, from the first, that changes the function ends with it."""
+    graph = smoothing.graph
     sources = [group.source for group in graph.groups if group.source in smoothing.factors]
     readers = {group.source: [r.name for r in group.readers] for group in graph.groups}
-    watched = {name for source in sources for name in readers[source]}
+    all_readers = {name for source in sources for name in readers[source]}
 
-    def changed(some: Sequence[str], where: Iterable[str]) -> dict[str, Change]:
-        found = _compare(model, smoothing.only(model, some), batch, where, floors=1)
-        return {name: change for name, change in found.items() if not change.within}
+    def violations(some: Sequence[str], layers: Iterable[str]) -> dict[str, Change]:
+        changes = _compare(smoothing.only(some), batch, layers, floors=1)
+        return {name: change for name, change in changes.items() if not change.within}
 
     good, bad = 0, len(sources)
     while bad - good > 1:
         middle = (good + bad) // 2
-        good, bad = (good, middle) if changed(sources[:middle], watched) else (middle, bad)
+        good, bad = (good, middle) if violations(sources[:middle], all_readers) else (middle, bad)
     source = sources[bad - 1]
     linears = [linear.name for linear in graph.linears]
     # Alone it should show as well; where only the whole plan does, what was measured first has to do.
-    wrong = changed([source], linears) or {name: c for name, c in changes.items() if not c.within}
+    wrong = violations([source], linears) or {name: c for name, c in changes.items() if not c.within}
     first = next(name for name in (*linears, LOGITS) if name in wrong)
     change = wrong[first]
     at = "one of its readers" if first in readers[source] else "it is not known to read the source"
     return SmoothQuantError(
         f"smoothing of {source} (read by {', '.join(readers[source])})",
-        expected=f"the same function: {first} may change by {change.allowed:.1e} of its largest value",
-        got=f"{change.measured:.1e} at {first} ({at})",
-        do="nothing was written; this model reads that tensor in a way we did not see: calibrate it without smoothing",
+        f"the same function: {first} may change by {change.allowed:.1e} of its largest value",
+        f"{change.measured:.1e} at {first} ({at})",
+        "nothing was written; this model reads that tensor in a way we did not see: calibrate it without smoothing",
     )
 
 
@@ -225,17 +222,16 @@ class _Rounded:
         return params
 
     def hooks(self) -> list[RemovableHandle]:
-        """Divide what linear layers give by c, before anyone sees it."""
-        handles = []
-        for name in self.modules:
-            if name in self.transposed:
-                c = self._grid(name)
+        """Divide the output of linear layers by c, before anything reads it."""
 
-                def divide(module: nn.Module, args: Any, output: torch.Tensor, c: torch.Tensor = c) -> torch.Tensor:
-                    return output / c.to(output.device)
+        def divide(c: torch.Tensor, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            return output / c.to(output.device)
 
-                handles.append(self.model.get_submodule(name).register_forward_hook(divide, prepend=True))
-        return handles
+        return [
+            self.model.get_submodule(name).register_forward_hook(partial(divide, self._grid(name)), prepend=True)
+            for name in self.modules
+            if name in self.transposed
+        ]
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(name.encode()) + self.seed)
@@ -262,12 +258,12 @@ def _settled(model: nn.Module) -> Iterator[None]:
 def _run(
     model: nn.Module,
     batch: torch.Tensor,
-    watched: Iterable[str],
+    layers: Iterable[str],
     change: Callable[[str], Parameters],
     correct: Callable[[], list[RemovableHandle]] = list,
     compare: Callable[[str, torch.Tensor], None] | None = None,
 ) -> Outputs:
-    """Logits and the outputs of `watched`, float32 [rows, features], with the parameters that `change` gives.
+    """Logits and the outputs of `layers`, float32 [rows, features], with the parameters that `change` gives.
 
     compare: gets each output instead, and nothing is returned.
     """
@@ -282,24 +278,18 @@ def _run(
         # A module that runs twice is compared in both runs.
         outputs[name] = torch.cat([outputs[name], rows]) if name in outputs else rows.clone()
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(record, name), prepend=True) for name in watched]
-    handles += correct()
-    device = next(model.parameters()).device
+    recorders = (
+        model.get_submodule(name).register_forward_hook(partial(record, name), prepend=True) for name in layers
+    )
     try:
-        with in_float32(model, change):
-            result = model(input_ids=batch.to(device), use_cache=False)
+        with hooked(recorders), hooked(correct()), in_float32(model, change):
+            result = model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
     except RuntimeError as error:
         if "dtype" not in str(error):
             raise
         raise SmoothQuantError(
-            "gate",
-            expected="a model whose blocks run in float32",
-            got=str(error).splitlines()[0],
-            do="load the model in float32",
+            "gate", "a model whose blocks run in float32", error, "load the model in float32"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     leaves = tree_leaves(dict(result) if isinstance(result, dict) else result)
     logits = next(t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point())
     logits = logits.float().reshape(-1, logits.shape[-1])

@@ -1,9 +1,9 @@
-// int8_linear.cpp on a bare machine with AVX512-VNNI, against plain loops; see ../check_vnni.sh.
+// Compares int8_linear.cpp with plain loops on a bare machine with AVX512-VNNI; see ../check_vnni.sh.
 
 #include <cstddef>
 #include <cstdint>
 
-// What int8_linear.cpp wants of a C library and of threads.
+// What int8_linear.cpp needs of a C library and of threads.
 static unsigned char heap[16 << 20] __attribute__((aligned(64)));
 static size_t used;
 
@@ -36,7 +36,7 @@ constexpr long MOST_TOKENS = 67, MOST_IN = 576, MOST_OUT = 13;
 constexpr float STATIC_SCALE = 0.011f;
 constexpr double FLOAT_ROUNDING = 1.0 / (1 << 24), BFLOAT16_ROUNDING = 1.0 / (1 << 8);
 
-// Bochs writes what comes to this port.
+// Bochs prints what is written to this port.
 void put(char c) { asm volatile("outb %0, %1" ::"a"(c), "Nd"(uint16_t{0xE9})); }
 
 void say(const char* text) {
@@ -77,7 +77,7 @@ float absmax(const Real* x, long n) {
   return most;
 }
 
-// strategy: 0 a scale for each token, 1 one for all, 2 a static one. How many outputs are further off than rounding.
+// The number of outputs whose error exceeds rounding. strategy: 0 a scale for each token, 1 one for all, 2 a static one.
 template <class Real>
 long wrong(Data<Real>& d, long tokens, long in, long out, int strategy, bool with_bias) {
   for (long k = 0; k < tokens * in; k++) store(random(10000) * 3e-4f, d.x + k);

@@ -1,4 +1,4 @@
-# From where a boot loader leaves us (32 bits, no paging) to main64 in 64 bits with AVX-512 switched on.
+# From the state that a boot loader leaves (32 bits, no paging) to main64 in 64 bits with AVX-512 enabled.
 
 .section .multiboot, "a"
 .align 4
@@ -8,7 +8,7 @@
 .code32
 .global _start
 _start:
-  mov $pages, %edi           # the first GiB where it is, in pages of 2 MiB
+  mov $pages, %edi           # map the first GiB to itself, in pages of 2 MiB
   xor %ecx, %ecx
 1:
   mov %ecx, %eax

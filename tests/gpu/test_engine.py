@@ -13,9 +13,12 @@ MODES: dict[str, dict[str, Any]] = {
     "compiled": {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "NONE"}},
     "graphs": {"enforce_eager": False},
 }
+
 # To compile costs half a minute each: every kind of activations, both of weights.
 COMPILED = [("channel", "token"), ("tensor", "tensor"), ("channel", "static")]
+
 ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+
 LLM = {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
 
 
@@ -27,7 +30,7 @@ def test_an_engine_is_as_good_as_bfloat16(tmp_path: Path, mode: str) -> None:
     absmax couples a batch: the prompt is alone in its batch, and vLLM pads it where it replays graphs (60 to 64).
     """
     from tests.helpers import handmade_checkpoint
-    from tests.test_plugin import distance, prompts, reference
+    from tests.test_served_models import distance, prompts, reference
 
     ids = prompts((60,))
     folders = {
@@ -46,7 +49,7 @@ def test_an_engine_is_as_good_as_bfloat16(tmp_path: Path, mode: str) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_serve_the_reference(tmp_path: Path) -> None:
     from tests.helpers import handmade_checkpoint
-    from tests.test_plugin import distance, prompts, reference
+    from tests.test_served_models import distance, prompts, reference
 
     ids = prompts((40, 7, 100))
     folder = handmade_checkpoint.checkpoint(tmp_path / "model", "channel", "static", overrides={})

@@ -14,6 +14,7 @@ ACTIVATIONS = {
     "tensor": InputActivations("tensor", dynamic=True),
     "static": InputActivations("tensor", dynamic=False),
 }
+
 # [out, in]: CUTLASS's, and two it does not take.
 SHAPES = {"cutlass": (4096, 4096), "small": (48, 64), "odd out": (40, 64), "odd in": (48, 1000)}
 
@@ -52,7 +53,7 @@ def in_context(function, x: torch.Tensor, slots: torch.Tensor | None = None) -> 
 
 
 def check(scheme: Scheme, found: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> None:
-    from tests.test_plugin import allowed
+    from tests.helpers.vllm_layers import allowed
 
     reference = int8.linear_reference(
         x,

@@ -25,7 +25,9 @@ from vllm_smoothquant.format.config import CheckpointConfig
 from vllm_smoothquant.format.files import MANIFEST, read_tensors
 
 State = dict[str, torch.Tensor]
+
 Draw = Callable[[st.SearchStrategy], Any]
+
 INDEX = "model.safetensors.index.json"
 
 

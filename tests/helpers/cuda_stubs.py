@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 DTYPE = torch.bfloat16
+
 TOKENS = 9
 
 

@@ -19,6 +19,7 @@ import torch
 
 # One engine for one comparison: 20 s eager, 90 s compiled on two cores. Ten times that means it hangs.
 TIMEOUT_S = 900
+
 DEFAULTS = {
     "skip_tokenizer_init": True,
     "enforce_eager": True,

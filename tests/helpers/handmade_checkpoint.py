@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "tensor": InputActivations("tensor", dynamic=True),
     "static": InputActivations("tensor", dynamic=False),
 }
+
 SCHEMES = [(weights, activations) for weights in ("channel", "tensor") for activations in ACTIVATIONS]
 
 MODEL_CONFIG = {
@@ -53,6 +54,7 @@ LINEARS = {
     "mlp.up_proj": (INTERMEDIATE, HIDDEN),
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
+
 # Layers with one input and, in vLLM, one multiplication: one input_scale and one smoothing_factor each.
 INPUT_OF = {"q_proj": "attn", "k_proj": "attn", "v_proj": "attn", "gate_proj": "mlp", "up_proj": "mlp"}
 

@@ -57,9 +57,9 @@ def load_reference(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float3
     if said is None:
         raise SmoothQuantError(
             str(folder),
-            expected="a SmoothQuant checkpoint",
-            got="a model without quantization_config",
-            do=f"run `smoothquant calibrate {folder} -o OUT` first",
+            "a SmoothQuant checkpoint",
+            "a model without quantization_config",
+            f"run `smoothquant calibrate {folder} -o OUT` first",
         )
     quantization = CheckpointConfig.from_dict(said)
     # transformers must not look for a quantiser of that name, nor for its files: it is handed the tensors.
@@ -69,7 +69,7 @@ def load_reference(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float3
     headers = read_headers(folder)
     if not headers:
         raise SmoothQuantError(
-            str(folder), expected="safetensors files", got="none", do="check the path, or export the checkpoint again"
+            str(folder), "safetensors files", "none", "check the path, or export the checkpoint again"
         )
     for fault in header_faults(quantization, headers):
         raise fault
@@ -102,7 +102,7 @@ def _float_model(folder: Path, config: Any, tensors: dict[str, torch.Tensor], dt
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise SmoothQuantError(
-            f"{folder}/config.json", expected="an architecture of transformers", got=architecture, do="mend config.json"
+            f"{folder}/config.json", "an architecture of transformers", architecture, "mend config.json"
         )
     model, report = model_class.from_pretrained(
         None,
@@ -120,9 +120,9 @@ def _float_model(folder: Path, config: Any, tensors: dict[str, torch.Tensor], dt
         if names:
             raise SmoothQuantError(
                 f"{folder}: {names[0]}",
-                expected=f"a tensor {what}",
-                got="none" + (f", and so for {len(names) - 1} more" if len(names) > 1 else ""),
-                do="check that config.json and the safetensors files belong together, or export them again",
+                f"a tensor {what}",
+                "none" + (f", and so for {len(names) - 1} more" if len(names) > 1 else ""),
+                "check that config.json and the safetensors files belong together, or export them again",
             )
     return model
 
@@ -136,15 +136,13 @@ def _replace(
     elif isinstance(module, nn.Linear):
         shape = (module.out_features, module.in_features)
     else:
-        raise SmoothQuantError(
-            name, expected="a linear layer of that name in the model", got=type(module).__name__, do="report it"
-        )
+        raise SmoothQuantError(name, "a linear layer of that name in the model", type(module).__name__, "report it")
     if tuple(tensors["weight"].shape) != shape:
         raise SmoothQuantError(
             f"{name}.weight",
-            expected=f"{list(shape)}",
-            got=f"{list(tensors['weight'].shape)}",
-            do="check that config.json and the safetensors files belong together",
+            f"{list(shape)}",
+            f"{list(tensors['weight'].shape)}",
+            "check that config.json and the safetensors files belong together",
         )
     bias = None if module.bias is None else module.bias.data
     parent, _, last = name.rpartition(".")

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 256
+
 HIDDEN = 128
 
 # The usual names of the usual sizes; an entry overrides them. None leaves the config's own default.
@@ -35,17 +36,25 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
 # Architectures whose heads divide the hidden size.
 SPLIT: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": None}
+
 MULTI_HEAD: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": None, "head_dim": None}
+
 GPT: dict[str, Any] = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 2, "n_positions": 256}
+
 OPT: dict[str, Any] = MULTI_HEAD | {"ffn_dim": 192, "word_embed_proj_dim": HIDDEN}
+
 MOE: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+
 LOCAL_MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
 ROUTED: dict[str, Any] = {
     "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
     "n_shared_experts": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
+
 MLA: dict[str, Any] = {
     "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64,
     "num_key_value_heads": 4, "head_dim": None,

@@ -16,6 +16,7 @@ from tests.helpers import tiny_architectures
 from vllm_smoothquant.format.files import MANIFEST
 
 SEQ_LEN = 32
+
 SAMPLES = 8
 
 

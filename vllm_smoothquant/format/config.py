@@ -32,18 +32,18 @@ TRANSFORMERS_WEIGHTS = "INT8 for vLLM; transformers needs `import calibration.fr
 def _strict(value: Any, where: str, known: Mapping[str, Any], required: frozenset[str]) -> dict[str, Any]:
     """`value` as a dict whose keys are all `known` and include `required`; anything else is an error."""
     if not isinstance(value, Mapping):
-        raise SmoothQuantError(where, expected="an object", got=repr(value), do="recalibrate or mend config.json")
+        raise SmoothQuantError(where, "an object", repr(value), "recalibrate or mend config.json")
     for key in value:
         if key not in known:
             raise SmoothQuantError(
                 f"{where}.{key}",
-                expected=f"one of {', '.join(known)}",
-                got="an unknown key",
-                do="remove it, or upgrade vllm-smoothquant if a newer one wrote this checkpoint",
+                f"one of {', '.join(known)}",
+                "an unknown key",
+                "remove it, or upgrade vllm-smoothquant if a newer one wrote this checkpoint",
             )
     for key in sorted(required):
         if key not in value:
-            raise SmoothQuantError(f"{where}.{key}", expected="a value", got="nothing", do="recalibrate the model")
+            raise SmoothQuantError(f"{where}.{key}", "a value", "nothing", "recalibrate the model")
     return dict(value)
 
 
@@ -51,7 +51,7 @@ def _choice(value: Any, where: str, allowed: tuple[Any, ...]) -> Any:
     # `True == 1` in Python; the type must agree too.
     if not any(value == a and type(value) is type(a) for a in allowed):
         options = " or ".join(map(repr, allowed))
-        raise SmoothQuantError(where, expected=options, got=repr(value), do="recalibrate or mend config.json")
+        raise SmoothQuantError(where, options, repr(value), "recalibrate or mend config.json")
     return value
 
 
@@ -94,9 +94,9 @@ class InputActivations:
         if result.strategy == "token" and not result.dynamic:
             raise SmoothQuantError(
                 f"{where}.dynamic",
-                expected="true with strategy 'token'",
-                got="false",
-                do="static scales are per tensor: use strategy 'tensor'",
+                "true with strategy 'token'",
+                "false",
+                "static scales are per tensor: use strategy 'tensor'",
             )
         return result
 
@@ -149,18 +149,13 @@ class CheckpointConfig:
             version = value.get("format_version")
             if type(version) is int and version > FORMAT_VERSION:
                 raise SmoothQuantError(
-                    f"{where}.format_version",
-                    expected=f"at most {FORMAT_VERSION}",
-                    got=str(version),
-                    do="upgrade vllm-smoothquant",
+                    f"{where}.format_version", f"at most {FORMAT_VERSION}", str(version), "upgrade vllm-smoothquant"
                 )
             _choice(version, f"{where}.format_version", (FORMAT_VERSION,))
         v = _strict(value, where, keys, frozenset(required))
         overrides = v.get("overrides", {})
         if not isinstance(overrides, Mapping):
-            raise SmoothQuantError(
-                f"{where}.overrides", expected="an object", got=repr(overrides), do="mend config.json"
-            )
+            raise SmoothQuantError(f"{where}.overrides", "an object", repr(overrides), "mend config.json")
         parsed = {}
         for name, override in overrides.items():
             at = f"{where}.overrides.{name}"
@@ -175,10 +170,7 @@ class CheckpointConfig:
         )
         for name in sorted(config.ignore & (config.smoothed | set(parsed))):
             raise SmoothQuantError(
-                f"{where}.ignore",
-                expected=f"{name} either ignored or quantised",
-                got="both",
-                do="recalibrate the model",
+                f"{where}.ignore", f"{name} either ignored or quantised", "both", "recalibrate the model"
             )
         return config
 
@@ -203,7 +195,7 @@ class CheckpointConfig:
 
 def _names(value: Any, where: str) -> frozenset[str]:
     if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in value):
-        raise SmoothQuantError(where, expected="a list of module names", got=repr(value), do="mend config.json")
+        raise SmoothQuantError(where, "a list of module names", repr(value), "mend config.json")
     return frozenset(value)
 
 

@@ -32,24 +32,19 @@ def read_headers(folder: str | Path) -> Headers:
             if name in home:
                 raise SmoothQuantError(
                     str(path),
-                    expected=f"{name} in one file",
-                    got=f"a second copy, after {home[name]}",
-                    do="remove the file that does not belong to this checkpoint",
+                    f"{name} in one file",
+                    f"a second copy, after {home[name]}",
+                    "remove the file that does not belong to this checkpoint",
                 )
             found[name], home[name] = entry, path.name
     index = folder / "model.safetensors.index.json"
     if index.exists():
         for name, file_name in _weight_map(index).items():
             if home.pop(name, None) != file_name:
-                raise SmoothQuantError(
-                    str(index), expected=f"{name} in {file_name}", got="nothing there", do="copy the missing file"
-                )
+                raise SmoothQuantError(str(index), f"{name} in {file_name}", "nothing there", "copy the missing file")
         for name, file_name in home.items():
             raise SmoothQuantError(
-                str(index),
-                expected=f"an entry for {name}",
-                got=f"it only in {file_name}",
-                do="export the checkpoint again",
+                str(index), f"an entry for {name}", f"it only in {file_name}", "export the checkpoint again"
             )
     return found
 
@@ -107,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _unreadable(path: Path, expected: str, error: BaseException) -> SmoothQuantError:
     got = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return SmoothQuantError(str(path), expected=expected, got=got, do="copy or export the checkpoint again")
+    return SmoothQuantError(str(path), expected, got, "copy or export the checkpoint again")
 
 
 def header_faults(config: "CheckpointConfig", tensors: Headers) -> Iterator[SmoothQuantError]:
@@ -117,7 +112,7 @@ def header_faults(config: "CheckpointConfig", tensors: Headers) -> Iterator[Smoo
     """
 
     def fault(tensor: str, expected: str, got: str) -> SmoothQuantError:
-        return SmoothQuantError(tensor, expected=expected, got=got, do="export the checkpoint again")
+        return SmoothQuantError(tensor, expected, got, "export the checkpoint again")
 
     quantised = {name.removesuffix(".weight") for name, (dtype, _) in tensors.items() if dtype == "I8"}
     for name in sorted((config.smoothed | set(config.overrides)) - quantised):
@@ -181,9 +176,9 @@ def size_faults(config: Mapping[str, Any], tensors: Headers) -> Iterator[SmoothQ
             if value > bound:
                 yield SmoothQuantError(
                     f"config.json: {key}",
-                    expected=f"at most {bound}, by the checkpoint's tensors",
-                    got=str(value),
-                    do="check that config.json belongs to this checkpoint",
+                    f"at most {bound}, by the checkpoint's tensors",
+                    str(value),
+                    "check that config.json belongs to this checkpoint",
                 )
 
 

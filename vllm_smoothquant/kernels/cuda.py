@@ -79,9 +79,9 @@ def _refuse_context_parallel(request: Request) -> None:
     if ranks > 1:
         raise SmoothQuantError(
             request.layer,
-            expected="1 rank of context parallelism with dynamic per_tensor activations",
-            got=str(ranks),
-            do="serve without context parallelism, or calibrate with a scale per token",
+            "1 rank of context parallelism with dynamic per_tensor activations",
+            str(ranks),
+            "serve without context parallelism, or calibrate with a scale per token",
         )
 
 

@@ -188,9 +188,9 @@ def _real_rows(like: torch.Tensor, rows: int) -> torch.Tensor:
         if _capturing(like):
             raise SmoothQuantError(
                 "dynamic per_tensor activations in a CUDA graph",
-                expected=f"vLLM's slot mapping of all {rows} rows, which tells tokens from padding",
-                got=f"{[list(m.shape) for m in mappings]}" if mappings else "none",
-                do="serve with --enforce-eager, or calibrate with a scale per token",
+                f"vLLM's slot mapping of all {rows} rows, which tells tokens from padding",
+                f"{[list(m.shape) for m in mappings]}" if mappings else "none",
+                "serve with --enforce-eager, or calibrate with a scale per token",
             )
         return torch.ones(rows, dtype=torch.bool, device=like.device)
     real = mappings[0] >= 0

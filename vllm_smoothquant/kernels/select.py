@@ -42,8 +42,7 @@ def select_kernel(request: Request) -> Kernel:
         logger.debug("%s: not %s: %s", request.layer, name, reason)
     raise SmoothQuantError(
         request.layer,
-        expected=f"a kernel for {request.scheme.input_activations}",
-        got="; ".join(f"{name}: {reason}" for name, reason in reasons)
-        or f"no kernels for platform {request.platform!r}",
-        do="serve on a CPU or an NVIDIA GPU, or calibrate with other --activations",
+        f"a kernel for {request.scheme.input_activations}",
+        "; ".join(f"{name}: {reason}" for name, reason in reasons) or f"no kernels for platform {request.platform!r}",
+        "serve on a CPU or an NVIDIA GPU, or calibrate with other --activations",
     )

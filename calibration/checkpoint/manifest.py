@@ -1,0 +1,55 @@
+"""smoothquant.json: what made a checkpoint, enough to make the same bytes again."""
+
+from pathlib import Path
+from typing import Any
+
+from ..observation.observation import Observation
+from ..observation.observe import versions
+from ..running.precision import compute_dtype
+from ..smoothing.factors import Smoothing
+from ..smoothing.plan import Plan
+from .export import file_hashes
+
+FORMAT_VERSION = 1
+
+
+def manifest(observation: Observation, folder: Path, smoothing: Smoothing, gate_report: dict[str, Any]) -> dict:
+    """The manifest of the files in `folder`, without what rounding adds."""
+    samples, source = observation.samples, observation.source
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": {
+            "model": source.name,
+            "dtype": str(source.model.dtype).removeprefix("torch."),
+            "sha256": source.hashes,
+        },
+        "calibration": {
+            "arithmetic": str(compute_dtype(source.model)).removeprefix("torch."),
+            "dataset": samples.dataset,
+            "tokens_sha256": samples.sha256,
+            "samples": len(samples.input_ids),
+            "seq_len": samples.input_ids.shape[1],
+            "seed": samples.seed,
+            # Products of another shape may be rounded in another order.
+            "batch_size": observation.batch_size,
+            "passes": observation.passes,
+        },
+        "groups": [smoothing.describe(group) for group in observation.graph.groups],
+        "not_folded": [str(refusal) for refusal in observation.graph.refusals],
+        "sinks": observation.sinks,
+        "gate": gate_report,
+        "quantized": [],
+        "kept": observation.in_float,
+        "versions": versions(),
+        "files": file_hashes(folder),
+    }
+
+
+def measurements(plan: Plan) -> dict[str, Any]:
+    """What decided: alphas, fallbacks, and errors as search.py defines them."""
+    return {
+        "alphas": dict(plan.alphas),
+        "fallen_back": dict(plan.fallbacks),
+        "simulated_perplexity": plan.perplexities,
+        "errors": {} if plan.search is None else plan.search.errors,
+    }

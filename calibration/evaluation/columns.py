@@ -1,0 +1,40 @@
+"""The figures of an evaluation: key, headings, format. `evaluate`, its table and the report all use this list."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def _mib(size: float) -> str:
+    return f"{size / (1 << 20):.0f} MiB"
+
+
+def _speed(value: float) -> str:
+    return f"{value:.1f} tok/s"
+
+
+@dataclass(frozen=True)
+class Column:
+    """key: of a row of evaluate()'s result. short: heading on a terminal. long: heading on a page."""
+
+    key: str
+    short: str
+    long: str
+    format: Callable[[float], str]
+    more_is_better: bool
+
+
+COLUMNS = (
+    Column("perplexity", "perplexity", "perplexity", "{:.3f}".format, False),
+    Column("perplexity_change", "change", "change", "{:+.2%}".format, False),
+    Column("kl_divergence", "KL", "KL divergence", "{:.4f}".format, False),
+    Column("top1_agreement", "top-1", "top-1 agreement", "{:.1%}".format, True),
+    Column("last_word_accuracy", "last word", "last word", "{:.1%}".format, True),
+    Column("disk_bytes", "on disk", "on disk", _mib, False),
+    Column("linear_bytes", "linear", "linear layers", _mib, False),
+    Column("memory_bytes", "in memory", "weights in memory", _mib, False),
+    Column("peak_memory_bytes", "peak", "peak memory", _mib, False),
+    Column("first_token_seconds", "first token", "first token", lambda x: f"{x * 1000:.0f} ms", False),
+    Column("decode_tokens_per_second", "decode", "decode", _speed, True),
+    Column("tokens_per_second_batch_1", "batch 1", "batch 1", _speed, True),
+    Column("tokens_per_second_batch_16", "batch 16", "batch 16", _speed, True),
+)

@@ -1,0 +1,51 @@
+"""What calibration saw of a model: everything from which later stages decide."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..discovery.graph import Graph
+from ..inputs.model import Source
+from ..inputs.text import Samples
+
+# Tokens that searches and simulations run on: enough for a mean over tokens, few compared with calibration itself.
+SEARCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The model, which layers read which tensor in it, and the ranges of those tensors.
+
+    graph: groups and linear layers. layers: those that become INT8, in the model's order. in_float: name -> reason of
+    every linear layer or other matrix that stays in floating point. absmax: layer -> max|X_j| over all calibration
+    tokens, float32 [in] on the CPU, of `layers` and of every reader of a group. sinks: see sinks.py. passes: block by
+    block, or the reason why not. batch_size: samples that ran together.
+    """
+
+    source: Source
+    samples: Samples
+    graph: Graph
+    layers: list[str]
+    absmax: Mapping[str, torch.Tensor]
+    in_float: dict[str, str] = field(default_factory=dict)
+    sinks: list[dict[str, Any]] = field(default_factory=list)
+    passes: str = ""
+    batch_size: int = 0
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.source.model
+
+    @property
+    def search_ids(self) -> torch.Tensor:
+        """int64 [samples, tokens]: about SEARCH_TOKENS tokens of the calibration samples."""
+        ids = self.samples.input_ids
+        return ids[: max(1, SEARCH_TOKENS // ids.shape[1])]
+
+
+def input_range(absmax: torch.Tensor, factor: torch.Tensor | None) -> float:
+    """The range of a smoothed input, max_j |X_j| / s_j, from absmax float32 [in] and s [in] (None: all ones)."""
+    return float((absmax if factor is None else absmax / factor).max())

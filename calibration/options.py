@@ -1,0 +1,264 @@
+"""Every option of `smoothquant calibrate`: its default, its check, its help. Each option is written once, here.
+
+The command line's parser, `calibrate()`, and recipe.yaml are made from the fields of `Options`. To add an option, add a
+field. Its name on the command line and in a recipe is the field's name with dashes.
+
+    model: HuggingFaceTB/SmolLM2-135M-Instruct        smoothquant calibrate --recipe recipe.yaml -o OUT
+    samples: 128                                      smoothquant calibrate MODEL --print-recipe > recipe.yaml
+    alpha: auto
+    no-smoothing: false
+
+A recipe is read strictly: an unknown key, a repeated key, or a value that the option does not take is an error. An
+option on the command line overrides the recipe's, except that `--ignore` adds to the recipe's list.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vllm_smoothquant.format.config import InputActivations, Scheme, Weights
+from vllm_smoothquant.format.errors import SmoothQuantError
+
+RECIPE = "recipe.yaml"
+# "512 random sentences from the validation set of the Pile" (section 5.1), as the paper's authors published it.
+DEFAULT_DATASET = "mit-han-lab/pile-val-backup"
+# The paper's three levels (table 2): weights, activations.
+LEVELS = {"O1": ("tensor", "token"), "O2": ("tensor", "tensor"), "O3": ("tensor", "static")}
+ACTIVATIONS = {
+    "token": InputActivations("token", dynamic=True),
+    "tensor": InputActivations("tensor", dynamic=True),
+    "static": InputActivations("tensor", dynamic=False),
+}
+
+
+def _alpha(text: str) -> float | str:
+    return text if text in ("auto", "grid") else float(text)
+
+
+def _share(text: str) -> float:
+    """0.1 for "0.1" and for "10%"."""
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
+def option(
+    default: Any, help: str, *, metavar: str | None = None, parse: Callable[[str], Any] = str,
+    choices: Sequence[str] | None = None, positional: bool = False, recipe: bool = True, smooth: bool = False,
+) -> Any:  # fmt: skip
+    """A field that is an option. parse: command-line text to value. A tuple as default: the option may be repeated.
+
+    recipe: recipe.yaml has it. smooth: `smoothquant smooth` takes it, too.
+    """
+    metadata = {
+        "help": help, "metavar": metavar, "parse": parse, "choices": choices, "positional": positional,
+        "recipe": recipe, "smooth": smooth,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `calibrate` is asked to do. Creating it checks every value; errors are SmoothQuantError."""
+
+    model: str = option("", "a folder or a hub id, in floating point", metavar="MODEL", positional=True, smooth=True)
+    output: str = option("", "the folder to create", metavar="OUT", recipe=False, smooth=True)
+    dataset: str = option(
+        DEFAULT_DATASET, "calibration text: .txt, .jsonl, .parquet or .csv, or a hub data set NAME[:CONFIG][@SPLIT]",
+        metavar="NAME_OR_FILE", smooth=True,
+    )  # fmt: skip
+    text_column: str = option("text", "the column that holds the text", metavar="NAME", smooth=True)
+    samples: int = option(64, "number of samples to observe", metavar="N", parse=int, smooth=True)
+    seq_len: int = option(512, "tokens in each sample", metavar="N", parse=int, smooth=True)
+    seed: int = option(0, "seed of the random choice of samples", metavar="N", parse=int, smooth=True)
+    device_map: str = option("auto", "how accelerate places the model on devices", metavar="MAP", smooth=True)
+    quiet: bool = option(False, "print no progress and no summary", recipe=False, smooth=True)
+    alpha: float | str = option(
+        0.5, "migration strength of eq. 4: 0 to 1; auto: the best for each group; grid: the best single value",
+        metavar="ALPHA", parse=_alpha, smooth=True,
+    )  # fmt: skip
+    level: str | None = option(
+        None, "the paper's levels, weights per tensor: activations per token (O1), dynamic per tensor (O2), "
+        "static (O3)",
+        choices=tuple(LEVELS),
+    )  # fmt: skip
+    weights: str | None = option(
+        None, "what shares a weight scale (default: channel)", choices=("channel", "tensor")
+    )  # fmt: skip
+    activations: str | None = option(
+        None, "what shares an activation scale (default: token)", choices=tuple(ACTIVATIONS)
+    )  # fmt: skip
+    max_fallback: float = option(
+        0.0, "share of the linear layers, such as 10%%, that may change from static to per-token scales or to floating "
+        "point", metavar="SHARE", parse=_share,
+    )  # fmt: skip
+    budget_ppl: float | None = option(
+        None, "let only as many layers fall back as keep the simulated perplexity within this share, such as 1.5%% "
+        "(default: as many as may)", metavar="SHARE", parse=_share,
+    )  # fmt: skip
+    no_smoothing: bool = option(False, "round the model without smoothing, as a baseline")
+    quantize_lm_head: bool = option(False, "untie the output head and store it in INT8 as well")
+    save_stats: str | None = option(
+        None, "a file to write the observation to, for other alphas and schemes", metavar="FILE", recipe=False
+    )  # fmt: skip
+    stats: str | None = option(
+        None, "take the observation from a file that --save-stats wrote, of the same samples", metavar="FILE",
+        recipe=False,
+    )  # fmt: skip
+    ignore: tuple[str, ...] = option((), "a linear layer to leave in floating point (repeatable)", metavar="NAME")
+
+    def __post_init__(self) -> None:
+        for name in ("model", "output", "dataset", "stats", "save_stats"):  # paths are accepted, too
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else str(value))
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        self._check_choices()
+        number = isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1
+        if not (number or self.alpha in ("auto", "grid")):
+            raise SmoothQuantError(
+                "--alpha", "a number in [0, 1], auto or grid", str(self.alpha), "use 0.5 as the paper"
+            )
+        for option, count in (("--samples", self.samples), ("--seq-len", self.seq_len)):
+            if count < 1:
+                raise SmoothQuantError(option, "at least 1", str(count), "give a positive number")
+        if not 0 <= self.max_fallback <= 1:
+            raise SmoothQuantError("--max-fallback", "a share from 0 to 100 %", f"{self.max_fallback:.4g}", "try 10%")
+        if self.budget_ppl is not None and not 0 < self.budget_ppl < math.inf:
+            raise SmoothQuantError("--budget-ppl", "a share above 0 %", f"{self.budget_ppl:.4g}", "try 1.5%")
+        if self.budget_ppl is not None and not self.max_fallback:
+            raise SmoothQuantError(
+                "--budget-ppl", "layers that may fall back to meet it", "none", "add --max-fallback 10%"
+            )
+
+    def _check_choices(self) -> None:
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise SmoothQuantError(option_name(f.name), " or ".join(choices), repr(value), "choose one")
+        implied = LEVELS[self.level][1] if self.level else None
+        if implied and self.activations not in (None, implied):
+            raise SmoothQuantError(
+                "--activations", f"{implied}, which --level {self.level} implies", str(self.activations),
+                "give only one of the two options",
+            )  # fmt: skip
+
+    @property
+    def fixed_alpha(self) -> float:
+        """alpha as a number; SmoothQuantError if it is to be searched."""
+        if isinstance(self.alpha, str):
+            raise SmoothQuantError("--alpha", "a number in [0, 1]", self.alpha, "use 0.5 as the paper")
+        return self.alpha
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of most layers."""
+        weights, activations = LEVELS.get(self.level or "", ("channel", "token"))
+        return Scheme(Weights(self.weights or weights), ACTIVATIONS[self.activations or activations])
+
+
+def option_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser, options: type, *, smooth: bool = False) -> None:
+    """Add a command-line option for every field of the dataclass `options`; with `smooth` only for smooth's fields."""
+    for f in fields(options):
+        given = f.metadata
+        if smooth and not given["smooth"]:
+            continue
+        shown = f.default not in (None, (), "") and f.type is not bool
+        arguments: dict[str, Any] = {"help": given["help"] + (f" (default: {f.default})" if shown else "")}
+        if given["positional"]:
+            arguments |= {"metavar": given["metavar"], "nargs": "+" if f.default == () else None}
+            parser.add_argument(f.name, **arguments)
+            continue
+        if f.type is bool:
+            arguments |= {"action": "store_true", "default": f.default}
+        elif f.default == ():
+            arguments |= {"action": "append", "default": [], "metavar": given["metavar"]}
+        else:
+            arguments |= {"metavar": given["metavar"], "choices": given["choices"], "type": given["parse"]}
+            arguments |= {"default": f.default}
+        names = ["-o", "--output"] if f.name == "output" else [option_name(f.name)]
+        parser.add_argument(*names, required=f.name == "output", **arguments)
+
+
+def from_arguments(options: type, arguments: argparse.Namespace) -> Any:
+    """An object of the dataclass `options` from parsed arguments; fields without an argument keep their default."""
+    return options(**{f.name: getattr(arguments, f.name) for f in fields(options) if hasattr(arguments, f.name)})
+
+
+def apply_recipe(path: str, parser: argparse.ArgumentParser) -> None:
+    """Make the recipe in the file `path` the defaults of `parser`."""
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in read_recipe(path).items():
+        actions[name].default = value
+        actions[name].required = False  # a positional as well: argparse then takes its default if none is given
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """Field name -> value of every option in the recipe. Errors (SmoothQuantError): a key or value that is none."""
+    try:
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise SmoothQuantError(path, "a recipe in YAML", error, "see --print-recipe") from error
+    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
+        raise SmoothQuantError(path, "options and their values", type(recipe).__name__, "see --print-recipe")
+    known = {_recipe_key(f.name): f for f in fields(Options)}
+    for key in recipe:
+        if key not in known:
+            raise SmoothQuantError(f"{path}: {key}", f"one of {', '.join(known)}", "an unknown key", "remove it")
+    return {known[key].name: _recipe_value(f"{path}: {key}", known[key], value) for key, value in recipe.items()}
+
+
+def dump_recipe(values: Mapping[str, Any]) -> str:
+    """The recipe of these values (field name -> value), defaults included."""
+    recipe = {_recipe_key(f.name): values[f.name] for f in fields(Options) if f.metadata["recipe"]}
+    recipe = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
+    return yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}, sort_keys=False)
+
+
+def _recipe_key(field_name: str) -> str:
+    return field_name.replace("_", "-")
+
+
+def _recipe_value(where: str, option: Any, value: Any) -> Any:
+    """`value` as the command line would give it."""
+
+    def refuse(expected: str) -> SmoothQuantError:
+        return SmoothQuantError(where, expected, repr(value)[:100], "see --print-recipe")
+
+    if option.type is bool:
+        if not isinstance(value, bool):
+            raise refuse("true or false")
+        return value
+    if option.name == "ignore":
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise refuse("a list of names")
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise refuse("one word or number")
+    parse, choices = option.metadata["parse"], option.metadata["choices"]
+    if parse is str and not isinstance(value, str):
+        raise refuse("a word (in quotes if it looks like a number)")
+    try:
+        parsed = parse(str(value))
+    except ValueError:
+        raise refuse("a value that the option takes") from None
+    if choices is not None and parsed not in choices:
+        raise refuse(" or ".join(choices))
+    return parsed
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a repeated key is an error; plain YAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is repeated", node.start_mark)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,116 @@
+"""The layout: who may import whom, no circles, a README in each folder, no long file."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+PACKAGES = ("calibration", "vllm_smoothquant")
+
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+# Room (a folder or a file of a package) -> floor. A room imports only itself and rooms of its package on lower floors.
+FLOORS = {
+    "calibration.__main__": 9,
+    "calibration.__init__": 9,
+    "calibration.pipeline": 8,
+    "calibration.from_pretrained": 8,
+    "calibration.report": 8,
+    "calibration.checkpoint": 7,
+    "calibration.smoothing": 6,
+    "calibration.observation": 5,
+    "calibration.discovery": 4,
+    "calibration.evaluation": 4,
+    "calibration.doctor": 4,
+    "calibration.running": 3,
+    "calibration.inputs": 3,
+    "calibration.options": 2,
+    "vllm_smoothquant.__init__": 5,
+    "vllm_smoothquant.config": 4,
+    "vllm_smoothquant.linear": 3,
+    "vllm_smoothquant.loading": 2,
+    "vllm_smoothquant.kernels": 2,
+    "vllm_smoothquant.bloom": 1,
+    "vllm_smoothquant.format": 0,
+}
+
+# What a calibration host may import of the plugin, besides its format: the kernel chooser, to advise and to measure.
+PLUGIN_USERS = {
+    "calibration.doctor": {"vllm_smoothquant.__init__", "vllm_smoothquant.kernels"},
+    "calibration.evaluation": {"vllm_smoothquant.linear"},
+}
+
+FORBIDDEN = {"vllm_smoothquant": {"transformers"}, "vllm_smoothquant.format": {"vllm"}}
+
+MAX_LINES = 350
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def room_of(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that `path` imports, also inside functions; ours with `__init__` where a package itself is meant."""
+    package = module_of(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{name}.{alias.name}"
+                inside = [m for m in (full, name, f"{full}.__init__", f"{name}.__init__") if m in MODULES]
+                yield inside[0] if inside else name
+
+
+IMPORTS = {module_of(path): set(imports(path)) for path in FILES}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down(module: str) -> None:
+    room = room_of(module)
+    for other in IMPORTS[module] & MODULES.keys():
+        target = room_of(other)
+        if target == room:
+            continue
+        if room.split(".")[0] == target.split(".")[0]:
+            assert FLOORS[target] < FLOORS[room], f"{module} imports {other}"
+        else:
+            assert room.startswith("calibration"), f"{module} imports {other}"
+            allowed = {"vllm_smoothquant.format"} | PLUGIN_USERS.get(room, set())
+            assert target in allowed, f"{module} imports {other}"
+    for package, names in FORBIDDEN.items():
+        if module.startswith(package):
+            assert not {name.split(".")[0] for name in IMPORTS[module]} & names, module
+
+
+def test_no_circle() -> None:
+    """Each file comes after all files that it imports: a topological order exists."""
+    left = {module: IMPORTS[module] & MODULES.keys() - {module} for module in MODULES}
+    while free := [module for module, needed in left.items() if not needed]:
+        for module in free:
+            del left[module]
+        for needed in left.values():
+            needed.difference_update(free)
+    assert not left
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda folder: folder.name)
+def test_each_folder_explains_itself(folder: Path) -> None:
+    assert (folder / "README.md").is_file()
