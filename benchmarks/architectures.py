@@ -29,11 +29,10 @@ BOUND = 1e-4
 HEADER = """# Architectures
 
 Written by `python -m benchmarks.architectures`; not by hand. Models are tiny and random, with outlier channels in every
-norm (tests/helpers/tiny_architectures.py). *Groups*: sources with a foldable scale, over both layers. *Folds*: source
-→ the linear layers that
-take its scale; [64/256] where only that many channels of a fused projection can. *Change*: largest change of a logit,
-relative to the largest logit, when the smoothed model is written and run in float32; at most 1e-4 is asked for.
-*Not folded*: linear layers whose input keeps its scale, and the norms among the reasons.
+norm (tests/helpers/tiny_architectures.py). *Groups*: sources with a foldable scale, over both layers. *Folds*: source →
+the linear layers that take its scale; [64/256] where only that many channels of a fused projection can. *Change*:
+largest change of a logit, relative to the largest logit, when the smoothed model is written and run in float32; at most
+1e-4 is asked for. *Not folded*: linear layers whose input keeps its scale, and the norms among the reasons.
 
 | model | groups | folds | change | not folded, and why | INT8 served by vLLM |
 |---|---|---|---|---|---|
@@ -83,7 +82,7 @@ def measure(name: str) -> dict[str, Any]:
         "groups": len(graph.groups), "folds": folds(graph), "not_folded": not_folded(graph), "seconds": seconds,
     }  # fmt: skip
     absmax = observe_absmax(model, [linear.name for linear in graph.linears], sample)
-    smoothing = smooth_groups(model, graph, absmax, 0.5)
+    smoothing = smooth_groups(model, graph, absmax, {group.source: 0.5 for group in graph.groups})
     start = time.perf_counter()
     try:
         check_equivalence(smoothing, [tiny_architectures.tokens(3)])

@@ -252,7 +252,7 @@ def work(root: Path, seed: int, cases: int) -> None:
             with tempfile.TemporaryDirectory(dir=temporary) as place:
                 folder = Path(shutil.copytree(root / base, Path(place) / "copy"))
                 print(json.dumps({"begin": [base, "being spoilt"]}), file=out)
-                done = corruptions.spoil(folder, data.draw)
+                done = corruptions.damage(folder, data.draw)
                 print(json.dumps({"begin": [base, *done]}), file=out)
                 means = corruptions.meaning(folder)
                 verified = verdict_of_verify(folder, root / "source", sound[base], means)

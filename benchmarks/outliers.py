@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import describe
 from calibration.checkpoint.write import write_checkpoint
-from calibration.evaluation.measure import perplexity
+from calibration.evaluation.measure import measure
 from calibration.evaluation.windows import token_windows
 from calibration.observation.observation import Observation
 from calibration.options import LEVELS, Options
@@ -94,6 +94,10 @@ def calibration_options(model: Path) -> Options:
     return Options(model=str(model), dataset=str(assets.calibration_text()), samples=SAMPLES, seq_len=512, quiet=True)
 
 
+def perplexity(model: Path, windows: list[list[int]]) -> float:
+    return measure(model, windows, decode=None, **ENGINE)["perplexity"]
+
+
 def through_vllm(observation: Observation, windows: list[list[int]], **changes: Any) -> float:
     """Perplexity of the checkpoint of the observed model; changes: fields of Options."""
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +105,7 @@ def through_vllm(observation: Observation, windows: list[list[int]], **changes: 
         given = replace(calibration_options(Path(observation.source.name)), output=str(output), **changes)
         plan = make_plan(observation, given)
         write_checkpoint(observation, plan, check_gate(observation, plan.smoothing), given)
-        return perplexity(output, windows, **ENGINE)
+        return perplexity(output, windows)
 
 
 def decomposed(observation: Observation, windows: list[list[int]]) -> float:
@@ -144,8 +148,8 @@ def cases(
 
     return {
         "floating point": lambda: {
-            "before": perplexity(source, windows, **ENGINE),
-            "after": perplexity(planted, windows, **ENGINE),
+            "before": perplexity(source, windows),
+            "after": perplexity(planted, windows),
         },
         "naive W8A8 (O1, no smoothing)": partial(one, **SCHEMES["O1"], no_smoothing=True),
         "naive, channel": partial(one, **SCHEMES["O1, channel"], no_smoothing=True),
@@ -190,8 +194,8 @@ def table(figures: dict[str, Any]) -> str:
         if name in SWEEP_ROWS and "before" not in row:
             continue
         after, before = row["after"], row.get("before")
-        beside = f"{after / exact:.1f} times floating point" if before is None else f"{after / before - 1:+.1%}"
-        lines.append(f"| {name} | {'' if before is None else f'{before:.2f}'} | {after:.2f} | {beside} |\n")
+        effect = f"{after / exact:.1f} times floating point" if before is None else f"{after / before - 1:+.1%}"
+        lines.append(f"| {name} | {'' if before is None else f'{before:.2f}'} | {after:.2f} | {effect} |\n")
     sweep = "".join(f"| {alpha} | {rows[row]['after']:.2f} |\n" for row, alpha in SWEEP_ROWS.items() if row in rows)
     return TEXT.format(**figures["about"], lines="".join(lines), sweep=sweep)
 

@@ -54,7 +54,7 @@ def computed(model: PreTrainedModel) -> torch.Tensor:
 def served_by_vllm(folder: Path) -> torch.Tensor:
     """Log-probabilities of the tokens of all prompts, by vLLM."""
     arguments = {"model": str(folder), "model_impl": "vllm", **engine.DEFAULTS}
-    return torch.cat(engine.generate(arguments, prompts()))
+    return torch.cat(engine.logprobs_here(arguments, prompts()))
 
 
 def mean_distance(a: torch.Tensor, b: torch.Tensor) -> float:

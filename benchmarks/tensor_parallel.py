@@ -137,7 +137,7 @@ def serve(request: dict[str, Any]) -> None:
     answers = []
     for folder, ids in request["models"]:
         llm = LLM(model=folder, max_logprobs=-1, **(engine.DEFAULTS | request["arguments"]))
-        answers.append((llm.apply_model(parameters), torch.cat(engine.ask(llm, ids, vocabulary=True))))
+        answers.append((llm.apply_model(parameters), torch.cat(engine.logprobs_by(llm, ids, vocabulary=True))))
         del llm
         gc.collect()
     torch.save(answers, f"{request['answer']}.{os.environ.get('RANK', '0')}")

@@ -1,4 +1,4 @@
-"""The command line: arguments in, one call, a summary or one line of error out."""
+"""The command line: parse arguments, call one function, print a summary or one line of error."""
 
 import argparse
 import json
@@ -8,13 +8,14 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import MANIFEST
 
+from .evaluation.evaluate_options import EvaluateOptions
 from .options import Options, add_arguments, apply_recipe, dump_recipe, from_arguments
 
 Command = Callable[[argparse.Namespace], int]
@@ -23,8 +24,8 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 a fault in the input or the model (one line on stderr), 2 wrong usage, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    with suppress(ValueError):  # not in the main thread
-        # As Ctrl-C: child processes are stopped, and nothing half-written stays.
+    with suppress(ValueError):  # raised outside the main thread
+        # SIGTERM acts as Ctrl-C: child processes are stopped, and incomplete files are removed.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = argparse.Namespace(json="--json" in argv)
     try:
@@ -50,11 +51,13 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="smoothquant", description="SmoothQuant W8A8 INT8 checkpoints for vLLM.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
-        # No abbreviations: an abbreviation of one option today may be one of two options tomorrow.
+    def add(name: str, command: Command, text: str, checkpoint: str = "") -> argparse.ArgumentParser:
+        # No abbreviations, because a later version may add a second option that an abbreviation fits.
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(command=command)
         sub.add_argument("--json", action="store_true", help="print one JSON object for machines")
+        if checkpoint:
+            sub.add_argument("checkpoint", metavar="CHECKPOINT", help=checkpoint)
         return sub
 
     sub = add("calibrate", _calibrate, "Calibrate MODEL and write a smoothed INT8 checkpoint.")
@@ -67,30 +70,27 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub = add("smooth", _smooth, "Smooth MODEL and write it in floating point: the same function, fewer outliers.")
     add_arguments(sub, Options, smooth=True)
 
-    sub = add("verify", _verify, "Find everything that is wrong with CHECKPOINT, without running it.")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder that calibrate wrote")
+    wrote = "a folder that calibrate wrote"
+    sub = add("verify", _verify, "Find every fault in CHECKPOINT, without running it.", wrote)
     sub.add_argument("--source", metavar="MODEL", help="the model it was made of: compare every weight with it")
 
-    sub = add("convert", _convert, "Write CHECKPOINT in another format: the same integers for other readers.")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder in our format or in compressed-tensors'")
+    sub = add(
+        "convert", _convert, "Write CHECKPOINT in another format: the same integers for other readers.",
+        "a folder in our format or in compressed-tensors'",
+    )  # fmt: skip
     sub.add_argument("-o", "--output", required=True, metavar="OUT", help="the folder to create")
     sub.add_argument(
         "--format", required=True, choices=("compressed-tensors", "smoothquant"),
         help="compressed-tensors: served by stock vLLM and SGLang without this plugin; smoothquant: ours",
     )  # fmt: skip
 
-    sub = add("report", _report, "Show CHECKPOINT on one HTML page: outliers, smoothing, errors, fallbacks.")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder that calibrate wrote")
+    sub = add("report", _report, "Show CHECKPOINT on one HTML page: outliers, smoothing, errors, fallbacks.", wrote)
     sub.add_argument("-o", "--output", metavar="FILE", help="the page to write (default: ./CHECKPOINT-report.html)")
     sub.add_argument("--png", metavar="DIR", help="also write the page's figures as PNG into this folder")
-    sub.add_argument("--evaluation", metavar="FILE", help="also show what `evaluate --json` printed")
+    sub.add_argument("--evaluation", metavar="FILE", help="also show the output of `evaluate --json` in this file")
 
     add("doctor", _doctor, "Show what this machine can do with INT8, which kernels would run, and what to change.")
-
-    from .evaluation.evaluate_options import EvaluateOptions
-
-    sub = add("evaluate", _evaluate, "Measure one or several checkpoints and a baseline through vLLM.")
-    add_arguments(sub, EvaluateOptions)
+    add_arguments(add("evaluate", _evaluate, "Measure checkpoints and a baseline through vLLM."), EvaluateOptions)
     return parser
 
 
@@ -101,7 +101,7 @@ def _read_recipe(argv: Sequence[str], sub: argparse.ArgumentParser) -> None:
     args, _ = early.parse_known_args(argv)
     if args.recipe:
         apply_recipe(args.recipe, sub)
-    if args.print_recipe:  # possible before there is a model or an output
+    if args.print_recipe:  # possible without a model or an output
         for action in sub._actions:
             action.required = False
 
@@ -135,15 +135,13 @@ def _verify(args: argparse.Namespace) -> int:
     from .checkpoint.verify import verify
 
     verdict = verify(args.checkpoint, args.source)
-    if args.json:
-        print(json.dumps({"checkpoint": args.checkpoint, **verdict.to_dict()}, ensure_ascii=False))
-    else:
-        for fault in verdict.faults:
-            print(f"smoothquant: {fault}", file=sys.stderr)
-        print(f"{args.checkpoint}: {len(verdict.faults)} faults; in order: {', '.join(verdict.checked) or 'nothing'}")
-        if verdict.layers:
-            name, worst = max(verdict.layers.items(), key=lambda item: item[1]["error"])
-            print(f"rounded weights differ from the source's by at most {worst['error']:.2%}, in {name}")
+    text = f"{args.checkpoint}: {len(verdict.faults)} faults; in order: {', '.join(verdict.checked) or 'nothing'}"
+    if verdict.layers:
+        name, worst = max(verdict.layers.items(), key=lambda item: item[1]["error"])
+        text += f"\nrounded weights differ from the source's by at most {worst['error']:.2%}, in {name}"
+    for fault in [] if args.json else verdict.faults:
+        print(f"smoothquant: {fault}", file=sys.stderr)
+    _print(args, {"checkpoint": args.checkpoint, **verdict.to_dict()}, text)
     return 1 if verdict.faults else 0
 
 
@@ -151,12 +149,9 @@ def _convert(args: argparse.Namespace) -> int:
     from .checkpoint.convert import convert
 
     manifest = convert(args.checkpoint, args.output, args.format)
-    if args.json:
-        print(json.dumps({"output": args.output, **manifest}, ensure_ascii=False))
-    else:
-        print(f"{args.output}: {len(manifest['quantized'])} linear layers in INT8, in {args.format} format")
-        print(f"serve it:  vllm serve {args.output}")
-    return 0
+    layers = f"{len(manifest['quantized'])} linear layers in INT8, in {args.format} format"
+    text = f"{args.output}: {layers}\nserve it:  vllm serve {args.output}"
+    return _print(args, {"output": args.output, **manifest}, text)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -165,21 +160,18 @@ def _report(args: argparse.Namespace) -> int:
     output = args.output or f"{os.path.basename(os.path.abspath(args.checkpoint))}-report.html"
     result = report(args.checkpoint, output, png=args.png, evaluation=args.evaluation)
     text = f"{output}: {result['bytes'] / 1e6:.1f} MB, {len(result['figures'])} figures; open it in a browser"
-    print(json.dumps(result, ensure_ascii=False) if args.json else text)
-    return 0
+    return _print(args, result, text)
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from .doctor import examine, format_report
 
     facts = examine()
-    print(json.dumps(facts, ensure_ascii=False) if args.json else format_report(facts))
-    return 0
+    return _print(args, facts, format_report(facts))
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from .evaluation.evaluate import evaluate, format_table
-    from .evaluation.evaluate_options import EvaluateOptions
     from .report import table
 
     options = from_arguments(EvaluateOptions, args)
@@ -187,18 +179,20 @@ def _evaluate(args: argparse.Namespace) -> int:
         table.check(options.table)
     result = evaluate(options)
     if options.table:
-        text = table.write(result, options.table, shlex.join(["smoothquant", *args.argv]))
-    else:
-        text = format_table(result)
-    print(json.dumps(result, ensure_ascii=False) if args.json else text)
-    return 0
+        return _print(args, result, table.write(result, options.table, shlex.join(["smoothquant", *args.argv])))
+    return _print(args, result, format_table(result))
 
 
 def _finish(args: argparse.Namespace, manifest: dict[str, Any], hint: str) -> int:
-    if args.json:
-        print(json.dumps({"output": args.output, **manifest}, ensure_ascii=False))
-    elif not args.quiet:
-        print(f"{args.output}: {_summary(manifest)}\nmanifest:  {args.output}/{MANIFEST}\n{hint}")
+    if args.quiet and not args.json:
+        return 0
+    text = f"{args.output}: {_summary(manifest)}\nmanifest:  {args.output}/{MANIFEST}\n{hint}"
+    return _print(args, {"output": args.output, **manifest}, text)
+
+
+def _print(args: argparse.Namespace, result: Mapping[str, Any], text: str) -> int:
+    """Print `result` as one JSON object with --json, else `text`; the exit code of success."""
+    print(json.dumps(result, ensure_ascii=False) if args.json else text)
     return 0
 
 

@@ -1,16 +1,17 @@
-"""`smoothquant doctor`: what this machine can do with INT8, and what to do about it. Nothing is changed or loaded.
+"""`smoothquant doctor`: what this machine can do with INT8, and advice. It changes nothing and loads no model.
 
-Kernels are those vllm_smoothquant/kernels/select.py would choose, asked of the very code that chooses. Advice is a
-table: what must be so, and what to say then.
+The kernels are those that vllm_smoothquant/kernels/select.py chooses here, because that code is called.
 """
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from vllm_smoothquant import SUPPORTED_VLLM, supports
@@ -19,196 +20,161 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 
 from .options import ACTIVATIONS
 
-# What an x86 CPU says of itself -> what that is to INT8.
+# Flag of an x86 CPU in /proc/cpuinfo -> name of the instructions.
 INT8_FLAGS = {"amx_int8": "AMX", "avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX VNNI"}
 FLAGS = INT8_FLAGS | {"avx512f": "AVX-512", "avx2": "AVX2", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16"}
-SIZES = (4096, 4096)  # out and in of the layer that kernels are asked for: multiples of 16, as nearly all are
+SIZES = (4096, 4096)  # out and in of the layer that the kernel is chosen for: multiples of 16, as in nearly all models
 ALLOCATORS = ("tcmalloc", "jemalloc")
 Facts = Mapping[str, Any]
-# (what must be so, what to say then)
-ADVICE: tuple[tuple[Callable[[Facts], bool], str], ...] = (
-    (
-        lambda f: f["vllm"]["version"] is None,
-        "No vLLM here: this host can calibrate, smooth, verify and report. To serve, see the README's Install.",
-    ),
-    (
-        lambda f: f["vllm"]["version"] is not None and not f["vllm"]["supported"],
-        f"This vLLM is outside {SUPPORTED_VLLM}: SmoothQuant checkpoints will be refused. Install one of these.",
-    ),
-    (
-        lambda f: f["vllm"]["version"] is not None and not f["vllm"]["plugin"],
-        "vLLM will not load the plugin: it is not installed here, or VLLM_PLUGINS leaves smoothquant out.",
-    ),
-    (
-        lambda f: f["x86"] and not f["gpus"] and not f["int8_instructions"],
-        "This CPU has no INT8 instructions (VNNI or AMX). Stock vLLM's own INT8 product gives wrong sums here; the "
-        "plugin's is right, and faster than floating point where a C++ compiler (g++) is at hand to build it. A CPU "
-        "with VNNI, or a GPU, is faster still.",
-    ),
-    (
-        lambda f: not f["gpus"] and "AMX" in f["int8_instructions"],
-        "AMX: per-token scales run on vLLM's AMX kernel, static ones on oneDNN. Take the default scheme.",
-    ),
-    (
-        lambda f: not f["gpus"] and not f["allocator"],
-        "Preload an allocator before serving on a CPU: LD_PRELOAD=libtcmalloc_minimal.so.4 (and libiomp5.so, which "
-        "lies in the environment's lib folder) is what vLLM asks for.",
-    ),
-    (
-        lambda f: not f["gpus"] and f["cores"] <= 4,
-        "Few cores: VLLM_CPU_OMP_THREADS_BIND=0-1 (your cores) gives vLLM all of them; by itself it keeps one free.",
-    ),
-    (
-        lambda f: any(g["capability"] < 75 for g in f["gpus"]),
-        "This GPU has no INT8 tensor cores (they begin with compute capability 7.5): vLLM will refuse the checkpoint.",
-    ),
-    (
-        lambda f: any(g["capability"] >= 100 for g in f["gpus"]),
-        "Blackwell (compute capability 10.0 and above) has no CUTLASS INT8 kernel in vLLM: Triton's is used, for O2 "
-        "as well. FP8 is this GPU's fast path, so measure before choosing INT8.",
-    ),
-    (
-        lambda f: any(75 <= g["capability"] < 100 for g in f["gpus"]),
-        "INT8 helps where arithmetic is the limit: long prompts and large batches. At batch 1 a fast GPU waits for "
-        "memory and launches, and INT8 may gain nothing; measure yours with `smoothquant evaluate --table`.",
-    ),
-    (
-        lambda f: any(g["capability"] in (89, 90) for g in f["gpus"]),
-        "This GPU multiplies FP8 as fast as INT8: take INT8 for checkpoints that must run on older GPUs as well.",
-    ),
-    (
-        lambda f: True,
-        "Scheme: the default (a scale per channel and per token) loses least. Static scales (O3) save a pass over the "
-        "activations and break first: only with --alpha auto --max-fallback 10%, and look at the report.",
-    ),
-)
 
 
 def examine() -> dict[str, Any]:
-    """The machine, the vLLM found, the kernel of every scheme with why others were passed over, and advice."""
-    flags = _cpu_flags()
+    """The machine, the installed vLLM, the kernel of every scheme with the reasons against others, and the advice."""
+    cpu, flags = _cpu()
     facts: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu,
         "x86": platform.machine() in ("x86_64", "AMD64"),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": _cores(),
         "instructions": [name for flag, name in FLAGS.items() if flag in flags],
         "int8_instructions": [name for flag, name in INT8_FLAGS.items() if flag in flags],
-        "memory_bytes": _memory(),
+        "memory_bytes": {key: getattr(psutil.virtual_memory(), key) for key in ("total", "available")},
         "gpus": _gpus(),
         "allocator": next((a for a in ALLOCATORS if a in os.environ.get("LD_PRELOAD", "")), None),
         "vllm": _vllm(),
     }
     facts["kernels"] = _kernels() if facts["vllm"]["supported"] else {}
-    return facts | {"advice": [text for applies, text in ADVICE if applies(facts)]}
+    return facts | {"advice": list(advise(facts))}
 
 
-def machine() -> str:
-    """What a table of figures must say of where they come from."""
-    gpus = ", ".join(gpu["name"] for gpu in _gpus())
-    flags = [name for flag, name in FLAGS.items() if flag in _cpu_flags()]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (
-        f"{gpus + ', ' if gpus else ''}{cores} cores of {_cpu_name()} ({', '.join(flags)}); torch {torch.__version__}"
+def advise(facts: Facts) -> Iterator[str]:
+    """The advice for a machine with these facts."""
+    vllm, capabilities = facts["vllm"], [gpu["capability"] for gpu in facts["gpus"]]
+    if vllm["version"] is None:
+        yield "No vLLM here: this host can calibrate, smooth, verify and report. To serve, see Install in the README."
+    elif not vllm["supported"]:
+        yield f"This vLLM is outside {SUPPORTED_VLLM}: it will refuse SmoothQuant checkpoints. Install one of these."
+    if vllm["version"] is not None and not vllm["plugin"]:
+        yield "vLLM will not load the plugin: it is not installed here, or VLLM_PLUGINS does not name smoothquant."
+    if not capabilities and facts["x86"] and not facts["int8_instructions"]:
+        yield (
+            "This CPU has no INT8 instructions (VNNI or AMX). Stock vLLM's INT8 product gives wrong sums here; the "
+            "plugin's product is correct, and faster than floating point if a C++ compiler (g++) is available to build "
+            "it. A CPU with VNNI, or a GPU, is faster."
+        )
+    if not capabilities and "AMX" in facts["int8_instructions"]:
+        yield "AMX: per-token scales run on vLLM's AMX kernel, static ones on oneDNN. Use the default scheme."
+    if not capabilities and not facts["allocator"]:
+        yield (
+            "Preload an allocator before serving on a CPU: vLLM recommends LD_PRELOAD=libtcmalloc_minimal.so.4 (and "
+            "libiomp5.so, which is in the environment's lib folder)."
+        )
+    if not capabilities and facts["cores"] <= 4:
+        yield "Few cores: VLLM_CPU_OMP_THREADS_BIND=0-1 (your cores) gives vLLM all cores; by default one is reserved."
+    if any(c < 75 for c in capabilities):
+        yield "This GPU has no INT8 tensor cores (compute capability 7.5 and above): vLLM will refuse the checkpoint."
+    if any(c >= 100 for c in capabilities):
+        yield (
+            "Blackwell (compute capability 10.0 and above) has no CUTLASS INT8 kernel in vLLM: Triton's is used, also "
+            "for O2. FP8 is the fast format of this GPU, so measure before you choose INT8."
+        )
+    if any(75 <= c < 100 for c in capabilities):
+        yield (
+            "INT8 helps if arithmetic is the limit: long prompts and large batches. At batch 1 a fast GPU waits for "
+            "memory and kernel launches, and INT8 may gain nothing; measure with `smoothquant evaluate --table`."
+        )
+    if any(c in (89, 90) for c in capabilities):
+        yield "This GPU multiplies FP8 as fast as INT8: use INT8 for checkpoints that must also run on older GPUs."
+    yield (
+        "Scheme: the default (one scale per channel and per token) loses least. Static scales (O3) save a pass over "
+        "the activations and fail first: use them only with --alpha auto --max-fallback 10%, and evaluate the result."
     )
 
 
+def machine() -> str:
+    """The machine in one line, for a table of measured figures: GPUs, cores, CPU, instructions, torch."""
+    cpu, flags = _cpu()
+    gpus = "".join(f"{gpu['name']}, " for gpu in _gpus())
+    instructions = ", ".join(name for flag, name in FLAGS.items() if flag in flags)
+    return f"{gpus}{_cores()} cores of {cpu} ({instructions}); torch {torch.__version__}"
+
+
 def format_report(facts: Facts) -> str:
-    """`examine`'s facts for people."""
-    memory = facts["memory_bytes"]
-    vllm = facts["vllm"]
+    """The facts of `examine` as text."""
+    memory, vllm = facts["memory_bytes"], facts["vllm"]
     instructions = ", ".join(facts["instructions"]) or "no known instructions"
     lines = [
         f"cpu      {facts['cpu']}, {facts['cores']} cores; {instructions}",
         f"memory   {memory['total'] / 2**30:.1f} GiB, {memory['available'] / 2**30:.1f} GiB of it available",
     ]
     for gpu in facts["gpus"]:
-        major, minor = divmod(gpu["capability"], 10)
-        lines.append(
-            f"gpu      {gpu['name']}, compute capability {major}.{minor}, {gpu['memory_bytes'] / 2**30:.0f} GiB"
-        )
+        capability = ".".join(map(str, divmod(gpu["capability"], 10)))
+        lines.append(f"gpu      {gpu['name']}, compute capability {capability}, {gpu['memory_bytes'] / 2**30:.0f} GiB")
     if not facts["gpus"]:
         lines.append("gpu      none that torch can use")
-    said = "none installed" if vllm["version"] is None else f"{vllm['version']} on {vllm['platform'] or '?'}"
-    lines.append(f"vllm     {said}{', plugin found' if vllm['plugin'] else ''}; supported: {SUPPORTED_VLLM}")
+    installed = "none installed" if vllm["version"] is None else f"{vllm['version']} on {vllm['platform'] or '?'}"
+    lines.append(f"vllm     {installed}{', plugin found' if vllm['plugin'] else ''}; supported: {SUPPORTED_VLLM}")
     for scheme, kernel in facts["kernels"].items():
         lines.append(f"kernel   {scheme}: {kernel['kernel'] or 'none'}")
-        lines += [f"           not {name}: {why}" for name, why in kernel["passed_over"].items()]
+        lines += [f"           not {name}: {reason}" for name, reason in kernel["passed_over"].items()]
     return "\n".join([*lines, "", *(f"- {text}" for text in facts["advice"])])
 
 
-def _cpu_info() -> list[str]:
+def _cpu() -> tuple[str, frozenset[str]]:
+    """The CPU's name and instruction flags, from /proc/cpuinfo if the system has it."""
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = entries.get("flags") or entries.get("Features", "")  # x86, ARM
+    return entries.get("model name") or platform.processor() or platform.machine(), frozenset(flags.split())
 
 
-def _cpu_name() -> str:
-    names = [line.partition(":")[2].strip() for line in _cpu_info() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> frozenset[str]:
-    lines = [line.partition(":")[2] for line in _cpu_info() if line.startswith(("flags", "Features"))]
-    return frozenset(lines[0].split()) if lines else frozenset()
-
-
-def _memory() -> dict[str, int]:
-    pages = os.sysconf("SC_PAGE_SIZE")
-    return {
-        "total": pages * os.sysconf("SC_PHYS_PAGES"),
-        "available": pages * os.sysconf("SC_AVPHYS_PAGES"),
-    }
+def _cores() -> int:
+    """Cores that this process may use, where the system restricts them; else all cores."""
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
 
 
 def _gpus() -> list[dict[str, Any]]:
-    found = []
-    for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        found.append(
-            {"name": about.name, "capability": about.major * 10 + about.minor, "memory_bytes": about.total_memory}
-        )
-    return found
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": p.name, "capability": p.major * 10 + p.minor, "memory_bytes": p.total_memory} for p in properties]
 
 
 def _vllm() -> dict[str, Any]:
-    """version, whether that is one of ours, the platform it runs on, and whether it will load the plugin."""
+    """version, whether we support it, the platform it runs on, and whether it will load the plugin."""
     try:
-        found = version("vllm")
+        installed = version("vllm")
     except PackageNotFoundError:
         return {"version": None, "supported": False, "platform": None, "plugin": False}
-    supported = supports(found)
-    names = {point.name for point in entry_points(group="vllm.general_plugins")}
-    allowed = os.environ.get("VLLM_PLUGINS")
-    plugin = QUANT_METHOD in names and (allowed is None or QUANT_METHOD in allowed.split(","))
-    return {"version": found, "supported": supported, "platform": _platform() if supported else None, "plugin": plugin}
+    names, allowed = {p.name for p in entry_points(group="vllm.general_plugins")}, os.environ.get("VLLM_PLUGINS")
+    return {
+        "version": installed,
+        "supported": supports(installed),
+        "platform": _platform() if supports(installed) else None,
+        "plugin": QUANT_METHOD in names and (allowed is None or QUANT_METHOD in allowed.split(",")),
+    }
 
 
 def _platform() -> str | None:
     try:
         from vllm.platforms import current_platform
-    except Exception:  # A broken installation raises anything; that it is broken is what the doctor reports.
+    except Exception:  # a broken installation raises any error; the report then shows "?"
         return None
     return str(current_platform.device_name)
 
 
 def _kernels() -> dict[str, dict[str, Any]]:
-    """Scheme -> the kernel that would compute it here, and why each before it was passed over."""
+    """Scheme -> the kernel that would compute it here, and the reason against each kernel that comes before it."""
     try:
         from vllm_smoothquant.kernels.base import request_here
         from vllm_smoothquant.kernels.select import explain_kernels
-    except Exception as error:  # As above: the fault is the finding.
-        raise SmoothQuantError(
-            "vllm",
-            "an installation that can be imported",
-            error,
-            "install it anew; see the README's Install",
-        ) from error
-    found = {}
+    except Exception as error:  # a broken installation raises any error
+        fix = "install it again; see Install in the README"
+        raise SmoothQuantError("vllm", "an installation that can be imported", error, fix) from error
+    kernels = {}
     for name, activations in ACTIVATIONS.items():
         request = request_here("a linear layer", Scheme(input_activations=activations), True, torch.bfloat16, *SIZES)
-        reasons = dict(explain_kernels(request))
-        chosen = next((kernel for kernel, why in reasons.items() if why is None), None)
-        passed = {kernel: why for kernel, why in reasons.items() if why is not None}
-        # What comes after the chosen one was not needed; that is no reason to tell.
-        before = list(reasons)[: list(reasons).index(chosen)] if chosen else list(reasons)
-        found[f"--activations {name}"] = {"kernel": chosen, "passed_over": {k: passed[k] for k in before}}
-    return found
+        reasons = explain_kernels(request)
+        chosen = next((kernel for kernel, reason in reasons if reason is None), None)
+        passed_over = dict(takewhile(lambda pair: pair[1] is not None, reasons))  # those before the chosen kernel
+        kernels[f"--activations {name}"] = {"kernel": chosen, "passed_over": passed_over}
+    return kernels

@@ -1,6 +1,6 @@
 """Every option of `smoothquant calibrate`: its default, its check, its help. Each option is written once, here.
 
-The command line's parser, `calibrate()`, and recipe.yaml are made from the fields of `Options`. To add an option, add a
+The command line's parser, `calibrate()` and recipe.yaml are made from the fields of `Options`. To add an option, add a
 field. Its name on the command line and in a recipe is the field's name with dashes.
 
     model: HuggingFaceTB/SmolLM2-135M-Instruct        smoothquant calibrate --recipe recipe.yaml -o OUT
@@ -49,20 +49,17 @@ def option(
     default: Any, help: str, *, metavar: str | None = None, parse: Callable[[str], Any] = str,
     choices: Sequence[str] | None = None, positional: bool = False, recipe: bool = True, smooth: bool = False,
 ) -> Any:  # fmt: skip
-    """A field that is an option. parse: command-line text to value. A tuple as default: the option may be repeated.
+    """A field that is an option. parse: from command-line text to value. default=(): the option may be repeated.
 
-    recipe: recipe.yaml has it. smooth: `smoothquant smooth` takes it, too.
+    recipe: whether recipe.yaml has it. smooth: whether `smoothquant smooth` takes it, too.
     """
-    metadata = {
-        "help": help, "metavar": metavar, "parse": parse, "choices": choices, "positional": positional,
-        "recipe": recipe, "smooth": smooth,
-    }  # fmt: skip
-    return field(default=default, metadata=metadata)
+    metadata = {"help": help, "metavar": metavar, "parse": parse, "choices": choices}
+    return field(default=default, metadata=metadata | {"positional": positional, "recipe": recipe, "smooth": smooth})
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `calibrate` is asked to do. Creating it checks every value; errors are SmoothQuantError."""
+    """The options of `calibrate`. Creating an object checks every value; errors are SmoothQuantError."""
 
     model: str = option("", "a folder or a hub id, in floating point", metavar="MODEL", positional=True, smooth=True)
     output: str = option("", "the folder to create", metavar="OUT", recipe=False, smooth=True)
@@ -81,16 +78,11 @@ class Options:
         metavar="ALPHA", parse=_alpha, smooth=True,
     )  # fmt: skip
     level: str | None = option(
-        None, "the paper's levels, weights per tensor: activations per token (O1), dynamic per tensor (O2), "
-        "static (O3)",
+        None, "the paper's levels, weights per tensor: inputs per token (O1), dynamic per tensor (O2) or static (O3)",
         choices=tuple(LEVELS),
     )  # fmt: skip
-    weights: str | None = option(
-        None, "what shares a weight scale (default: channel)", choices=("channel", "tensor")
-    )  # fmt: skip
-    activations: str | None = option(
-        None, "what shares an activation scale (default: token)", choices=tuple(ACTIVATIONS)
-    )  # fmt: skip
+    weights: str | None = option(None, "scope of a weight scale (default: channel)", choices=("channel", "tensor"))
+    activations: str | None = option(None, "scope of an input scale (default: token)", choices=tuple(ACTIVATIONS))
     max_fallback: float = option(
         0.0, "share of the linear layers, such as 10%%, that may change from static to per-token scales or to floating "
         "point", metavar="SHARE", parse=_share,
@@ -103,11 +95,10 @@ class Options:
     quantize_lm_head: bool = option(False, "untie the output head and store it in INT8 as well")
     save_stats: str | None = option(
         None, "a file to write the observation to, for other alphas and schemes", metavar="FILE", recipe=False
-    )  # fmt: skip
+    )
     stats: str | None = option(
-        None, "take the observation from a file that --save-stats wrote, of the same samples", metavar="FILE",
-        recipe=False,
-    )  # fmt: skip
+        None, "take the observation of the same samples from a file of --save-stats", metavar="FILE", recipe=False
+    )
     ignore: tuple[str, ...] = option((), "a linear layer to leave in floating point (repeatable)", metavar="NAME")
 
     def __post_init__(self) -> None:
@@ -115,42 +106,27 @@ class Options:
             value = getattr(self, name)
             object.__setattr__(self, name, value if value is None else str(value))
         object.__setattr__(self, "ignore", tuple(self.ignore))
-        self._check_choices()
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise SmoothQuantError(option_name(f.name), " or ".join(choices), repr(value), "choose one")
+        implied = LEVELS[self.level][1] if self.level else self.activations
+        if self.activations not in (None, implied):
+            expected = f"{implied}, which --level {self.level} implies"
+            raise SmoothQuantError("--activations", expected, str(self.activations), "give only one of the two options")
         number = isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1
         if not (number or self.alpha in ("auto", "grid")):
-            raise SmoothQuantError(
-                "--alpha", "a number in [0, 1], auto or grid", str(self.alpha), "use 0.5 as the paper"
-            )
-        for option, count in (("--samples", self.samples), ("--seq-len", self.seq_len)):
-            if count < 1:
-                raise SmoothQuantError(option, "at least 1", str(count), "give a positive number")
+            raise SmoothQuantError("--alpha", "a number in [0, 1], auto or grid", str(self.alpha), "the paper uses 0.5")
+        check_positive(samples=self.samples, seq_len=self.seq_len)
         if not 0 <= self.max_fallback <= 1:
             raise SmoothQuantError("--max-fallback", "a share from 0 to 100 %", f"{self.max_fallback:.4g}", "try 10%")
         if self.budget_ppl is not None and not 0 < self.budget_ppl < math.inf:
             raise SmoothQuantError("--budget-ppl", "a share above 0 %", f"{self.budget_ppl:.4g}", "try 1.5%")
         if self.budget_ppl is not None and not self.max_fallback:
-            raise SmoothQuantError(
-                "--budget-ppl", "layers that may fall back to meet it", "none", "add --max-fallback 10%"
-            )
-
-    def _check_choices(self) -> None:
-        for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value is not None and value not in choices:
-                raise SmoothQuantError(option_name(f.name), " or ".join(choices), repr(value), "choose one")
-        implied = LEVELS[self.level][1] if self.level else None
-        if implied and self.activations not in (None, implied):
-            raise SmoothQuantError(
-                "--activations", f"{implied}, which --level {self.level} implies", str(self.activations),
-                "give only one of the two options",
-            )  # fmt: skip
-
-    @property
-    def fixed_alpha(self) -> float:
-        """alpha as a number; SmoothQuantError if it is to be searched."""
-        if isinstance(self.alpha, str):
-            raise SmoothQuantError("--alpha", "a number in [0, 1]", self.alpha, "use 0.5 as the paper")
-        return self.alpha
+            raise SmoothQuantError("--budget-ppl", "layers that may fall back", "none", "add --max-fallback 10%")
+        stats = Path(self.save_stats).absolute() if self.save_stats and self.output else None
+        if stats and Path(self.output).absolute() in (stats, *stats.parents):
+            raise SmoothQuantError("--save-stats", "a file outside the output", str(stats), "choose another file")
 
     @property
     def scheme(self) -> Scheme:
@@ -163,27 +139,32 @@ def option_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+def check_positive(**counts: int) -> None:
+    """Errors (SmoothQuantError): one of the options `counts` is less than 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise SmoothQuantError(option_name(name), "at least 1", str(count), "give a positive number")
+
+
 def add_arguments(parser: argparse.ArgumentParser, options: type, *, smooth: bool = False) -> None:
     """Add a command-line option for every field of the dataclass `options`; with `smooth` only for smooth's fields."""
     for f in fields(options):
-        given = f.metadata
-        if smooth and not given["smooth"]:
+        if smooth and not f.metadata["smooth"]:
             continue
+        meta = f.metadata
         shown = f.default not in (None, (), "") and f.type is not bool
-        arguments: dict[str, Any] = {"help": given["help"] + (f" (default: {f.default})" if shown else "")}
-        if given["positional"]:
-            arguments |= {"metavar": given["metavar"], "nargs": "+" if f.default == () else None}
-            parser.add_argument(f.name, **arguments)
-            continue
+        arguments: dict[str, Any] = {"help": meta["help"] + (f" (default: {f.default})" if shown else "")}
         if f.type is bool:
-            arguments |= {"action": "store_true", "default": f.default}
+            arguments |= {"action": "store_true"}
+        elif meta["positional"]:
+            arguments |= {"metavar": meta["metavar"], "nargs": "+" if f.default == () else None}
         elif f.default == ():
-            arguments |= {"action": "append", "default": [], "metavar": given["metavar"]}
+            arguments |= {"metavar": meta["metavar"], "action": "append", "default": []}
         else:
-            arguments |= {"metavar": given["metavar"], "choices": given["choices"], "type": given["parse"]}
-            arguments |= {"default": f.default}
-        names = ["-o", "--output"] if f.name == "output" else [option_name(f.name)]
-        parser.add_argument(*names, required=f.name == "output", **arguments)
+            arguments |= {"metavar": meta["metavar"], "choices": meta["choices"], "type": meta["parse"]}
+            arguments |= {"default": f.default, "required": f.name == "output"}
+        names = [f.name] if meta["positional"] else [option_name(f.name)]
+        parser.add_argument(*(["-o"] if f.name == "output" else []), *names, **arguments)
 
 
 def from_arguments(options: type, arguments: argparse.Namespace) -> Any:
@@ -196,18 +177,18 @@ def apply_recipe(path: str, parser: argparse.ArgumentParser) -> None:
     actions = {action.dest: action for action in parser._actions}
     for name, value in read_recipe(path).items():
         actions[name].default = value
-        actions[name].required = False  # a positional as well: argparse then takes its default if none is given
+        actions[name].required = False  # also of the positional, because argparse then takes its default
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """Field name -> value of every option in the recipe. Errors (SmoothQuantError): a key or value that is none."""
+    """Field name -> value of every option in the recipe. Errors (SmoothQuantError): an invalid key or value."""
     try:
         recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise SmoothQuantError(path, "a recipe in YAML", error, "see --print-recipe") from error
     if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
         raise SmoothQuantError(path, "options and their values", type(recipe).__name__, "see --print-recipe")
-    known = {_recipe_key(f.name): f for f in fields(Options)}
+    known = {f.name.replace("_", "-"): f for f in fields(Options)}
     for key in recipe:
         if key not in known:
             raise SmoothQuantError(f"{path}: {key}", f"one of {', '.join(known)}", "an unknown key", "remove it")
@@ -215,18 +196,14 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 
 def dump_recipe(values: Mapping[str, Any]) -> str:
-    """The recipe of these values (field name -> value), defaults included."""
-    recipe = {_recipe_key(f.name): values[f.name] for f in fields(Options) if f.metadata["recipe"]}
+    """The text of the recipe with `values`: field name -> value, defaults included."""
+    recipe = {f.name.replace("_", "-"): values[f.name] for f in fields(Options) if f.metadata["recipe"]}
     recipe = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
     return yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}, sort_keys=False)
 
 
-def _recipe_key(field_name: str) -> str:
-    return field_name.replace("_", "-")
-
-
 def _recipe_value(where: str, option: Any, value: Any) -> Any:
-    """`value` as the command line would give it."""
+    """`value` as the command line's parser would return it."""
 
     def refuse(expected: str) -> SmoothQuantError:
         return SmoothQuantError(where, expected, repr(value)[:100], "see --print-recipe")
@@ -254,7 +231,7 @@ def _recipe_value(where: str, option: Any, value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error; plain YAML takes the last one."""
+    """YAML in which a repeated key is an error, because yaml.SafeLoader silently takes the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -2,17 +2,17 @@
 
     s_j = max|X_j|^alpha / max|W_j|^(1-alpha)        Y = (X diag(s)^-1) (diag(s) W)                       (eq. 3-4)
 
-Seven stages, each in a folder of its own. Nothing is written before stage 6 has shown that smoothing keeps the
-function.
+Seven stages. No checkpoint is written before stage 6 has shown that smoothing keeps the function.
 """
 
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import MANIFEST, read_json
 
 from .checkpoint.export import check_output
@@ -40,7 +40,7 @@ def calibrate(model: str, output: str | Path, **options: Any) -> dict[str, Any]:
 
     options: fields of options.Options. Errors are SmoothQuantError; a checkpoint is written completely or not at all.
     An interrupted run leaves OUTPUT.state, from which the next run resumes (observation/resume.py). Under `accelerate
-    launch` or torchrun the processes share the samples; all processes but the first return {}.
+    launch` or torchrun the processes share the samples, and only the first returns the manifest; the others return {}.
 
     Example: calibrate("HuggingFaceTB/SmolLM2-135M-Instruct", "OUT", alpha="auto", samples=128)
     """
@@ -50,14 +50,14 @@ def calibrate(model: str, output: str | Path, **options: Any) -> dict[str, Any]:
 def run(options: Options) -> dict[str, Any]:
     """`calibrate` with the options in one object."""
     processes = Processes.of_launcher()
-    store = ObservationStore(Path(options.output))
+    store = ObservationStore(Path(options.output), processes)
     finished = _finished(options, store) if processes.first else None
     if processes.any(finished is not None):
         return finished or {}
     if processes.first:
         check_output(Path(options.output))
-    with store.session() if processes.first else nullcontext():
-        observation = observe_model(options, processes, store)  # stages 1 to 4
+    with store.session():
+        observation = observe_model(options, store)  # stages 1 to 4
         if not processes.first:
             return {}
         with timed("5. plan the smoothing", options):
@@ -71,69 +71,63 @@ def run(options: Options) -> dict[str, Any]:
 def _finished(options: Options, store: ObservationStore) -> dict[str, Any] | None:
     """The manifest, if an earlier run of the same command was killed between writing OUT and removing its state."""
     recipe = Path(options.output, RECIPE)
-    if not (store.folder.is_dir() and recipe.is_file() and recipe.read_text() == dump_recipe(vars(options))):
+    text = recipe.read_text(encoding="utf-8") if store.folder.is_dir() and recipe.is_file() else None
+    if text != dump_recipe(vars(options)):
         return None
     with store.session():
         return read_json(Path(options.output, MANIFEST))
 
 
 def smooth(model: str, output: str | Path, **options: Any) -> dict[str, Any]:
-    """Write the smoothed floating-point `model`, same function, own dtype, into the new folder `output`."""
-    given = Options(model=model, output=str(output), **options)
-    alpha = given.fixed_alpha
+    """Write the smoothed floating-point `model` in its own dtype, with the same function, into the folder `output`."""
+    smooth_options = Options(model=model, output=str(output), **options)
+    if isinstance(alpha := smooth_options.alpha, str):
+        raise SmoothQuantError("--alpha", "a number in [0, 1]", alpha, "the paper uses 0.5")
     check_output(Path(output))
-    observation = observe_model(given)
-    # Powers of two: the model's own 16-bit weights stay exact, bit for bit.
+    observation = observe_model(smooth_options)
+    # Powers of two, because with them the model's own 16-bit weights stay exact, bit for bit.
     alphas = {group.source: alpha for group in observation.graph.groups if group.kind != "input"}
     smoothing = smooth_groups(observation.model, observation.graph, observation.absmax, alphas, power_of_two=True)
     return write_smoothed(observation, smoothing, check_gate(observation, smoothing), Path(output))
 
 
-def observe_model(
-    options: Options, processes: Processes | None = None, store: ObservationStore | None = None
-) -> Observation:
+def observe_model(options: Options, store: ObservationStore | None = None) -> Observation:
     """Stages 1 to 4, which do not depend on alpha or the scheme: one observation serves any number of plans.
 
-    store: where to resume from; without it, nothing stays on disk.
+    store: where to resume from, and to record; without it, nothing stays on disk.
     """
-    processes = processes or Processes()
-    quiet = options.quiet or not processes.first
-    if options.save_stats is not None and processes.first:
+    if store is None:
+        with temporary_store() as store:
+            return observe_model(options, store)
+    quiet = options.quiet or not store.processes.first
+    if options.save_stats is not None and store.processes.first:
         check_writable(Path(options.save_stats))
     with timed("1. load the model", options, quiet):
-        source = load(options.model, processes.placement(options.device_map))
+        source = load(options.model, store.processes.placement(options.device_map))
         if options.quantize_lm_head:
             untie_head(options.model, source.model)
         layers, in_float = choose_linears(source.model, frozenset(options.ignore), lm_head=options.quantize_lm_head)
     with timed("2. draw the samples", options, quiet):
-        samples = load_samples(
-            options.dataset, source.tokenizer, text_column=options.text_column, samples=options.samples,
-            seq_len=options.seq_len, seed=options.seed,
-        )  # fmt: skip
         check_seq_len(source, options.seq_len)
+        size = {"samples": options.samples, "seq_len": options.seq_len, "seed": options.seed}
+        samples = load_samples(options.dataset, source.tokenizer, text_column=options.text_column, **size)
     with timed("3. discover who reads what", options, quiet):
         trace_ids = samples.input_ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]]
         graph = discover(source.model, trace_ids, keep=set(in_float))
-    with (
-        timed("4. observe the activations", options, quiet),
-        nullcontext(store) if store else temporary_store() as place,
-    ):
-        return observe(
-            source, samples, graph, layers, in_float, store=place, processes=processes, stats=options.stats,
-            save_stats=options.save_stats, quiet=quiet,
-        )  # fmt: skip
+    with timed("4. observe the activations", options, quiet):
+        return observe(options, source, samples, graph, layers, in_float, store)
 
 
 def check_gate(observation: Observation, smoothing: Smoothing) -> dict[str, Any]:
     """The gate's report; SmoothQuantError if `smoothing` changes the function."""
     batches = observation.samples.input_ids[: GATE_SHAPE[0], : GATE_SHAPE[1]].split(2)
-    # A layer that divides its input at run time multiplies its weight by the same factor: no other layer changes.
+    # Without factors at run time: a layer that divides its input multiplies its weight, and no other layer changes.
     return check_equivalence(smoothing.folded(), list(batches))
 
 
 @contextmanager
 def timed(stage: str, options: Options, quiet: bool = False) -> Iterator[None]:
-    """Print on stderr how long a stage took. Not in the manifest, because the same inputs must give the same bytes."""
+    """Print on stderr how long a stage took. The manifest has no times, because equal inputs must give equal bytes."""
     start = time.perf_counter()
     yield
     if not (options.quiet or quiet):

@@ -175,9 +175,9 @@ class Tree:
         for base in node.bases:
             base = base.value if isinstance(base, ast.Subscript) else base
             if isinstance(base, ast.Name):
-                found = self.find(module, base.id)
-                if found and isinstance(found[1], ast.ClassDef):
-                    yield from self.lineage(found[0], found[1])
+                definition = self.find(module, base.id)
+                if definition and isinstance(definition[1], ast.ClassDef):
+                    yield from self.lineage(definition[0], definition[1])
 
     def method(self, module: str, node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
         for _, cls in self.lineage(module, node):
@@ -246,15 +246,15 @@ def facts(tree: Tree) -> Iterator[Fact]:
         yield from facts_of_file(tree, str(file.relative_to(OURS)), ast.parse(file.read_text()))
     for path, members in USED.items():
         module, _, name = path.rpartition(".")
-        found = tree.find(module, name)
-        if found is None or not isinstance(found[1], ast.ClassDef):
+        definition = tree.find(module, name)
+        if definition is None or not isinstance(definition[1], ast.ClassDef):
             yield path, "no such class"
             continue
         for member, arguments in members.items():
             if arguments is None:
-                yield f"{path}.{member}", None if tree.attribute(*found, member) else "no such attribute"  # type: ignore[arg-type]
+                yield f"{path}.{member}", None if tree.attribute(*definition, member) else "no such attribute"  # type: ignore[arg-type]
                 continue
-            method = tree.method(found[0], found[1], member)
+            method = tree.method(definition[0], definition[1], member)
             call = ast.Call(ast.Name("f"), [ast.Constant(a) for a in arguments], [])
             why = takes(method, call, 0 if is_static(method) else 1) if method else "no such method"
             yield f"{path}.{member}({', '.join(arguments)})", why
@@ -278,10 +278,10 @@ def facts_of_file(tree: Tree, file: str, source: ast.Module) -> Iterator[Fact]:
         if not isinstance(node, ast.ImportFrom) or node.level or (node.module or "").split(".")[0] != "vllm":
             continue
         for alias in node.names:
-            found = tree.find(node.module or "", alias.name)
-            if found:
-                imported[alias.asname or alias.name] = found
-            yield f"{file}: from {node.module} import {alias.name}", None if found else "no such name"
+            definition = tree.find(node.module or "", alias.name)
+            if definition:
+                imported[alias.asname or alias.name] = definition
+            yield f"{file}: from {node.module} import {alias.name}", None if definition else "no such name"
     for node in ast.walk(source):
         if isinstance(node, ast.Call):
             yield from facts_of_call(tree, file, node, imported)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Test the product compiled for AVX512-VNNI (int8_linear.cpp) in an emulator, for machines without such a CPU.
+# Test the product compiled for AVX512-VNNI (int8_linear.cpp) in an emulator, on machines without such a CPU.
 #
 #     sudo apt install g++ bochs bochs-term isolinux syslinux-common xorriso    requirements
-#     packaging/check_vnni.sh                                                   a minute; exit 0 if every output is right
+#     packaging/check_vnni.sh                                                   a minute; exit 0 if all is right
 #
-# It boots the product without an operating system, because Bochs 2.7 and Linux do not agree on AVX-512's saved state.
-# It does not measure speed.
+# It boots the product without an operating system, because Bochs 2.7 and Linux do not agree on the saved state of
+# AVX-512. It does not measure speed.
 set -euo pipefail
 cd "$(dirname "$0")/vnni"
 folder=$(mktemp -d)

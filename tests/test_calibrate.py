@@ -1,5 +1,6 @@
-"""From a model folder to a checkpoint, on tiny models: what is written, that it is right, and what is refused."""
+"""From a model folder to a checkpoint, on tiny models: the files, their values, and errors for invalid input."""
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -35,26 +36,14 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """name -> folder, made when first asked for."""
+    """get(name) -> the folder of the model `name`, written by its first call."""
     root = tmp_path_factory.mktemp("models")
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = tiny_checkpoints.save(name, root / name)
-        return made[name]
-
-    return get
+    return functools.cache(lambda name: tiny_checkpoints.save(name, root / name))
 
 
 def run(model, output, text, **options):
-    options = {
-        "dataset": str(text),
-        "samples": tiny_checkpoints.SAMPLES,
-        "seq_len": tiny_checkpoints.SEQ_LEN,
-        "quiet": True,
-    } | options
-    return calibrate(str(model), output, **options)
+    size = {"samples": tiny_checkpoints.SAMPLES, "seq_len": tiny_checkpoints.SEQ_LEN}
+    return calibrate(str(model), output, **({"dataset": str(text), "quiet": True} | size | options))
 
 
 def tensors(folder):
@@ -65,12 +54,12 @@ def token_ids():
     return torch.randint(3, tiny_architectures.VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-def relative_error(ours, original):
-    return float((ours - original).norm() / original.norm())
+def relative_error(logits, original):
+    return float((logits - original).norm() / original.norm())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_tensor_is_what_the_format_says(name, models, text, tmp_path):
+def test_every_tensor_is_as_the_format_defines(name, models, text, tmp_path):
     manifest = run(models(name), tmp_path / "out", text, activations="static")
     stored, source = tensors(tmp_path / "out"), tensors(models(name))
     config = CheckpointConfig.from_dict(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"])
@@ -84,7 +73,7 @@ def test_every_tensor_is_what_the_format_says(name, models, text, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_smoothing_brings_the_checkpoint_nearer_to_the_original(name, models, text, tmp_path):
+def test_smoothing_reduces_the_error_of_the_checkpoint(name, models, text, tmp_path):
     original = AutoModelForCausalLM.from_pretrained(models(name), dtype=torch.float32).eval()
     with torch.no_grad():
         expected = original(token_ids()).logits
@@ -96,7 +85,7 @@ def test_smoothing_brings_the_checkpoint_nearer_to_the_original(name, models, te
 
 
 def test_static_scale_is_the_range_of_the_smoothed_activation(models, text, tmp_path):
-    """Computed from the original's ranges and the factors; here the smoothed model is observed anew."""
+    """Calibration computes it from the original's ranges and the factors; here the smoothed model is observed."""
     options = Options(
         model=str(models("llama")), output=str(tmp_path / "out"), dataset=str(text), activations="static", quiet=True,
         samples=tiny_checkpoints.SAMPLES, seq_len=tiny_checkpoints.SEQ_LEN,
@@ -106,42 +95,36 @@ def test_static_scale_is_the_range_of_the_smoothed_activation(models, text, tmp_
     write_checkpoint(observation, plan, check_gate(observation, plan.smoothing), options)
     stored = tensors(tmp_path / "out")
     plan.smoothing.apply_()
-    for name, largest in absmax.observe_absmax(
-        observation.model, observation.layers, observation.samples.input_ids
-    ).items():
-        # The smoothed model rounds W * s and x / s again in float32, layer after layer.
-        torch.testing.assert_close(stored[f"{name}.input_scale"][0], largest.max() / 127, rtol=1e-4, atol=0)
+    smoothed = absmax.observe_absmax(observation.model, observation.layers, observation.samples.input_ids)
+    for name, channels in smoothed.items():
+        # rtol, because the smoothed model rounds W * s and x / s in float32, layer after layer.
+        torch.testing.assert_close(stored[f"{name}.input_scale"][0], channels.max() / 127, rtol=1e-4, atol=0)
 
 
-def test_a_tied_head_gets_a_weight_of_its_own_in_int8(models, text, tmp_path):
+def test_a_tied_head_gets_its_own_weight_in_int8(models, text, tmp_path):
     source = models("llama-tied")
     assert json.loads((source / "config.json").read_text())["tie_word_embeddings"]
     manifest = run(source, tmp_path / "out", text, quantize_lm_head=True, alpha="auto")
     assert "lm_head" in manifest["quantized"]
     assert "lm_head" not in manifest["quantization_config"]["ignore"]
     assert not json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
-    stored, before = tensors(tmp_path / "out"), tensors(source)
+    stored, original_tensors = tensors(tmp_path / "out"), tensors(source)
     assert stored["lm_head.weight"].dtype == torch.int8
-    assert torch.equal(stored["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert torch.equal(stored["model.embed_tokens.weight"], original_tensors["model.embed_tokens.weight"])
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with torch.no_grad():
-        ours, exact = (m(token_ids()).logits for m in (load_reference(tmp_path / "out"), original))
-    assert relative_error(ours, exact) < 0.1  # 8 bits: each layer adds about a percent
+        logits, expected = (m(token_ids()).logits for m in (load_reference(tmp_path / "out"), original))
+    assert relative_error(logits, expected) < 0.1  # each layer of 8 bits adds about a percent
 
 
-def test_smooth_changes_weights_and_not_one_bit_of_the_function(models, text, tmp_path):
-    smooth(
-        str(models("opt")),
-        tmp_path / "out",
-        dataset=str(text),
-        samples=tiny_checkpoints.SAMPLES,
-        seq_len=tiny_checkpoints.SEQ_LEN,
-    )
+def test_smooth_changes_weights_and_no_bit_of_the_logits(models, text, tmp_path):
+    size = {"samples": tiny_checkpoints.SAMPLES, "seq_len": tiny_checkpoints.SEQ_LEN}
+    smooth(str(models("opt")), tmp_path / "out", dataset=str(text), **size)
     with torch.no_grad():
         a, b = (AutoModelForCausalLM.from_pretrained(f)(token_ids()).logits for f in (models("opt"), tmp_path / "out"))
     assert torch.equal(a, b)
-    before, after = tensors(models("opt")), tensors(tmp_path / "out")
-    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    source, smoothed = tensors(models("opt")), tensors(tmp_path / "out")
+    changed = {k for k in source if not torch.equal(source[k], smoothed[k])}
     assert "model.decoder.layers.0.self_attn.q_proj.weight" in changed
 
 
@@ -166,7 +149,7 @@ def test_tied_embeddings_stay_tied(text, tmp_path):
     assert "lm_head.weight" not in tensors(tmp_path / "out")
 
 
-def test_ignored_layers_stay_as_they_are(models, text, tmp_path):
+def test_ignored_layers_stay_in_floating_point(models, text, tmp_path):
     name = "model.layers.1.mlp.down_proj"
     manifest = run(models("llama"), tmp_path / "out", text, ignore=frozenset({name}))
     stored = tensors(tmp_path / "out")
@@ -193,8 +176,8 @@ def test_a_tensor_twice_is_an_error(tmp_path):
         export.write_tensors(tmp_path, [("a", torch.ones(1)), ("a", torch.ones(1))])
 
 
-class Loop(torch.nn.Module):
-    """Two linear layers, one never called."""
+class Idle(torch.nn.Module):
+    """A model of two linear layers of which one never runs."""
 
     def __init__(self):
         super().__init__()
@@ -206,15 +189,15 @@ class Loop(torch.nn.Module):
 
 def test_absmax_is_per_input_channel():
     ids = torch.tensor([[[1, -5, 0, 2], [3, 4, 0, -2]]])
-    assert absmax.observe_absmax(Loop(), ["used"], ids)["used"].tolist() == [3, 5, 0, 2]
+    assert absmax.observe_absmax(Idle(), ["used"], ids)["used"].tolist() == [3, 5, 0, 2]
 
 
-def test_a_layer_never_reached_is_an_error():
+def test_a_layer_that_no_sample_reaches_is_an_error():
     with pytest.raises(SmoothQuantError, match="idle: expected calibration text that reaches every"):
-        absmax.observe_absmax(Loop(), ["used", "idle"], torch.ones(1, 2, 4))
+        absmax.observe_absmax(Idle(), ["used", "idle"], torch.ones(1, 2, 4))
 
 
-# --- bad input: one line, exit code 1, nothing left behind ---
+# --- invalid input: an error in one line, exit code 1, no file left ---
 
 
 def broken_model(models, tmp_path, change) -> Path:
@@ -275,14 +258,14 @@ BAD_MODELS = {
 
 
 def fails(argv, capsys, output, message):
-    before = set(output.parent.iterdir())
+    files = set(output.parent.iterdir())
     assert cli.main(argv) == 1
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("smoothquant: ")
     assert message in err
     assert "expected" in err
     assert "got" in err
-    assert set(output.parent.iterdir()) == before, "something half-written stayed behind"
+    assert set(output.parent.iterdir()) == files, "the failed run left files"
 
 
 @pytest.mark.parametrize(("make", "message"), BAD_MODELS.values(), ids=BAD_MODELS)
@@ -328,7 +311,7 @@ def test_our_own_checkpoint_is_refused_as_a_source(models, text, tmp_path):
         run(tmp_path / "out", tmp_path / "again", text)
 
 
-def test_levels_are_the_papers(models, text, tmp_path, capsys):
+def test_levels_are_those_of_the_paper(models, text, tmp_path, capsys):
     expected = {"O1": ("token", True), "O2": ("tensor", True), "O3": ("tensor", False)}
     for level, (strategy, dynamic) in expected.items():
         argv = ["calibrate", str(models("llama")), "-o", str(tmp_path / level), "--dataset", str(text), "--json"]
@@ -338,12 +321,12 @@ def test_levels_are_the_papers(models, text, tmp_path, capsys):
         assert config["input_activations"] == {"num_bits": 8, "strategy": strategy, "dynamic": dynamic}
 
 
-def test_it_says_what_it_did_and_what_to_do_next(models, text, tmp_path, capsys):
+def test_the_summary_has_the_counts_and_the_next_command(models, text, tmp_path, capsys):
     argv = ["calibrate", str(models("llama")), "-o", str(tmp_path / "out"), "--dataset", str(text)]
     assert cli.main([*argv, "--samples", "4", "--seq-len", "32"]) == 0
-    said = capsys.readouterr().out
-    assert "14 linear layers in INT8, 8 groups smoothed, logits moved" in said
-    assert f"vllm serve {tmp_path / 'out'} --quantization smoothquant" in said
+    summary = capsys.readouterr().out
+    assert "14 linear layers in INT8, 8 groups smoothed, logits moved" in summary
+    assert f"vllm serve {tmp_path / 'out'} --quantization smoothquant" in summary
 
 
 def test_json_errors_are_json(tmp_path, capsys):
@@ -351,7 +334,7 @@ def test_json_errors_are_json(tmp_path, capsys):
     assert set(json.loads(capsys.readouterr().out)["error"]) == {"where", "expected", "got", "fix"}
 
 
-def test_manifest_says_what_made_it(models, text, tmp_path):
+def test_the_manifest_records_source_and_calibration(models, text, tmp_path):
     run(models("llama"), tmp_path / "out", text)
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     weights = models("llama") / "model.safetensors"

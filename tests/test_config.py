@@ -15,10 +15,7 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 vllm = pytest.importorskip("vllm", reason="the plugin needs vLLM; `make venv` installs it")
 
 
-# --- registration and configuration ----------------------------------------------------------------------------------
-
-
-def test_registering_twice_is_once() -> None:
+def test_registering_twice_has_the_effect_of_once() -> None:
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 
     vllm_smoothquant.register()
@@ -38,16 +35,14 @@ def test_another_vllm_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, ve
         for use in (method, lambda: method.from_config({})):
             with pytest.raises(SmoothQuantError, match=rf"vllm: expected a version >=0.26,<0.34, got {version}"):
                 use()
-        # Everyone else's models: asked of every method, and answered.
+        # vLLM calls this for every model and every method, so it must work.
         assert method.override_quantization_method({"quant_method": "gptq"}, None) is None
     finally:
         monkeypatch.undo()
         vllm_smoothquant.register()
 
 
-def test_another_vllm_is_told_in_a_line_at_registration_even_if_nothing_in_it_is_where_it_was(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_registration_in_an_unknown_vllm_only_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     logger = logging.getLogger("vllm.smoothquant")
     monkeypatch.setattr(logger, "warning", lambda text, *values: lines.append(text % values))
@@ -87,9 +82,9 @@ def test_the_config_reaches_workers_by_pickle() -> None:
 
 def test_a_broken_file_is_refused_before_a_worker_starts(tmp_path: Path) -> None:
     quantization = handmade_checkpoint.config("channel", "token")
-    found = handmade_checkpoint.tensors(quantization)
-    del found["model.layers.0.self_attn.q_proj.weight_scale"]
-    folder = handmade_checkpoint.write(tmp_path / "broken", quantization, found)
+    tensors = handmade_checkpoint.tensors(quantization)
+    del tensors["model.layers.0.self_attn.q_proj.weight_scale"]
+    folder = handmade_checkpoint.write(tmp_path / "broken", quantization, tensors)
     config = SmoothQuantVllmConfig(quantization)
     with pytest.raises(SmoothQuantError, match=r"q_proj\.weight_scale: expected F32 \[256, 1\], got no such tensor"):
         config.maybe_update_config(str(folder))

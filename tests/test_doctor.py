@@ -1,4 +1,4 @@
-"""`smoothquant doctor`: what it says is what the plugin would do, and each piece of advice comes when it applies."""
+"""`smoothquant doctor`: the shown kernels are those that the plugin chooses, and all advice applies to the machine."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ import pytest
 from calibration import __main__ as cli
 from calibration import doctor
 
-# A machine with everything: what is wrong is what each test changes.
+# A machine without a fault; each test changes one fact.
 SERVER = {
     "cpu": "some CPU", "x86": True, "cores": 32, "instructions": ["AMX", "AVX2"], "int8_instructions": ["AMX"],
     "memory_bytes": {"total": 2**36, "available": 2**35}, "gpus": [], "allocator": "tcmalloc",
@@ -17,8 +17,7 @@ SERVER = {
 
 
 def advice(**changes) -> str:
-    facts = copy.deepcopy(SERVER) | changes
-    return "\n".join(text for applies, text in doctor.ADVICE if applies(facts))
+    return "\n".join(doctor.advise(copy.deepcopy(SERVER) | changes))
 
 
 def gpu(capability: int) -> dict:
@@ -26,7 +25,7 @@ def gpu(capability: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said", "unsaid"),
+    ("changes", "present", "absent"),
     [
         ({}, "AMX: per-token", "Preload"),
         ({"int8_instructions": [], "instructions": ["AVX2"]}, "no INT8 instructions", "AMX: per-token"),
@@ -41,15 +40,15 @@ def gpu(capability: int) -> dict:
         ({"vllm": SERVER["vllm"] | {"plugin": False}}, "VLLM_PLUGINS", "No vLLM"),
     ],
 )
-def test_advice_comes_when_it_applies(changes, said, unsaid):
+def test_advice_is_given_if_it_applies(changes, present, absent):
     text = advice(**changes)
-    assert said in text
-    assert unsaid not in text
+    assert present in text
+    assert absent not in text
     assert "Scheme:" in text
 
 
-def test_this_machine_is_told_in_words_and_in_json(capsys, monkeypatch):
-    """With the kernels the plugin itself would choose."""
+def test_this_machine_is_described_as_text_and_as_json(capsys, monkeypatch):
+    """With the kernels that the plugin chooses here."""
     from vllm_smoothquant.kernels import exact, select
 
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
@@ -57,19 +56,18 @@ def test_this_machine_is_told_in_words_and_in_json(capsys, monkeypatch):
     facts = json.loads(capsys.readouterr().out)
     assert facts["vllm"]["plugin"]
     assert set(facts["kernels"]) == {"--activations token", "--activations tensor", "--activations static"}
-    for name, found in facts["kernels"].items():
-        assert found["kernel"] in {k.name for k in select.CANDIDATES[facts["vllm"]["platform"]]}, name
-    exact = exact.onednn_is_exact() if facts["vllm"]["platform"] == "cpu" else None
-    if exact is not None:
-        # With VNNI, it depends on what is faster on this machine.
-        expected = {"vllm", "vnni"} if exact else {"avx2"}
+    for name, kernel in facts["kernels"].items():
+        assert kernel["kernel"] in {k.name for k in select.CANDIDATES[facts["vllm"]["platform"]]}, name
+    if facts["vllm"]["platform"] == "cpu":
+        # With VNNI, the faster kernel on this machine is chosen.
+        expected = {"vllm", "vnni"} if exact.onednn_is_exact() else {"avx2"}
         assert facts["kernels"]["--activations token"]["kernel"] in expected
     text = doctor.format_report(facts)
     assert facts["cpu"] in text
     assert all(f"- {line}" in text for line in facts["advice"])
 
 
-def test_a_plugin_left_out_is_noticed(monkeypatch):
+def test_a_plugin_that_vllm_plugins_excludes_is_noticed(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "")
     monkeypatch.setattr(doctor, "_platform", lambda: "cpu")
     assert doctor._vllm()["plugin"] is False

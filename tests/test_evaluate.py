@@ -1,4 +1,4 @@
-"""Perplexity and the figures beside it: the windows, the table, what is refused, and vLLM against PyTorch."""
+"""`smoothquant evaluate`: the windows, the table, refused input, and the figures of vLLM compared with PyTorch's."""
 
 import argparse
 import importlib.metadata
@@ -39,14 +39,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def int8(model, text, tmp_path_factory):
     output = tmp_path_factory.mktemp("int8") / "llama-int8"
-    calibrate(
-        str(model),
-        output,
-        dataset=str(text),
-        samples=tiny_checkpoints.SAMPLES,
-        seq_len=tiny_checkpoints.SEQ_LEN,
-        quiet=True,
-    )
+    samples = {"samples": tiny_checkpoints.SAMPLES, "seq_len": tiny_checkpoints.SEQ_LEN}
+    calibrate(str(model), output, dataset=str(text), quiet=True, **samples)
     return output
 
 
@@ -62,29 +56,29 @@ def windows_of(models, text, **options):
     return windows.token_windows([str(m) for m in models], str(text), **options)
 
 
-def test_ended_from_outside_it_takes_its_engine_along(model, text):
+def test_sigterm_also_stops_the_engine(model, text):
     command = [sys.executable, "-m", "calibration", "evaluate", str(model), "--text", str(text), "--seq-len", "32"]
-    evaluating = psutil.Popen([*command, "--samples", "2"], stderr=subprocess.PIPE, text=True)
+    process = psutil.Popen([*command, "--samples", "2"], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
-    while not (engines := evaluating.children(recursive=True)):
-        assert evaluating.poll() is None
+    while not (engines := process.children(recursive=True)):
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    evaluating.terminate()
-    _, said = evaluating.communicate(timeout=60)
-    assert evaluating.returncode == 130, said
-    assert said.splitlines()[-1] == "smoothquant: interrupted; nothing was written"
-    while any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in engines):
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "smoothquant: interrupted; nothing was written"
+    while any(engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE for engine in engines):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def test_leading_tokens_are_the_tokenizers():
+def test_leading_tokens_are_those_of_the_tokenizer():
     assert windows.leading_tokens(tiny_checkpoints.tokenizer()) == []
     assert windows.leading_tokens(with_bos()) == [with_bos().bos_token_id]
 
 
-def test_every_window_starts_with_bos_where_the_tokenizer_has_one(model, text, tmp_path):
+def test_every_window_starts_with_bos_if_the_tokenizer_has_one(model, text, tmp_path):
     with_bos().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
     texts, about = windows_of([tmp_path], text, samples=20)
@@ -98,16 +92,16 @@ def test_windows_are_the_same_every_time(model, text):
     assert windows_of([model], text) != windows_of([model], text, seed=1)
 
 
-def test_sizes_are_those_of_the_tensors(model, int8):
+def test_sizes_are_the_bytes_of_the_tensors(model, int8):
     linear = sizes.linear_layers([str(model), str(int8)])
     assert len(linear) == 14  # two blocks of seven
-    before, after = (sizes.weight_bytes(str(folder), linear) for folder in (model, int8))
+    source, quantized = (sizes.weight_bytes(str(folder), linear) for folder in (model, int8))
     state = AutoModelForCausalLM.from_pretrained(model).state_dict()
     elements = sum(state[f"{name}.weight"].numel() for name in linear)
     rows = sum(state[f"{name}.weight"].shape[0] for name in linear)
-    assert before["linear_bytes"] == 4 * elements
-    assert after["linear_bytes"] == elements + 4 * rows
-    assert after["disk_bytes"] == (int8 / "model.safetensors").stat().st_size
+    assert source["linear_bytes"] == 4 * elements
+    assert quantized["linear_bytes"] == elements + 4 * rows
+    assert quantized["disk_bytes"] == (int8 / "model.safetensors").stat().st_size
 
 
 def row(name, **more):
@@ -127,6 +121,18 @@ def test_table_has_a_row_for_every_model():
     assert "int8: INT8 by some-kernel" in table
 
 
+def test_memory_in_a_dtype_that_is_not_served_is_not_shown(model, text, monkeypatch):
+    """With --score-dtype, the engine of the perplexity holds the weights in another dtype than a server would."""
+    figures = {"perplexity": 9.0, "memory_bytes": 1, "kernels": []}
+    monkeypatch.setattr(measure, "_run_process", lambda module, requests, timeout: [dict(figures) for _ in requests])
+    size = {"samples": 2, "seq_len": 32}
+    for no_speed, memory in ((True, None), (False, 1)):
+        options = EvaluateOptions((str(model),), text=str(text), score_dtype="float32", no_speed=no_speed, **size)
+        (row,) = evaluate.evaluate(options)["models"]
+        assert row.get("memory_bytes") == memory
+        assert row["perplexity"] == 9.0
+
+
 # --- bad input ---
 
 
@@ -136,54 +142,58 @@ def arguments(*argv):
     return parser.parse_args(list(map(str, argv)))
 
 
-def fault(*argv) -> str:
+def error_of(*argv) -> str:
     with pytest.raises(SmoothQuantError) as caught:
         evaluate.evaluate(from_arguments(EvaluateOptions, arguments(*argv)))
     return str(caught.value)
 
 
 def test_text_and_dataset_exclude_each_other():
-    assert "--text: expected one text to measure on" in fault("model", "--text", "a", "--dataset", "b")
+    assert "--text: expected one text to measure on" in error_of("model", "--text", "a", "--dataset", "b")
+
+
+def test_engine_arguments_must_be_an_object():
+    assert "--engine: expected a JSON object, got [1]" in error_of("model", "--engine", "[1]")
 
 
 def test_missing_text_is_named(model):
-    assert "/nowhere.jsonl: expected a readable file" in fault(model, "--text", "/nowhere.jsonl")
+    assert "/nowhere.jsonl: expected a readable file" in error_of(model, "--text", "/nowhere.jsonl")
 
 
 def test_empty_text_is_named(model, tmp_path):
     (tmp_path / "empty.txt").touch()
-    assert "empty" in fault(model, "--text", tmp_path / "empty.txt")
+    assert "empty" in error_of(model, "--text", tmp_path / "empty.txt")
 
 
 def test_too_little_text_is_named(model, text):
-    assert "text for 9999 samples" in fault(model, "--text", text, "--samples", "9999", "--seq-len", "32")
+    assert "text for 9999 samples" in error_of(model, "--text", text, "--samples", "9999", "--seq-len", "32")
 
 
 def test_a_window_needs_something_to_score(model, text):
-    assert "--seq-len: expected at least 2, got 1" in fault(model, "--text", text, "--seq-len", "1")
+    assert "--seq-len: expected at least 2, got 1" in error_of(model, "--text", text, "--seq-len", "1")
 
 
 def test_missing_model_is_named(text, tmp_path):
-    assert "a model with its tokenizer" in fault(tmp_path / "nowhere", "--text", text)
+    assert "a model with its tokenizer" in error_of(tmp_path / "nowhere", "--text", text)
 
 
-def test_other_tokens_do_not_compare(model, text, tmp_path):
+def test_models_with_different_tokenizers_are_refused(model, text, tmp_path):
     other = tiny_checkpoints.tokenizer()
     other.add_tokens(["another"])
     other.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
-    assert "expected the tokenizer of" in fault(tmp_path, "--baseline", model, "--text", text)
+    assert "expected the tokenizer of" in error_of(tmp_path, "--baseline", model, "--text", text)
 
 
-def test_without_vllm_it_says_how_to_get_it(monkeypatch):
+def test_without_vllm_the_error_names_the_installation(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(measure, "version", missing)
-    assert "make venv" in fault("model", "--text", "text")
+    assert "make venv" in error_of("model", "--text", "text")
 
 
-def test_it_imports_without_vllm():
+def test_the_module_imports_without_vllm():
     code = "import sys; sys.modules['vllm'] = None; import calibration.evaluation.evaluate"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -196,7 +206,7 @@ def test_a_timeout_leaves_no_process(model):
 
 
 @pytest.mark.slow
-def test_a_model_vllm_cannot_run_is_one_line(model, tmp_path):
+def test_a_model_that_vllm_cannot_run_is_an_error_in_one_line(model, tmp_path):
     config = json.loads((model / "config.json").read_text()) | {"architectures": ["NonesuchForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SmoothQuantError, match=r"expected a model that vLLM can run, got .*Nonesuch") as caught:
@@ -208,8 +218,8 @@ def test_a_model_vllm_cannot_run_is_one_line(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_last_word_is_guessed_if_all_its_tokens_are_the_likeliest(model):
-    """Passages that end with what PyTorch's model says next, and one that does not."""
+def test_a_last_word_is_correct_if_all_its_tokens_are_the_likeliest(model):
+    """Three passages that end with the words that PyTorch's model generates, and one with another word."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     passages = []
     for seed in range(4):
@@ -220,7 +230,7 @@ def test_a_last_word_is_guessed_if_all_its_tokens_are_the_likeliest(model):
     window = list(range(5, 25))
     answer = measure.measure(model, [window], passages=passages, decode=None, serve=serve, **ENGINE)
     assert (answer["last_word_accuracy"], answer["passages"]) == (0.75, 4)
-    # And what a server would see of it, in the same engine.
+    # The same engine also measures the figures of serving.
     assert 0 < answer["first_token_seconds"] < 10
     assert answer["tokens_per_second_batch_1"] > 0
     assert answer["tokens_per_second_batch_2"] > 0
@@ -228,20 +238,9 @@ def test_a_last_word_is_guessed_if_all_its_tokens_are_the_likeliest(model):
 
 
 @pytest.mark.slow
-def test_perplexity_is_pytorchs(model, int8, text, capsys):
+def test_all_figures_equal_pytorchs(model, int8, text, capsys):
     """The command on a float32 model and its INT8 checkpoint; all figures recomputed from logits of PyTorch models."""
-    argv = [
-        "evaluate",
-        str(int8),
-        "--baseline",
-        str(model),
-        "--text",
-        str(text),
-        "--samples",
-        "4",
-        "--seq-len",
-        "32",
-    ]
+    argv = ["evaluate", str(int8), "--baseline", str(model), "--text", str(text), "--samples", "4", "--seq-len", "32"]
     assert cli.main([*argv, "--dtype", "float32", "--enforce-eager", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     baseline, quantized = result["models"]
@@ -251,12 +250,13 @@ def test_perplexity_is_pytorchs(model, int8, text, capsys):
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids).logits
     expected = math.exp(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
-    # Both compute in float32, in another order.
+    # Both compute in float32, but in a different order.
     assert baseline["perplexity"] == pytest.approx(expected, rel=1e-4)
     assert baseline["scored_tokens"] == 4 * 31
     assert quantized["perplexity_change"] == quantized["perplexity"] / baseline["perplexity"] - 1
     assert abs(quantized["perplexity_change"]) < 0.2
-    # The vocabulary has 256 words: all are kept. Rounding flips aside, vLLM serves what the reference computes.
+    # The vocabulary has 256 words, so the probabilities of all words are stored. vLLM computes the same as the
+    # reference, except where a value lies on a rounding tie.
     with torch.no_grad():
         p, q = (m[:, :-1].float().log_softmax(-1) for m in (logits, load_reference(int8)(ids).logits))
     assert quantized["kl_divergence"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.05)
@@ -284,7 +284,7 @@ def test_a_task_of_the_harness_is_scored_as_pytorch_scores_it(model, tmp_path):
         "doc_to_choice": "{{choices}}", "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
     (tmp_path / "endings.yaml").write_text(json.dumps(task))  # JSON is YAML
-    found = measure.run_tasks(model, ["endings"], include_path=str(tmp_path), max_model_len=64, **ENGINE)
+    metrics = measure.run_tasks(model, ["endings"], include_path=str(tmp_path), max_model_len=64, **ENGINE)
 
     network, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tiny_checkpoints.tokenizer()
 
@@ -294,12 +294,12 @@ def test_a_task_of_the_harness_is_scored_as_pytorch_scores_it(model, tmp_path):
             logprobs = network(torch.tensor([ids])).logits[0].log_softmax(-1)
         return sum(float(logprobs[at - 1, ids[at]]) for at in range(start, len(ids)))
 
-    right = [max(range(3), key=lambda i, d=doc: loglikelihood(d, d["choices"][i])) == doc["label"] for doc in docs]
-    assert found["endings"]["acc"] == sum(right) / len(docs)
-    assert 0 < sum(right) < len(docs)  # or the agreement would say little
+    correct = [max(range(3), key=lambda i, d=doc: loglikelihood(d, d["choices"][i])) == doc["label"] for doc in docs]
+    assert metrics["endings"]["acc"] == sum(correct) / len(docs)
+    assert 0 < sum(correct) < len(docs)  # otherwise the equality would prove little
 
 
-def test_without_the_harness_it_says_how_to_get_it(monkeypatch):
+def test_without_the_harness_the_error_names_the_installation(monkeypatch):
     monkeypatch.setattr(measure, "find_spec", lambda name: None)
     with pytest.raises(SmoothQuantError, match=r"--tasks: expected lm-evaluation-harness.*pip install 'lm-eval"):
         measure.run_tasks("model", ["arc_easy"])

@@ -1,4 +1,4 @@
-"""Every script in examples/ is run as a user would, on a small model."""
+"""Every script in examples/ runs on a small model, started as a user would start it."""
 
 import json
 import os
@@ -16,18 +16,18 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def output_of(command: list[str], **environment: str) -> str:
-    """stdout of `command`, with this environment's programs first in PATH as when it is activated."""
+    """stdout of `command`, with this environment's programs first in PATH, as in an activated environment."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
+    process = subprocess.run(
         command, env=engine_environment() | {"PATH": path, **environment}, stdout=subprocess.PIPE, text=True,
         timeout=600, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    assert process.returncode == 0, process.stdout
+    return process.stdout
 
 
-def test_every_example_is_run_here():
-    """domain_data.py in test_privacy.py, without a network."""
+def test_every_example_has_a_test():
+    """tests/test_privacy.py runs domain_data.py, without a network."""
     assert {path.name for path in EXAMPLES.iterdir()} == {
         "calibrate.py", "domain_data.py", "offline_batch.py", "serve.sh",
     }  # fmt: skip
@@ -55,6 +55,6 @@ def test_offline_batch(smollm2_int8):
 def test_serve(smollm2_int8):
     command = ["sh", str(EXAMPLES / "serve.sh"), str(smollm2_int8), "--enforce-eager", "--max-model-len", "512"]
     output = output_of([*command, "--kv-cache-memory-bytes", "512M"], PORT=str(free_port()))
-    # The server logs to the same place; curl's line is the one in JSON.
+    # The server's log is in the same output; curl's line is the one in JSON.
     (reply,) = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert "Paris" in reply["choices"][0]["message"]["content"]

@@ -1,4 +1,4 @@
-"""transformers' from_pretrained on our checkpoints: right with `import calibration.from_pretrained`, else refused."""
+"""transformers' from_pretrained reads our checkpoints correctly with our import, and refuses them without it."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import calibration.from_pretrained  # noqa: F401 (what this module is about)
+import calibration.from_pretrained  # noqa: F401 (registers the quantiser)
 from tests.helpers import tiny_architectures, tiny_checkpoints
 from tests.helpers.reference import load_reference
 from vllm_smoothquant.format.config import TRANSFORMERS_WEIGHTS
@@ -20,7 +20,7 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """name -> a checkpoint of that model with every kind of tensor; made when first asked for."""
+    """name -> a checkpoint of that model with every kind of tensor, made on first use."""
     options = {"activations": "static", "alpha": "auto", "max_fallback": 0.2}
     return tiny_checkpoints.checkpoints(tmp_path_factory.mktemp("checkpoints"), **options)
 
@@ -30,8 +30,8 @@ def copy(checkpoints, tmp_path):
     return Path(shutil.copytree(checkpoints("llama"), tmp_path / "copy"))
 
 
-def test_without_our_import_it_is_refused_with_it_loaded(checkpoints):
-    """In a process of its own, where nothing is imported but what this code imports."""
+def test_transformers_refuses_a_checkpoint_without_our_import_and_loads_it_with_it(checkpoints):
+    """In a separate process, which imports only what this code imports."""
     code = """if True:
         import sys
         from transformers import AutoModelForCausalLM
@@ -43,14 +43,14 @@ def test_without_our_import_it_is_refused_with_it_loaded(checkpoints):
         import calibration.from_pretrained
         print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)
     """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, str(checkpoints("llama"))], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    refusal, loaded = done.stdout.splitlines()
+    assert process.returncode == 0, process.stderr
+    refusal, layer_class = process.stdout.splitlines()
     assert refusal.startswith("The transformers file in the config seems to be incorrect")
     assert TRANSFORMERS_WEIGHTS in refusal
-    assert loaded == "Int8Linear"
+    assert layer_class == "Int8Linear"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -68,8 +68,8 @@ def test_without_our_import_it_is_refused_with_it_loaded(checkpoints):
     ],
     ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())) or "static",
 )
-def test_it_computes_what_the_reference_computes(name, options, dtype, checkpoints):
-    """One arithmetic, in one order: to the last bit."""
+def test_the_model_computes_the_same_as_the_reference(name, options, dtype, checkpoints):
+    """Equal to the last bit, because both use the same arithmetic in the same order."""
     folder = checkpoints(name, **options)
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not any(info.values()), info
@@ -78,18 +78,18 @@ def test_it_computes_what_the_reference_computes(name, options, dtype, checkpoin
         assert torch.equal(model(ids).logits, load_reference(folder, dtype)(ids).logits)
 
 
-def test_scales_stay_float32_whatever_the_model_becomes(checkpoints):
+def test_scales_stay_float32_if_the_model_changes_its_dtype(checkpoints):
     folder = checkpoints("llama")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    before = {name: tensor.clone() for name, tensor in model.named_buffers() if name.endswith("scale")}
+    scales = {name: tensor.clone() for name, tensor in model.named_buffers() if name.endswith("scale")}
     model.to(torch.bfloat16)
-    assert before
+    assert scales
     for name, tensor in model.named_buffers():
-        assert name not in before or torch.equal(tensor, before[name])
+        assert name not in scales or torch.equal(tensor, scales[name])
     assert model.model.norm.weight.dtype == torch.bfloat16
 
 
-def spoil(folder: Path, change) -> None:
+def edit(folder: Path, change) -> None:
     state = load_file(folder / "model.safetensors")
     change(state)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -107,15 +107,15 @@ UP = "model.layers.1.mlp.up_proj"
         (lambda s: s.update(extra=torch.ones(2)), "extra: expected a tensor of this architecture"),
         (lambda s: s.update({f"{UP}.weight": s[f"{UP}.weight"].float()}), f"{UP}.weight: expected int8"),
     ],
-    ids=["NaN", "no scale", "no norm", "one too many", "not int8"],
+    ids=["NaN", "missing scale", "missing norm", "extra tensor", "not int8"],
 )
-def test_what_transformers_would_only_warn_of_is_refused(change, message, copy):
-    spoil(copy, change)
+def test_faults_that_transformers_only_warns_about_are_refused(change, message, copy):
+    edit(copy, change)
     with pytest.raises(SmoothQuantError, match=message.replace(".", r"\.")):
         AutoModelForCausalLM.from_pretrained(copy)
 
 
-def test_an_index_cannot_lead_outside_the_folder(copy, tmp_path):
+def test_an_index_cannot_name_files_outside_the_folder(copy, tmp_path):
     outside = tmp_path / "outside.safetensors"
     (copy / "model.safetensors").rename(outside)
     for name in ("../outside.safetensors", str(outside)):
@@ -125,7 +125,7 @@ def test_an_index_cannot_lead_outside_the_folder(copy, tmp_path):
             AutoModelForCausalLM.from_pretrained(copy)
 
 
-def test_a_floating_point_model_is_not_quantised_on_the_way(tmp_path):
+def test_a_floating_point_model_is_not_quantised_while_loading(tmp_path):
     from calibration.from_pretrained import SmoothQuantHfConfig
     from vllm_smoothquant.format.config import CheckpointConfig
 

@@ -1,4 +1,4 @@
-"""Discovery: the right readers for every source, and no fold where a reader cannot follow."""
+"""Discovery: the right readers for every source, and no fold where a reader cannot follow the scale."""
 
 import ast
 import re
@@ -17,18 +17,18 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 
 
 @cache
-def graph(name: str, keep: frozenset[str] = frozenset()) -> Graph:
+def graph_of(name: str, keep: frozenset[str] = frozenset()) -> Graph:
     return discover(tiny_architectures.build(name), tiny_architectures.tokens(), keep)
 
 
-def group(found: Graph, source: str) -> Group:
-    return next(g for g in found.groups if g.source == source)
+def group(graph: Graph, source: str) -> Group:
+    return next(g for g in graph.groups if g.source == source)
 
 
-def folds(found: Graph) -> set[str]:
+def folds(graph: Graph) -> set[str]:
     """ "source>reader,reader" by last names, with [foldable/channels] where only some channels fold."""
     result = set()
-    for g in found.groups:
+    for g in graph.groups:
         part = "" if g.foldable.all() else f"[{int(g.foldable.sum())}/{g.channels}]"
         readers = ",".join(sorted({r.name.rpartition(".")[2] for r in g.readers}))
         result.add(f"{g.source.rpartition('.')[2]}{part}>{readers}")
@@ -58,7 +58,7 @@ NEOX = {
 
 POST_NORM = {"v_proj>o_proj", "up_proj>down_proj"}
 
-# Every fold but the final norm's, from reading each architecture's code.
+# Every fold but the final norm's, read from the code of each architecture.
 EXPECTED: dict[str, set[str]] = {
     "opt": OPT_ATTENTION | {"fc1>fc2"},
     "opt-gelu": OPT_ATTENTION,
@@ -111,14 +111,14 @@ EXPECTED: dict[str, set[str]] = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_finds_the_folds_that_reading_the_code_finds(name: str) -> None:
-    final = {fold for fold in folds(graph(name)) if fold.endswith((">lm_head", ">project_out"))}
-    assert folds(graph(name)) - final == EXPECTED[name]
+def test_folds_are_those_that_the_code_allows(name: str) -> None:
+    final = {fold for fold in folds(graph_of(name)) if fold.endswith((">lm_head", ">project_out"))}
+    assert folds(graph_of(name)) - final == EXPECTED[name]
 
 
 def test_grouped_queries_share_their_value_head() -> None:
     """Four query heads, two value heads of 64: heads 0 and 1 read channels 0-63, heads 2 and 3 channels 64-127."""
-    (reader,) = group(graph("llama"), "model.layers.0.self_attn.v_proj").readers
+    (reader,) = group(graph_of("llama"), "model.layers.0.self_attn.v_proj").readers
     channels = torch.arange(128).reshape(2, 1, 64).expand(2, 2, 64).reshape(-1)
     assert torch.equal(reader.channel_of, channels)
 
@@ -136,85 +136,85 @@ def test_grouped_queries_share_their_value_head() -> None:
         ("phi3", "model.layers.0.mlp.gate_up_proj", torch.arange(192, 384)),
     ],
 )
-def test_fused_projections_are_taken_apart(name: str, source: str, expected: torch.Tensor) -> None:
-    found = group(graph(name), source)
-    assert torch.equal(found.readers[0].channel_of, expected)
-    assert set(found.foldable.nonzero().flatten().tolist()) == set(expected.tolist())
+def test_fused_projections_are_split(name: str, source: str, expected: torch.Tensor) -> None:
+    fused = group(graph_of(name), source)
+    assert torch.equal(fused.readers[0].channel_of, expected)
+    assert set(fused.foldable.nonzero().flatten().tolist()) == set(expected.tolist())
 
 
 def test_squared_relu_carries_the_square() -> None:
-    (reader,) = group(graph("arcee"), "model.layers.0.mlp.up_proj").readers
+    (reader,) = group(graph_of("arcee"), "model.layers.0.mlp.up_proj").readers
     assert reader.power.eq(2).all()
 
 
-def test_rules_of_norms_are_measured() -> None:
+def test_norm_rules_are_measured() -> None:
     expected = {
         "llama": {"weight": "p"},
         "gemma": {"weight": "1+p"},
         "stablelm": {"weight": "p", "bias": "p"},
         "nemotron": {"weight": "1+p", "bias": "p"},
     }
-    assert {name: group(graph(name), "model.layers.0.input_layernorm").rules for name in expected} == expected
+    assert {name: group(graph_of(name), "model.layers.0.input_layernorm").rules for name in expected} == expected
 
 
-def test_heads_norms_are_left_alone_and_say_why() -> None:
-    refused = {r.source: r for r in graph("qwen3").refusals}
-    assert "self_attn" in refused["model.layers.0.self_attn.q_norm"].reader
-    assert "layers.0.self_attn" in str(refused["model.layers.0.self_attn.q_norm"])
+def test_norms_of_heads_are_refused_with_a_reason() -> None:
+    refusals = {r.source: r for r in graph_of("qwen3").refusals}
+    assert "self_attn" in refusals["model.layers.0.self_attn.q_norm"].reader
+    assert "layers.0.self_attn" in str(refusals["model.layers.0.self_attn.q_norm"])
 
 
-def test_routers_keep_their_norm() -> None:
-    refused = {r.source: r.reader for r in graph("mixtral").refusals}
-    assert refused["model.layers.0.post_attention_layernorm"].startswith("model.layers.0.mlp")
+def test_a_norm_that_a_router_reads_is_refused() -> None:
+    readers = {r.source: r.reader for r in graph_of("mixtral").refusals}
+    assert readers["model.layers.0.post_attention_layernorm"].startswith("model.layers.0.mlp")
 
 
-def test_tied_head_keeps_its_norm() -> None:
-    refused = {r.source: r.reason for r in graph("llama-tied").refusals}
-    assert "shared with model.embed_tokens" in refused["model.norm"]
+def test_a_norm_that_a_tied_head_reads_is_refused() -> None:
+    reasons = {r.source: r.reason for r in graph_of("llama-tied").refusals}
+    assert "shared with model.embed_tokens" in reasons["model.norm"]
 
 
 def test_groups_only_for_quantised_readers() -> None:
-    found = graph("llama", frozenset({"lm_head"}))
-    assert all(g.source != "model.norm" for g in found.groups)
-    assert "model.norm" in {r.source for r in found.refusals}
-    assert found.linear("lm_head").uncovered == 128
+    graph = graph_of("llama", frozenset({"lm_head"}))
+    assert all(g.source != "model.norm" for g in graph.groups)
+    assert "model.norm" in {r.source for r in graph.refusals}
+    assert graph.linear("lm_head").uncovered == 128
 
 
-def test_linears_in_the_order_they_run() -> None:
-    names = [linear.name.rpartition(".")[2] for linear in graph("llama").linears]
+def test_linears_are_in_the_order_in_which_they_run() -> None:
+    names = [linear.name.rpartition(".")[2] for linear in graph_of("llama").linears]
     assert names == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] * 2 + ["lm_head"]
-    gpt2 = graph("gpt2").linear("transformer.h.0.mlp.c_fc")
+    gpt2 = graph_of("gpt2").linear("transformer.h.0.mlp.c_fc")
     assert (gpt2.in_features, gpt2.out_features, gpt2.transposed, gpt2.uncovered) == (128, 512, True, 0)
     with pytest.raises(SmoothQuantError, match="a linear layer that ran"):
-        graph("llama").linear("nope")
+        graph_of("llama").linear("nope")
 
 
-def test_model_is_left_as_it_was() -> None:
+def test_discovery_does_not_change_the_model() -> None:
     model = tiny_architectures.build("llama")
     model.train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = {name: value.clone() for name, value in model.state_dict().items()}
     implementation = model.config._attn_implementation
     discover(model, tiny_architectures.tokens())
     assert model.training
     assert model.config._attn_implementation == implementation
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(torch.equal(parameters[name], value) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_bfloat16_gives_the_same_graph() -> None:
-    found = discover(tiny_architectures.build("phi3", dtype=torch.bfloat16), tiny_architectures.tokens())
-    assert folds(found) == folds(graph("phi3"))
+    graph = discover(tiny_architectures.build("phi3", dtype=torch.bfloat16), tiny_architectures.tokens())
+    assert folds(graph) == folds(graph_of("phi3"))
 
 
-def test_sample_too_short() -> None:
+def test_a_sample_that_is_too_short_is_an_error() -> None:
     with pytest.raises(SmoothQuantError, match="tokens >= 2"):
         discover(toy_block.Toy(), torch.zeros(1, 1, dtype=torch.int64))
 
 
-# --- Readers that cannot follow a scale: the norm's group must vanish, and its refusal must name the reader. ---
+# --- Readers that cannot follow a scale: there must be no group of the norm, and a refusal must name the reader. ---
 
 
-def _sneaky_scatter(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _copy_in_place(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     buffer = torch.zeros_like(x)
     buffer[:, 1:] = x[:, 1:]
     return buffer
@@ -228,7 +228,7 @@ READERS = {
     "python number": lambda block, x: float(x.sum()) * 0.01,
     "alias": lambda block, x: x.data.mean(-1, keepdim=True),
     "view in place": lambda block, x: x.clone().add_(1.0),
-    "copied": _sneaky_scatter,
+    "copied": _copy_in_place,
     "weight read outside": lambda block, x: nn.functional.linear(x, block.spare.weight),
     "wrong order": lambda block, x: block.spare(x.flip(-1).cumsum(-1)),
     "mixed positions": lambda block, x: block.spare(torch.cat([x[:, :1], x[:, 1:].flip(-1)], 1)),
@@ -240,21 +240,20 @@ READERS = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_planted_reader_forbids_the_fold(reader: str) -> None:
-    found = discover(toy_block.Toy(READERS[reader]), toy_block.tokens())
-    assert "layers.0.norm" not in {g.source for g in found.groups}
-    refusals = [r for r in found.refusals if r.source == "layers.0.norm"]
+    graph = discover(toy_block.Toy(READERS[reader]), toy_block.tokens())
+    assert "layers.0.norm" not in {g.source for g in graph.groups}
+    refusals = [r for r in graph.refusals if r.source == "layers.0.norm"]
     assert sum(r.channels for r in refusals) == 16
     assert all(r.reader.startswith("layers.0") and r.reason for r in refusals)
-    # The rest of the block folds as ever.
-    assert "layers.0.up" in {g.source for g in found.groups}
+    # The other fold of the block stays.
+    assert "layers.0.up" in {g.source for g in graph.groups}
 
 
-def test_reader_of_some_channels_forbids_those() -> None:
-    found = group(
-        discover(toy_block.Toy(lambda block, x: torch.tanh(x[..., 4:8]).sum()), toy_block.tokens()), "layers.0.norm"
-    )
-    assert (~found.foldable).nonzero().flatten().tolist() == [4, 5, 6, 7]
-    assert found.readers[0].channel_of.tolist() == [0, 1, 2, 3, -1, -1, -1, -1, *range(8, 16)]
+def test_reader_of_some_channels_forbids_only_these() -> None:
+    graph = discover(toy_block.Toy(lambda block, x: torch.tanh(x[..., 4:8]).sum()), toy_block.tokens())
+    norm = group(graph, "layers.0.norm")
+    assert (~norm.foldable).nonzero().flatten().tolist() == [4, 5, 6, 7]
+    assert norm.readers[0].channel_of.tolist() == [0, 1, 2, 3, -1, -1, -1, -1, *range(8, 16)]
 
 
 FOLLOWERS = {
@@ -269,26 +268,26 @@ FOLLOWERS = {
 
 @pytest.mark.parametrize("reader", FOLLOWERS)
 def test_reader_that_follows_keeps_the_fold(reader: str) -> None:
-    found = discover(toy_block.Toy(FOLLOWERS[reader]), toy_block.tokens())
-    readers = {r.name for r in group(found, "layers.0.norm").readers}
+    graph = discover(toy_block.Toy(FOLLOWERS[reader]), toy_block.tokens())
+    readers = {r.name for r in group(graph, "layers.0.norm").readers}
     assert readers == {"layers.0.up"} | ({"layers.0.spare"} if reader != "shape only" else set())
 
 
 def test_permuted_channels_are_followed() -> None:
-    found = group(discover(toy_block.Toy(FOLLOWERS["behind a permutation"]), toy_block.tokens()), "layers.0.norm")
-    by_name = {r.name: r.channel_of for r in found.readers}
-    assert torch.equal(by_name["layers.0.spare"], torch.arange(16).flip(0))
+    graph = discover(toy_block.Toy(FOLLOWERS["behind a permutation"]), toy_block.tokens())
+    channels = {r.name: r.channel_of for r in group(graph, "layers.0.norm").readers}
+    assert torch.equal(channels["layers.0.spare"], torch.arange(16).flip(0))
 
 
-def test_module_that_did_not_run_could_have_read() -> None:
-    """An expert that no token of the sample reached: whatever its block sees may not be scaled."""
+def test_module_that_did_not_run_forbids_the_fold() -> None:
+    """An expert that no token of the sample reached could read every tensor that its block sees."""
 
     def expert(block: nn.Module, x: torch.Tensor) -> torch.Tensor | float:
         return block.spare(x) if len(x) > 100 else 0.0
 
-    found = discover(toy_block.Toy(expert), toy_block.tokens())
-    assert found.groups == ()
-    reasons = {r.reason for r in found.refusals if r.source == "layers.0.norm"}
+    graph = discover(toy_block.Toy(expert), toy_block.tokens())
+    assert graph.groups == ()
+    reasons = {r.reason for r in graph.refusals if r.source == "layers.0.norm"}
     assert any("did not run" in reason for reason in reasons)
 
 
@@ -301,12 +300,12 @@ def test_unreached_module_elsewhere_forbids_nothing() -> None:
 def test_two_runs_of_one_module_are_one_reader() -> None:
     toy = toy_block.Toy(FOLLOWERS["one more linear layer"])
     toy.layers[1] = toy.layers[0]
-    found = discover(toy, toy_block.tokens())
-    assert {r.name for r in group(found, "layers.0.norm").readers} == {"layers.0.up", "layers.0.spare"}
+    graph = discover(toy, toy_block.tokens())
+    assert {r.name for r in group(graph, "layers.0.norm").readers} == {"layers.0.up", "layers.0.spare"}
 
 
 class Odd(nn.Module):
-    """Scales by its weight's square: no rule of ours."""
+    """Scales by its weight's square, which is no rule of NORM_RULES."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -319,13 +318,13 @@ class Odd(nn.Module):
 def test_unproved_norm_is_no_source() -> None:
     toy = toy_block.Toy(FOLLOWERS["one more linear layer"])
     toy.layers[0].norm = Odd(16)
-    found = discover(toy, toy_block.tokens())
-    assert {g.source for g in found.groups} == {"layers.0.up", "layers.1.norm", "layers.1.up"}
-    assert any("not proved" in r.reason for r in found.refusals if r.source == "layers.0.norm")
+    graph = discover(toy, toy_block.tokens())
+    assert {g.source for g in graph.groups} == {"layers.0.up", "layers.1.norm", "layers.1.up"}
+    assert any("not proved" in r.reason for r in graph.refusals if r.source == "layers.0.norm")
 
 
 class OwnLinear(nn.Module):
-    """A linear layer of nobody's class, [in, out]."""
+    """A linear layer of an unknown class; weight [in, out]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -335,19 +334,19 @@ class OwnLinear(nn.Module):
         return x @ self.weight
 
 
-def test_linear_layers_are_known_by_what_they_compute() -> None:
+def test_linear_layers_are_recognised_by_what_they_compute() -> None:
     toy = toy_block.Toy(FOLLOWERS["one more linear layer"])
     toy.layers[0].spare = OwnLinear(16)
-    found = discover(toy, toy_block.tokens())
-    assert found.linear("layers.0.spare").transposed
-    assert "layers.0.spare" in {r.name for r in group(found, "layers.0.norm").readers}
+    graph = discover(toy, toy_block.tokens())
+    assert graph.linear("layers.0.spare").transposed
+    assert "layers.0.spare" in {r.name for r in group(graph, "layers.0.norm").readers}
 
 
 # --- No table of architectures ---
 
 ROOT = Path(__file__).parent.parent
 
-# First words of the names; two of them are English.
+# First words of the names; two of them are English words.
 NAMES = {re.split(r"[-\d.]", name)[0] for name in tiny_architectures.ZOO} - {"opt", "seed"}
 
 # vLLM's loader of this architecture reorders tensors by their name: a fact about vLLM, kept in one table of format/.
@@ -355,7 +354,7 @@ ALLOWED = {"config.py": {"bloom"}, "linear.py": {"bloom"}, "loading.py": {"bloom
 
 
 def _words(path: Path) -> Iterator[str]:
-    """Every word of the identifiers and strings of a file, its docstrings and comments left out."""
+    """Every word in the identifiers and strings of a file, except its docstrings and comments."""
     tree = ast.parse(path.read_text())
     docstrings = {
         id(node.body[0].value)

@@ -1,4 +1,4 @@
-"""The rounding rule and the reference GEMM: what every fast path is compared with must itself be beyond doubt."""
+"""The rounding rule and the reference product, with which all fast kernels are compared."""
 
 import pytest
 import torch
@@ -27,20 +27,20 @@ def test_weight_round_trip_is_within_half_a_step(strategy: str, weight: torch.Te
     assert (scale > 0).all()
     # Half a step, and the rounding of a float32 division near 127: 127 * 2**-24 of a step.
     assert ((integers.float() * scale - weight).abs() <= scale * (0.5 + 1e-5)).all()
-    # absmax maps to 127: the range is used, and -128 is never needed.
+    # absmax maps to 127: the whole range is used, and -128 never appears.
     assert integers.min() >= -127
     for row, original in zip(integers, weight, strict=True) if strategy == "channel" else [(integers, weight)]:
-        # Below 127 times the smallest normal float32 nothing is left.
+        # Values below 127 times the smallest normal float32 become 0.
         assert row.abs().max() == (127 if original.abs().max() / 127 >= 2**-126 else 0)
 
 
 @pytest.mark.parametrize("strategy", ["token", "tensor"])
 @given(x=matrices)
 @settings(max_examples=100, deadline=None)
-def test_dynamic_scales_cover_what_they_are_shared_by(strategy: str, x: torch.Tensor) -> None:
+def test_dynamic_scales_cover_all_values_that_share_them(strategy: str, x: torch.Tensor) -> None:
     scale = int8.input_scale(x, strategy)
     assert scale.shape == ((x.shape[0], 1) if strategy == "token" else (1,))
-    # An unclipped division: the largest value lands on 127, not beyond.
+    # The largest value maps to 127, so nothing is clipped.
     assert (x.abs() / scale).max() <= 127 * (1 + 1e-6)
 
 
@@ -62,7 +62,7 @@ def test_a_nan_is_not_hidden() -> None:
 
 
 def test_the_product_is_exact_where_float32_is_not() -> None:
-    # 2**16 products of 127 * 127 and one of 1: float32 loses the last one.
+    # 2**16 products of 127 * 127 and one of 1 * 1: float32 loses the last one.
     n = 2**16 + 1
     x = torch.full((1, n), 127, dtype=torch.int8)
     w = torch.full((1, n), 127, dtype=torch.int8)
@@ -93,7 +93,7 @@ def test_linear_reference_approximates_the_floating_point_layer(weights: str, st
     exact = torch.nn.functional.linear(x, w, bias)
     assert y.shape == exact.shape
     assert y.dtype == exact.dtype
-    # Each of 64 products is off by at most half a step of either factor; independent errors add as a root of 64.
+    # Each of 64 products has an error of at most half a step of either factor; independent errors add up as sqrt(64).
     step_x = (x / factor).abs().max() / 127
     step_w = scale.max()
     noise = (step_x * (w * factor).abs().mean() + step_w * (x / factor).abs().mean()) * 64**0.5

@@ -1,4 +1,4 @@
-"""Passages whose last word is guessed: where they are cut, and what counts as the last word."""
+"""Passages for last words: their limits, and the tokens of the last word."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_a_passage_stays_within_its_paragraph():
     assert not list(last_word.passages_of("\n".join([SENTENCE] * 9)))
 
 
-def test_a_number_or_a_symbol_is_no_word():
+def test_a_number_is_not_a_word():
     assert not list(last_word.passages_of(" ".join([SENTENCE] * 3) + " And all of them are more than the number 12."))
 
 
@@ -45,13 +45,13 @@ def load(text, passages, **options):
     return last_word.load_passages(text, tiny_checkpoints.tokenizer(), passages=passages, **options)
 
 
-def test_the_seed_draws_them(text):
+def test_the_seed_chooses_the_passages(text):
     assert load(text, 3) == load(text, 3)
     orders = {tuple(len(p["ids"]) for p in load(text, 3, seed=seed)) for seed in range(8)}
     assert len(orders) > 1
 
 
-def test_too_little_text_is_said(text):
+def test_too_little_text_is_an_error(text):
     with pytest.raises(SmoothQuantError, match="expected text for 4 passages that end with a word, got enough for 3"):
         load(text, 4)
 

@@ -1,7 +1,8 @@
-"""The layout: who may import whom, no circles, a README in each folder, no long file."""
+"""The layout: allowed imports, no import circles, a README in each folder, no long file."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ PACKAGES = ("calibration", "vllm_smoothquant")
 
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
-# Room (a folder or a file of a package) -> floor. A room imports only itself and rooms of its package on lower floors.
-FLOORS = {
+# Unit (a folder or a file of a package) -> level. A unit imports only itself and units of its package on lower levels.
+LEVELS = {
     "calibration.__main__": 9,
     "calibration.__init__": 9,
     "calibration.pipeline": 8,
@@ -37,7 +38,7 @@ FLOORS = {
     "vllm_smoothquant.format": 0,
 }
 
-# What a calibration host may import of the plugin, besides its format: the kernel chooser, to advise and to measure.
+# Units of calibration -> what they may import of the plugin besides `format`: the choice of kernels, to report it.
 PLUGIN_USERS = {
     "calibration.doctor": {"vllm_smoothquant.__init__", "vllm_smoothquant.kernels"},
     "calibration.evaluation": {"vllm_smoothquant.linear"},
@@ -55,12 +56,12 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in FILES}
 
 
-def room_of(module: str) -> str:
+def unit_of(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that `path` imports, also inside functions; ours with `__init__` where a package itself is meant."""
+    """Every module that `path` imports, also inside functions. A package of ours is named with `.__init__`."""
     package = module_of(path).split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -79,31 +80,25 @@ IMPORTS = {module_of(path): set(imports(path)) for path in FILES}
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_point_down(module: str) -> None:
-    room = room_of(module)
-    for other in IMPORTS[module] & MODULES.keys():
-        target = room_of(other)
-        if target == room:
+    unit = unit_of(module)
+    for imported in IMPORTS[module] & MODULES.keys():
+        target = unit_of(imported)
+        if target == unit:
             continue
-        if room.split(".")[0] == target.split(".")[0]:
-            assert FLOORS[target] < FLOORS[room], f"{module} imports {other}"
+        if unit.split(".")[0] == target.split(".")[0]:
+            assert LEVELS[target] < LEVELS[unit], f"{module} imports {imported}"
         else:
-            assert room.startswith("calibration"), f"{module} imports {other}"
-            allowed = {"vllm_smoothquant.format"} | PLUGIN_USERS.get(room, set())
-            assert target in allowed, f"{module} imports {other}"
+            assert unit.startswith("calibration"), f"{module} imports {imported}"
+            allowed = {"vllm_smoothquant.format"} | PLUGIN_USERS.get(unit, set())
+            assert target in allowed, f"{module} imports {imported}"
     for package, names in FORBIDDEN.items():
         if module.startswith(package):
             assert not {name.split(".")[0] for name in IMPORTS[module]} & names, module
 
 
 def test_no_circle() -> None:
-    """Each file comes after all files that it imports: a topological order exists."""
-    left = {module: IMPORTS[module] & MODULES.keys() - {module} for module in MODULES}
-    while free := [module for module, needed in left.items() if not needed]:
-        for module in free:
-            del left[module]
-        for needed in left.values():
-            needed.difference_update(free)
-    assert not left
+    """Each file comes after all files that it imports in some order; otherwise prepare() raises CycleError."""
+    TopologicalSorter({module: IMPORTS[module] & MODULES.keys() - {module} for module in MODULES}).prepare()
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
@@ -112,5 +107,5 @@ def test_no_file_is_long(path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda folder: folder.name)
-def test_each_folder_explains_itself(folder: Path) -> None:
+def test_each_folder_has_a_readme(folder: Path) -> None:
     assert (folder / "README.md").is_file()

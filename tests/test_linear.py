@@ -1,7 +1,7 @@
 """The quantised layer inside vLLM against the plain reference, layer by layer.
 
-These tests build vLLM's own layers in this process. Where the fast kernels of this CPU are exact, they are tested;
-elsewhere weights stay within what oneDNN adds up correctly, so that its code runs everywhere (kernels/exact.py).
+These tests build vLLM's layers in this process. Weights for oneDNN are so small that its sums are exact on every CPU
+(kernels/exact.py), because its code then runs on every CPU.
 """
 
 import pytest
@@ -15,12 +15,12 @@ from tests.helpers.vllm_layers import (
     FUSED,
     IN,
     PREFIX,
-    allowed,
-    ask_for,
     build_layer,
+    force_kernel,
+    join,
     load,
     tensors,
-    whole,
+    tolerance,
 )
 from vllm_smoothquant.config import SmoothQuantVllmConfig
 from vllm_smoothquant.format import int8
@@ -44,19 +44,19 @@ def test_a_layer_is_the_reference(
     dtype: torch.dtype,
 ) -> None:
     if kernel != "chosen":
-        ask_for(kernel, monkeypatch)
+        force_kernel(kernel, monkeypatch)
     config = CheckpointConfig(
         weights=Weights(weights),
         input_activations=handmade_checkpoint.ACTIVATIONS[activations],
         smoothed=frozenset(f"{PREFIX}.{shard}" for shard in FUSED[name][0]) if smoothed else frozenset(),
     )
     # oneDNN's pairs of products must fit 16 bits on a CPU without VNNI: 2 * 255 * 63 < 2**15.
-    found = tensors(name, config, limit=63 if kernel == "onednn" else 127)
+    shards = tensors(name, config, limit=63 if kernel == "onednn" else 127)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # as vLLM does while it builds and loads a model
     try:
         layer = build_layer(name, config, dtype)
-        load(layer, name, found)
+        load(layer, name, shards)
     finally:
         torch.set_default_dtype(previous)
     assert kernel == "chosen" or layer.quant_method.kernel.name in CPU_KERNELS[kernel]
@@ -64,27 +64,27 @@ def test_a_layer_is_the_reference(
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(37, IN, generator=generator)
     x[:, 5] *= 30  # an outlier channel
-    x[3] = 0  # a row of zeros: padding, or everything below a ReLU
+    x[3] = 0  # a row of zeros: padding, or the output of a ReLU
     x = x.to(dtype)
-    one = whole(found, dtype)
+    joined = join(shards, dtype)
     strategy = handmade_checkpoint.ACTIVATIONS[activations].strategy
     reference = int8.linear_reference(
         x,
-        one["weight"],
-        one["weight_scale"],
+        joined["weight"],
+        joined["weight_scale"],
         strategy=strategy,
-        input_scale_static=one.get("input_scale"),
-        smoothing_factor=one.get("smoothing_factor"),
-        bias=one["bias"],
+        input_scale_static=joined.get("input_scale"),
+        smoothing_factor=joined.get("smoothing_factor"),
+        bias=joined["bias"],
     )
     output, _ = layer(x)
     assert output.dtype == dtype
     error = (output.float() - reference.float()).abs()
-    assert (error <= allowed(x, one, strategy, reference)).all()
-    # Ties are rare, so the bound above is a tight one for most tokens; a scheme gone wrong shows here by orders.
+    assert (error <= tolerance(x, joined, strategy, reference)).all()
+    # Ties are rare, so most errors are much smaller; a wrong scheme exceeds this bound by orders of magnitude.
     if not (smoothed and dtype == torch.bfloat16):
         assert error.median() <= torch.finfo(dtype).eps * reference.abs().float().median()
-    # One token alone, which some kernels treat apart.
+    # A single token, for which some kernels have different code.
     if activations != "tensor":
         single, _ = layer(x[:1])
         assert torch.allclose(single, output[:1], rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
@@ -92,11 +92,11 @@ def test_a_layer_is_the_reference(
 
 @pytest.mark.parametrize("activations", handmade_checkpoint.ACTIVATIONS)
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
-def test_a_layer_is_traced_whole(
+def test_a_layer_compiles_without_a_graph_break(
     one_rank: None, monkeypatch: pytest.MonkeyPatch, kernel: str, activations: str
 ) -> None:
-    """torch.compile without a graph break, for any number of tokens; code generation is left to the engine test."""
-    ask_for(kernel, monkeypatch)
+    """torch.compile for any number of tokens; test_served_models.py tests the generated code."""
+    force_kernel(kernel, monkeypatch)
     config = CheckpointConfig(
         input_activations=handmade_checkpoint.ACTIVATIONS[activations], smoothed=frozenset([f"{PREFIX}.o_proj"])
     )
@@ -111,9 +111,11 @@ def test_a_layer_is_traced_whole(
 
 @pytest.mark.parametrize("activations", handmade_checkpoint.ACTIVATIONS)
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
-def test_weights_are_kept_once(one_rank: None, monkeypatch: pytest.MonkeyPatch, kernel: str, activations: str) -> None:
-    """What oneDNN has packed, the layer lets go of; otherwise the layer's is the only one, a byte a weight."""
-    ask_for(kernel, monkeypatch)
+def test_weights_are_stored_once(
+    one_rank: None, monkeypatch: pytest.MonkeyPatch, kernel: str, activations: str
+) -> None:
+    """The layer releases weights that oneDNN has packed; otherwise it has the only copy, one byte per weight."""
+    force_kernel(kernel, monkeypatch)
     config = CheckpointConfig(input_activations=handmade_checkpoint.ACTIVATIONS[activations])
     layer = build_layer("o_proj", config, torch.float32)
     load(layer, "o_proj", tensors("o_proj", config, limit=63))
@@ -121,12 +123,12 @@ def test_weights_are_kept_once(one_rank: None, monkeypatch: pytest.MonkeyPatch, 
     # vLLM's AMX kernel packs in place.
     in_place = kernel != "onednn" or (layer.quant_method.kernel.name == "vllm" and torch.cpu._is_amx_tile_supported())
     assert [p.dtype for p in matrices] == ([torch.int8] if in_place else [])
-    # Nothing else in reach holds one either.
-    held = [v for v in vars(layer.quant_method.kernel).values() if isinstance(v, torch.Tensor)]
-    assert all(v.numel() < 80 * IN for v in held)
+    # The kernel has no copy either.
+    copies = [v for v in vars(layer.quant_method.kernel).values() if isinstance(v, torch.Tensor)]
+    assert all(v.numel() < 80 * IN for v in copies)
 
 
-def test_ignored_layers_and_embeddings_stay_vllms(one_rank: None) -> None:
+def test_ignored_layers_and_embeddings_keep_vllms_methods(one_rank: None) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     config = CheckpointConfig(ignore=frozenset([f"{PREFIX}.o_proj", "lm_head"]))

@@ -1,38 +1,38 @@
 """Tensors that do not belong to a layer are refused when they are loaded."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.model_loader import reload
 
 from tests.helpers import handmade_checkpoint
-from tests.helpers.vllm_layers import IN, PREFIX, STATIC_SMOOTHED, build_layer, load, tensors
+from tests.helpers.vllm_layers import IN, PREFIX, STATIC_SMOOTHED, build_layer, call_loaders, load, tensors
 from vllm_smoothquant.config import SmoothQuantVllmConfig
 from vllm_smoothquant.format import int8
 from vllm_smoothquant.format.config import CheckpointConfig, InputActivations, Weights
 from vllm_smoothquant.format.errors import SmoothQuantError
 
-# --- refusals --------------------------------------------------------------------------------------------------------
-
 NAN, INF = float("nan"), float("inf")
-
 
 ONLY_Q = frozenset([f"{PREFIX}.q_proj"])
 
 
 @pytest.mark.parametrize(
-    "said",
+    "changes",
     [
         {"ignore": ONLY_Q},
         {"smoothed": ONLY_Q},
         {"overrides": {f"{PREFIX}.q_proj": InputActivations("tensor", False)}},
     ],
-    ids=lambda said: next(iter(said)),
+    ids=lambda changes: next(iter(changes)),
 )
-def test_shards_of_one_layer_must_agree(one_rank: None, said: dict[str, Any]) -> None:
+def test_shards_of_one_layer_must_agree(one_rank: None, changes: dict[str, Any]) -> None:
     with pytest.raises(SmoothQuantError) as caught:
-        build_layer("qkv_proj", CheckpointConfig(**said), torch.float32)
+        build_layer("qkv_proj", CheckpointConfig(**changes), torch.float32)
     for name in ("qkv_proj", "q_proj", "k_proj", "v_proj"):
         assert name in str(caught.value)
 
@@ -74,19 +74,19 @@ def test_shards_of_one_layer_must_agree(one_rank: None, said: dict[str, Any]) ->
 )
 def test_loading_refuses(one_rank: None, tensor: str, value: torch.Tensor | None, message: str) -> None:
     layer = build_layer("qkv_proj", STATIC_SMOOTHED, torch.float32)
-    found = tensors("qkv_proj", STATIC_SMOOTHED)
+    shards = tensors("qkv_proj", STATIC_SMOOTHED)
     if value is None:
-        del found[1][tensor]
+        del shards[1][tensor]
     else:
-        found[1][tensor] = value
+        shards[1][tensor] = value
     with pytest.raises(SmoothQuantError) as caught:
-        load(layer, "qkv_proj", found)
+        load(layer, "qkv_proj", shards)
     assert str(caught.value).startswith(f"{PREFIX}.{message}")
     assert "\n" not in str(caught.value)
 
 
 def test_a_layer_fused_in_the_checkpoint_takes_one_scale_for_all(one_rank: None) -> None:
-    """Phi-3 and its like: vLLM has three scales where the checkpoint has one."""
+    """Phi-3: the checkpoint has one scale, and vLLM's layer has three."""
     config = CheckpointConfig(weights=Weights("tensor"), input_activations=handmade_checkpoint.ACTIVATIONS["static"])
     quant_config = SmoothQuantVllmConfig(config)
     quant_config.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
@@ -103,22 +103,48 @@ def test_a_layer_fused_in_the_checkpoint_takes_one_scale_for_all(one_rank: None)
     assert torch.allclose(layer(x)[0], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("has", "message"), [(True, "a tensor in the"), (False, "none, because vLLM's layer")])
-def test_a_bias_vllm_would_lose_or_make_up(one_rank: None, has: bool, message: str) -> None:
+@pytest.mark.parametrize(("layer_has_bias", "message"), [(True, "a tensor in"), (False, "none, because vLLM's layer")])
+def test_a_bias_that_only_vllm_or_only_the_checkpoint_has(one_rank: None, layer_has_bias: bool, message: str) -> None:
     config = CheckpointConfig()
     layer = build_layer("o_proj", config, torch.float32)
-    if not has:
+    if not layer_has_bias:
         layer.bias = None
-    names = {f"{PREFIX}.o_proj.{t}" for t in ("weight", "weight_scale", *([] if has else ["bias"]))}
+    names = {f"{PREFIX}.o_proj.{t}" for t in ("weight", "weight_scale", *([] if layer_has_bias else ["bias"]))}
     layer.quant_method.loading.tensors = frozenset(names)
-    found = tensors("o_proj", config)
-    del found[0]["bias"]
+    shards = tensors("o_proj", config)
+    del shards[0]["bias"]
     with pytest.raises(SmoothQuantError, match=rf"o_proj\.bias: expected {message}"):
-        load(layer, "o_proj", found)
+        load(layer, "o_proj", shards)
 
 
-def test_a_name_no_layer_has(one_rank: None) -> None:
+def test_a_name_that_no_layer_has(one_rank: None) -> None:
     config = CheckpointConfig(overrides={f"{PREFIX}.oproj": InputActivations("tensor", True)})
     layer = build_layer("o_proj", config, torch.float32)
     with pytest.raises(SmoothQuantError, match=r"oproj: expected the name of a linear layer"):
         load(layer, "o_proj", tensors("o_proj", config))
+
+
+def test_vllm_can_reload_the_weights_of_a_layer(one_rank: None) -> None:
+    """reload_weights calls the same loaders again, here with weight scales that double the output."""
+    layer = build_layer("qkv_proj", STATIC_SMOOTHED, torch.float32)
+    reload.record_metadata_for_reloading(layer)
+    shards = tensors("qkv_proj", STATIC_SMOOTHED)
+    load(layer, "qkv_proj", shards)
+    x = torch.randn(3, IN)
+    product = layer(x)[0] - layer.bias
+    for shard in shards:
+        shard["weight_scale"] = shard["weight_scale"] * 2
+    reload.initialize_layerwise_reload(layer)
+    call_loaders(layer, "qkv_proj", shards)
+    reload.finalize_layerwise_reload(layer, None)
+    assert torch.allclose(layer(x)[0] - layer.bias, 2 * product, atol=1e-5)
+
+
+def test_a_layer_is_freed_although_vllm_keeps_its_loaders(one_rank: None) -> None:
+    layer = build_layer("qkv_proj", STATIC_SMOOTHED, torch.float32)
+    reload.record_metadata_for_reloading(layer)
+    load(layer, "qkv_proj", tensors("qkv_proj", STATIC_SMOOTHED))
+    layer_ref = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert layer_ref() is None

@@ -11,16 +11,14 @@ from tests.helpers.vllm_layers import IN, TOKEN, compile_for
 from vllm_smoothquant.format import int8
 from vllm_smoothquant.kernels import base, build, cpu, exact, ops, select
 
-# --- operators -------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_operators_keep_their_word(dtype: torch.dtype, static: bool, bias: bool) -> None:
+def test_the_onednn_operator_passes_opcheck(dtype: torch.dtype, static: bool, bias: bool) -> None:
     from vllm import _custom_ops as vllm_ops
 
-    gc.collect()  # other tests' handlers read a tensor as they go, which opcheck's fake mode would not let them
+    gc.collect()  # handlers of other tests read a tensor when they are freed, which fails in opcheck's fake mode
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-63, 64, (48, IN), generator=generator, dtype=torch.int8)
     scale = torch.rand(48, 1, generator=generator)
@@ -41,12 +39,12 @@ def test_operators_keep_their_word(dtype: torch.dtype, static: bool, bias: bool)
 @pytest.mark.parametrize("scheme", ["token", "tensor", "static"])
 @pytest.mark.parametrize("shape", [(1, 5, 7), (2, 4, 16), (67, 13, 100), (131, 33, 2048)], ids=str)
 @pytest.mark.parametrize("target", build.TARGETS)
-def test_our_product_is_the_references(
+def test_our_product_equals_the_reference(
     monkeypatch: pytest.MonkeyPatch, target: str, shape: tuple[int, int, int], scheme: str, dtype: torch.dtype
 ) -> None:
-    """Every remainder of a tile, the extremes of int8, a bias; no more than the float32 of the scaling apart."""
+    """Every remainder of a tile, the extremes of int8, a bias; the tolerance is the float32 rounding of the scaling."""
     compile_for(target, monkeypatch)
-    gc.collect()  # as in test_operators_keep_their_word
+    gc.collect()  # as in test_the_onednn_operator_passes_opcheck
     tokens, out_features, in_features = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, in_features, generator=generator).to(dtype)
@@ -63,8 +61,8 @@ def test_our_product_is_the_references(
     reference = int8.linear_reference(
         x.double(), weight, weight_scale, strategy=strategy, input_scale_static=static, bias=bias.double()
     )
-    # The sum becomes float32, is scaled twice and added to: four roundings, each 2**-24 of what it rounds. Then comes
-    # that to the output's dtype, half a unit of its last place.
+    # The sum becomes float32, is scaled twice, and the bias is added: four roundings, each 2**-24 relative. Rounding to
+    # the output's dtype is half a unit in the last place.
     size = (reference - bias).abs() + bias.abs()
     bound = 4 * 2**-24 * size + (torch.finfo(dtype).eps / 2 * y.double().abs() if dtype != torch.float32 else 0)
     assert ((y.double() - reference).abs() <= bound).all()
@@ -74,7 +72,7 @@ def test_our_product_is_the_references(
 
 @pytest.mark.parametrize("target", build.TARGETS)
 def test_our_product_holds_the_longest_sums(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-    """2**16 times the extremes: 2**30 with a sign, nearly 2**31 inside the product."""
+    """2**16 products of extremes: up to 2**30 in magnitude, nearly 2**31 with the OFFSET of int8_tile.h."""
     compile_for(target, monkeypatch)
     x = torch.tensor([127.0, -128.0, 1.0]).reshape(3, 1).expand(3, build.MAX_IN_FEATURES).contiguous()
     weight = (
@@ -82,7 +80,7 @@ def test_our_product_holds_the_longest_sums(monkeypatch: pytest.MonkeyPatch, tar
     )
     one = torch.ones(5)
     y = ops.int8_linear(x, weight, one, weight.sum(1, dtype=torch.int32), one[:1], None, False)
-    # float32 has 24 bits: the products are so round that none is lost but 127 * 127's last.
+    # float32 has 24 bits, which is exact for all of these sums except 127 * 127's.
     assert torch.allclose(y.double(), x.double() @ weight.double().t(), rtol=2**-24, atol=0)
 
 
@@ -90,7 +88,7 @@ def test_our_product_takes_other_dtypes_through_float32(monkeypatch: pytest.Monk
     compile_for("avx2", monkeypatch)
     weight = torch.randint(-128, 128, (5, 20), dtype=torch.int8)
     x, bias, sums = torch.randn(3, 20), torch.randn(5), weight.sum(1, dtype=torch.int32)
-    for narrow in (x.half(), x.bfloat16()):  # a bfloat16 model with a bias in float32
+    for narrow in (x.half(), x.bfloat16()):  # the second: a bfloat16 model with a bias in float32
         y = ops.int8_linear(narrow, weight, torch.ones(5), sums, None, bias, True)
         wide = ops.int8_linear(narrow.float(), weight, torch.ones(5), sums, None, bias, True)
         assert torch.equal(y, wide.to(narrow.dtype))
@@ -101,7 +99,7 @@ def test_our_product_takes_other_dtypes_through_float32(monkeypatch: pytest.Monk
 def test_our_product_keeps_nan_and_takes_no_tokens(
     monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype
 ) -> None:
-    """A scale hides NaN from whoever reads integers: its row must show it, and no other row."""
+    """Integers cannot show a NaN: the output row of its token must, and no other row."""
     compile_for(target, monkeypatch)
     weight, weight_scale = torch.ones(3, 20, dtype=torch.int8), torch.ones(3)
     sums = weight.sum(1, dtype=torch.int32)
@@ -114,7 +112,7 @@ def test_our_product_keeps_nan_and_takes_no_tokens(
     assert ops.int8_linear(x[:0], weight, weight_scale, sums, None, None, False).shape == (0, 3)
 
 
-def test_the_product_compiles_for_cpus_that_are_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_product_compiles_for_all_instruction_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from vllm import envs
 
     if build.target() is None:
@@ -123,32 +121,32 @@ def test_the_product_compiles_for_cpus_that_are_not_here(monkeypatch: pytest.Mon
     assert len({build.build(target) for target in build.TARGETS}) == len(build.TARGETS)
 
 
-def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No compiler, one that fails, a CPU without AVX2: the next kernel, with the reason."""
+def test_a_failed_compilation_selects_the_next_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No compiler, a failing compiler, a CPU without AVX2: select uses the next kernel and gives the reason."""
     from vllm import envs
 
     compile_for("avx2", monkeypatch)
     monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path))
-    fresh = build.int8_linear.__wrapped__
+    uncached = build.int8_linear.__wrapped__
     request = base.Request("layer", TOKEN, True, torch.bfloat16, "cpu")
     monkeypatch.setattr(exact, "onednn_is_exact", lambda: False)
-    monkeypatch.setattr(build, "int8_linear", fresh)
-    for compiler, said in ((str(tmp_path / "none"), "No such file"), ("false", "could not compile")):
+    monkeypatch.setattr(build, "int8_linear", uncached)
+    for compiler, reason in ((str(tmp_path / "none"), "No such file"), ("false", "could not compile")):
         monkeypatch.setenv("CXX", compiler)
         reasons = dict(select.explain_kernels(request))
-        assert said in (reasons["avx2"] or "")
+        assert reason in (reasons["avx2"] or "")
         assert reasons["float32-integers"] is None
     assert list((tmp_path / "smoothquant").iterdir()) == []
     monkeypatch.delenv("CXX")
-    assert callable(fresh())
+    assert callable(uncached())
     monkeypatch.setattr(build, "target", lambda: None)
-    assert fresh() == "needs an x86 CPU with AVX2"
+    assert uncached() == "needs an x86 CPU with AVX2"
 
 
-def test_a_product_that_adds_up_wrong_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As oneDNN's would be if it were ours: pairs of products clipped to 16 bits."""
+def test_a_product_with_wrong_sums_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong as oneDNN's sums without VNNI are: pairs of products are clipped to 16 bits."""
     compile_for("avx2", monkeypatch)
-    monkeypatch.setattr(exact, "compiled_is_exact", fresh := exact.compiled_is_exact.__wrapped__)
+    monkeypatch.setattr(exact, "compiled_is_exact", uncached := exact.compiled_is_exact.__wrapped__)
     request = base.Request("layer", TOKEN, True, torch.float32, "cpu")
     assert cpu.Avx2.rejects(request) is None
 
@@ -157,13 +155,13 @@ def test_a_product_that_adds_up_wrong_is_passed_over(monkeypatch: pytest.MonkeyP
         return products.unflatten(2, (-1, 2)).sum(3).clamp(-(2**15), 2**15 - 1).sum(2)
 
     monkeypatch.setattr(exact, "int8_linear", clips)
-    assert not fresh()
+    assert not uncached()
     assert "wrong sums" in (cpu.Avx2.rejects(request) or "")
 
 
 def test_widened_products_are_integer_products() -> None:
     generator = torch.Generator().manual_seed(0)
-    # Larger, then smaller: the second shares the first one's room. in = 1024 keeps every sum below 2**24.
+    # The larger weight first, because the smaller one then uses its buffer. in = 1024 keeps every sum below 2**24.
     for out_features, in_features in ((64, 1024), (48, 32)):
         x = torch.randint(-128, 128, (5, in_features), generator=generator, dtype=torch.int8)
         weight = torch.randint(-127, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
@@ -173,7 +171,7 @@ def test_widened_products_are_integer_products() -> None:
         assert set(results.values()) == {"SUCCESS"}, results
 
 
-def test_the_dynamic_scale_is_the_references() -> None:
+def test_the_dynamic_scale_equals_the_reference() -> None:
     x = torch.randn(7, 33)
     for value in (x, -x, x.bfloat16(), torch.zeros(2, 3)):
         assert torch.equal(ops.dynamic_tensor_scale(value), int8.input_scale(value, "tensor"))

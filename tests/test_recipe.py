@@ -1,4 +1,4 @@
-"""Recipes: every option of calibrate, strictly read, and the same checkpoint again."""
+"""Recipes hold every option of calibrate, are read strictly, and give the same checkpoint again."""
 
 import json
 from dataclasses import fields
@@ -23,29 +23,28 @@ def write(path, **options) -> str:
 
 
 def test_every_option_of_calibrate_is_in_a_recipe(capsys, tmp_path):
-    """But for those that say how a run talks, and where its result goes."""
-    said = printed(
+    """Except those that do not affect the checkpoint."""
+    recipe = printed(
         capsys, "some/model", "-o", "OUT", "--level", "O3", "--weights", "channel", "--activations", "static",
         "--budget-ppl", "1.5%", "--max-fallback", "10%", "--ignore", "a", "--ignore", "b", "--alpha", "auto",
     )  # fmt: skip
-    assert said.keys() == {f.name.replace("_", "-") for f in fields(options.Options) if f.metadata["recipe"]}
-    assert said["max-fallback"] == 0.1
-    assert said["ignore"] == ["a", "b"]
-    # Read back, it says the same.
-    assert printed(capsys, "--recipe", write(tmp_path / "r.yaml", **said)) == said
+    assert recipe.keys() == {f.name.replace("_", "-") for f in fields(options.Options) if f.metadata["recipe"]}
+    assert recipe["max-fallback"] == 0.1
+    assert recipe["ignore"] == ["a", "b"]
+    assert printed(capsys, "--recipe", write(tmp_path / "r.yaml", **recipe)) == recipe
 
 
-def test_without_anything_the_defaults_are_printed(capsys):
-    said = printed(capsys)
-    assert said["samples"] == 64
-    assert said["no-smoothing"] is False
-    assert "model" not in said
+def test_without_options_the_defaults_are_printed(capsys):
+    recipe = printed(capsys)
+    assert recipe["samples"] == 64
+    assert recipe["no-smoothing"] is False
+    assert "model" not in recipe
 
 
-def test_the_command_line_wins_and_ignored_layers_add_up(capsys, tmp_path):
+def test_the_command_line_overrides_and_ignored_layers_add_up(capsys, tmp_path):
     path = write(tmp_path / "r.yaml", model="a/b", samples=7, alpha="auto", ignore=["x"])
-    said = printed(capsys, "--recipe", path, "--alpha", "0.7", "--ignore", "y")
-    assert (said["model"], said["samples"], said["alpha"], said["ignore"]) == ("a/b", 7, 0.7, ["x", "y"])
+    recipe = printed(capsys, "--recipe", path, "--alpha", "0.7", "--ignore", "y")
+    assert (recipe["model"], recipe["samples"], recipe["alpha"], recipe["ignore"]) == ("a/b", 7, 0.7, ["x", "y"])
     assert printed(capsys, "c/d", "--recipe", path)["model"] == "c/d"
     assert printed(capsys, "--recipe", path, "c/d")["model"] == "c/d"
 
@@ -70,7 +69,7 @@ def test_the_command_line_wins_and_ignored_layers_add_up(capsys, tmp_path):
         ("model: !!python/object/apply:os.system ['true']", "a recipe in YAML"),
     ],
 )
-def test_what_is_no_recipe_is_an_error_in_one_line(capsys, tmp_path, text, expected):
+def test_an_invalid_recipe_is_an_error_in_one_line(capsys, tmp_path, text, expected):
     path = tmp_path / "r.yaml"
     path.write_text(text)
     assert cli.main(["calibrate", "m", "-o", str(tmp_path / "out"), "--recipe", str(path)]) == 1
@@ -79,11 +78,8 @@ def test_what_is_no_recipe_is_an_error_in_one_line(capsys, tmp_path, text, expec
     assert error.count("\n") == 1
 
 
-def test_the_saved_recipe_makes_the_same_checkpoint(tmp_path, capsys):
-    model, text = (
-        tiny_checkpoints.save("llama", tmp_path / "model"),
-        tiny_checkpoints.save_text(tmp_path / "text.jsonl"),
-    )
+def test_the_saved_recipe_gives_the_same_checkpoint(tmp_path, capsys):
+    model, text = tiny_checkpoints.save("llama", tmp_path / "model"), tiny_checkpoints.save_text(tmp_path / "t.jsonl")
     first, second = tmp_path / "first", tmp_path / "second"
     command = ["calibrate", str(model), "-o", str(first), "--dataset", str(text), "--samples", "4", "--seq-len", "32"]
     assert cli.main([*command, "--quiet", "--activations", "static", "--weights", "tensor"]) == 0

@@ -1,4 +1,4 @@
-"""The plain reading of a checkpoint: it takes every tensor, makes up none, and computes what the weights say."""
+"""tests/helpers/reference.py: it loads every tensor, invents none, and computes with the stored values."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,10 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 def edit(folder: Path, **changes: torch.Tensor | None) -> Path:
     """The handmade checkpoint with some tensors replaced, or removed where None."""
     quantization = handmade_checkpoint.config("channel", "token")
-    found: dict[str, torch.Tensor | None] = {**handmade_checkpoint.tensors(quantization), **changes}
-    return handmade_checkpoint.write(folder, quantization, {n: t for n, t in found.items() if t is not None}, shards=2)
+    tensors = {**handmade_checkpoint.tensors(quantization), **changes}
+    return handmade_checkpoint.write(
+        folder, quantization, {n: t for n, t in tensors.items() if t is not None}, shards=2
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,14 +32,16 @@ def edit(folder: Path, **changes: torch.Tensor | None) -> Path:
         ("model.layers.9.fc.weight", torch.zeros(4, 4, dtype=torch.int8), "fc.weight_scale: expected F32 [4, 1]"),
     ],
 )
-def test_a_tensor_too_few_or_too_many(tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str) -> None:
-    with pytest.raises(SmoothQuantError) as caught:
+def test_a_missing_or_extra_tensor_is_refused(
+    tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str
+) -> None:
+    with pytest.raises(SmoothQuantError) as error:
         load_reference(edit(tmp_path / "model", **{name: tensor}))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_quantised_layer_the_model_has_not(tmp_path: Path) -> None:
+def test_a_quantised_layer_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
     extra = {
         "model.nowhere.weight": torch.zeros(4, 4, dtype=torch.int8),
         "model.nowhere.weight_scale": torch.ones(4, 1),
@@ -52,7 +56,7 @@ def test_a_floating_point_model_is_refused(tmp_path: Path) -> None:
         load_reference(folder)
 
 
-def test_no_files_are_refused(tmp_path: Path) -> None:
+def test_a_folder_without_weight_files_is_refused(tmp_path: Path) -> None:
     folder = handmade_checkpoint.write(
         tmp_path / "model", handmade_checkpoint.config("channel", "token"), {"a": torch.ones(1)}
     )
@@ -64,15 +68,15 @@ def test_no_files_are_refused(tmp_path: Path) -> None:
 def test_scales_stay_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
     model = load_reference(handmade_checkpoint.checkpoint(tmp_path / "model", "channel", "static"), torch.bfloat16)
     layers = [m for m in model.modules() if isinstance(m, ReferenceLinear)]
-    assert len(layers) == 13  # 14 and one ignored
+    assert len(layers) == 13  # 14 linear layers, of which one is ignored
     for layer in layers:
         assert {t.dtype for t in layer.tensors.values()} == {torch.int8, torch.float32}
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "bloom", "gpt2", "phi3"])
-def test_the_reference_is_near_the_model_it_came_from(tmp_path: Path, architecture: str) -> None:
-    """Per channel and per token, INT8 moves these logits by percents; a misread layer moves them by all."""
+def test_the_reference_is_close_to_the_floating_point_model(tmp_path: Path, architecture: str) -> None:
+    """INT8 by channel and token changes these logits by a few percent; a misread layer changes them completely."""
     model = tiny_architectures.build(architecture).eval()
     folder = handmade_checkpoint.from_model(tmp_path / "model", model, "channel", "token")
     assert "quantization_config" in json.loads((folder / "config.json").read_text())

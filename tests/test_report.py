@@ -1,11 +1,12 @@
-"""`smoothquant report`: a page of one file that loads nothing, says what the checkpoint says, and believes none of it.
+"""`smoothquant report`: one file that loads nothing, shows what the checkpoint contains, and escapes all of it.
 
-benchmarks/screenshots.py looks at it in a real browser.
+benchmarks/screenshots.py opens the page in a real browser.
 """
 
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -31,7 +32,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=https://example.org/x oner
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """One that has all there is to show: a search's alphas and errors, static scales, fallbacks."""
+    """A checkpoint with everything that a page can show: alphas and errors of a search, static scales, fallbacks."""
     root = tmp_path_factory.mktemp("report")
     options = {"activations": "static", "alpha": "auto", "max_fallback": 0.2}
     model, text = tiny_checkpoints.save("llama", root / "model"), tiny_checkpoints.save_text(root / "text.jsonl")
@@ -45,7 +46,7 @@ def copy(checkpoint, tmp_path):
 
 
 class Page(HTMLParser):
-    """tags: every (name, attributes). text: what a reader sees, scripts left out. scripts: what would run."""
+    """tags: every (name, attributes). text: the visible text. scripts: the content of script tags."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -67,13 +68,13 @@ class Page(HTMLParser):
 
 
 def page(folder: Path, output: Path, **options) -> str:
-    done = report(folder, output, **options)
+    result = report(folder, output, **options)
     html = output.read_text()
-    assert done["bytes"] == len(html.encode()) < MAX_BYTES
+    assert result["bytes"] == len(html.encode()) < MAX_BYTES
     return html
 
 
-def test_the_page_is_one_file_and_shows_what_the_manifest_says(checkpoint, tmp_path):
+def test_the_page_is_one_file_and_shows_the_manifest(checkpoint, tmp_path):
     html = page(checkpoint, tmp_path / "report.html", png=tmp_path / "png")
     shown = Page(html)
     for tag, attributes in shown.tags:
@@ -96,12 +97,12 @@ def test_the_page_is_one_file_and_shows_what_the_manifest_says(checkpoint, tmp_p
             assert len(np.unique(np.asarray(image.convert("L")))) > 10, f"{file.name} is empty"
 
 
-def test_hostile_words_stay_words(copy, tmp_path):
-    """In every string of the manifest, in the statistics, and in the folder's own name."""
+def test_hostile_text_is_escaped(copy, tmp_path):
+    """HOSTILE in every string of the manifest and of the statistics, and a hostile folder name."""
 
     def spoiled(value, key=""):
         if isinstance(value, dict):
-            # Names the page looks up must stay; names it shows may be anything.
+            # Keys that the page looks up must stay; keys that it shows may be any text.
             fixed = key not in ("kept", "fallen_back", "versions", "errors", "alphas", "simulated_perplexity")
             return {k if fixed else k + HOSTILE: spoiled(v, k) for k, v in value.items()}
         if isinstance(value, list):
@@ -113,16 +114,10 @@ def test_hostile_words_stay_words(copy, tmp_path):
     manifest["sinks"] = [{"layers": ["a"], "times_median": 30.0, "first_token": 0.5, "tokens": ["<b>"]}]
     config = manifest.pop("quantization_config")
     path.write_text(json.dumps(spoiled(manifest) | {"quantization_config": config}))
-    seen = channel_statistics.read(copy)
-    channel_statistics.write(
-        copy,
-        [
-            channel_statistics.Channels((c.layers[0] + HOSTILE,), *(getattr(c, k) for k in channel_statistics.ARRAYS))
-            for c in seen
-        ],
-    )
-    evil = copy.rename(tmp_path / "<img src=x onerror=alert(1)>")
-    html = page(evil, tmp_path / "report.html")
+    channels = channel_statistics.read(copy)
+    channel_statistics.write(copy, [replace(c, layers=(c.layers[0] + HOSTILE,)) for c in channels])
+    hostile = copy.rename(tmp_path / "<img src=x onerror=alert(1)>")
+    html = page(hostile, tmp_path / "report.html")
     assert "https://example.org" in html
     assert "<img src=https" not in html
     assert "</script><script>alert" not in html
@@ -132,20 +127,18 @@ def test_hostile_words_stay_words(copy, tmp_path):
     assert all(a.get("src", "").startswith("data:") for tag, a in shown.tags if tag == "img")
 
 
-def test_statistics_are_what_was_observed(tmp_path):
-    """Against the model, the observer's maxima and the plan, read from the file."""
-    model, text = (
-        tiny_checkpoints.save("llama", tmp_path / "model"),
-        tiny_checkpoints.save_text(tmp_path / "text.jsonl"),
-    )
+def test_statistics_equal_the_observation(tmp_path):
+    """The file's values, compared with the model, the observed maxima and the plan."""
+    model, text = tiny_checkpoints.save("llama", tmp_path / "model"), tiny_checkpoints.save_text(tmp_path / "t.jsonl")
     options = Options(model=str(model), dataset=str(text), samples=4, seq_len=32, quiet=True)
     observation = observe_model(options)
     plan = make_plan(observation, options)
     channel_statistics.write(tmp_path, channel_statistics.collect(observation, plan))
-    seen = {c.layers[0]: c for c in channel_statistics.read(tmp_path)}
-    assert len(seen) == 8
-    assert seen["model.layers.1.self_attn.q_proj"].layers == tuple(f"model.layers.1.self_attn.{x}_proj" for x in "qkv")
-    c = seen["model.layers.1.mlp.down_proj"]
+    channels = {c.layers[0]: c for c in channel_statistics.read(tmp_path)}
+    assert len(channels) == 8
+    query = "model.layers.1.self_attn.q_proj"
+    assert channels[query].layers == tuple(f"model.layers.1.self_attn.{x}_proj" for x in "qkv")
+    c = channels["model.layers.1.mlp.down_proj"]
     weight = observation.model.get_submodule(c.layers[0]).weight
     factor = plan.smoothing.input_factor(c.layers[0])
     expected = {
@@ -155,22 +148,22 @@ def test_statistics_are_what_was_observed(tmp_path):
         "smoothed": (weight.abs() * factor).amax(0),
     }
     for key, values in expected.items():
-        # Eight bits are kept.
+        # The file has eight bits of precision.
         torch.testing.assert_close(torch.from_numpy(getattr(c, key)), values.detach(), rtol=2**-8, atol=0)
 
 
 def test_vllm_and_transformers_do_not_take_the_statistics_for_weights(checkpoint):
-    """By the endings each looks for; verify knows the file by its hash."""
+    """They look for other suffixes; verify checks the file by its hash."""
     assert channel_statistics.STATISTICS in json.loads((checkpoint / MANIFEST).read_text())["files"]
     assert not verify(checkpoint).faults
     assert not channel_statistics.STATISTICS.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json"))
 
 
 def test_the_same_calibration_writes_the_same_statistics(tmp_path):
-    one = [channel_statistics.Channels(("a",), *(np.arange(1, 9, dtype=np.float32),) * 4)]
+    channels = [channel_statistics.Channels(("a",), *(np.arange(1, 9, dtype=np.float32),) * 4)]
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        channel_statistics.write(tmp_path / name, one)
+        channel_statistics.write(tmp_path / name, channels)
     first, second = ((tmp_path / name / channel_statistics.STATISTICS).read_bytes() for name in ("first", "second"))
     assert first == second
 
@@ -181,7 +174,7 @@ def test_without_statistics_the_page_says_so(copy, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not a zip", b"\x80\x04N."])
-def test_damaged_statistics_are_an_error_and_no_page(copy, tmp_path, damage):
+def test_damaged_statistics_are_an_error(copy, tmp_path, damage):
     (copy / channel_statistics.STATISTICS).write_bytes(damage)
     with pytest.raises(SmoothQuantError, match=re.escape(channel_statistics.STATISTICS)):
         report(copy, tmp_path / "report.html")
@@ -191,7 +184,7 @@ def test_damaged_statistics_are_an_error_and_no_page(copy, tmp_path, damage):
 @pytest.mark.parametrize(
     "change", [{"groups": 3}, {"gate": None}, {"sinks": [{}]}, {"kept": "x"}, {"alphas": {"a": "b"}}]
 )
-def test_a_manifest_of_another_shape_is_an_error_in_one_line(copy, tmp_path, capsys, change):
+def test_a_manifest_with_wrong_types_is_an_error_in_one_line(copy, tmp_path, capsys, change):
     manifest = json.loads((copy / MANIFEST).read_text()) | change
     (copy / MANIFEST).write_text(json.dumps(manifest))
     assert cli.main(["report", str(copy), "-o", str(tmp_path / "report.html")]) == 1
@@ -201,8 +194,8 @@ def test_a_manifest_of_another_shape_is_an_error_in_one_line(copy, tmp_path, cap
     assert not (tmp_path / "report.html").exists()
 
 
-def test_an_evaluation_is_shown_with_it(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("calibration.report.page.draw", lambda facts, seen: {})
+def test_an_evaluation_is_shown(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("calibration.report.page.draw", lambda facts, channels: {})
     row = {"model": "a/b", "perplexity": 12.3456, "baseline": False, "perplexity_change": 0.01234}
     (tmp_path / "e.json").write_text(json.dumps({"models": [row, {"model": "c", "perplexity": 11.0}]}))
     text = Page(page(checkpoint, tmp_path / "report.html", evaluation=tmp_path / "e.json")).text
@@ -211,19 +204,15 @@ def test_an_evaluation_is_shown_with_it(checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_large_model_stays_under_five_megabytes(checkpoint, tmp_path, monkeypatch):
-    """80 blocks of 8192 channels, random ones: nothing compresses worse. Four such inputs fit, as a block has."""
+    """80 blocks of 8192 random channels, which do not compress, take a quarter: a block has four such inputs."""
     rng = np.random.default_rng(0)
-    seen = [
-        channel_statistics.Channels(
-            (f"model.layers.{i}.mlp.up_proj",), *rng.lognormal(size=(4, 8192)).astype(np.float32)
-        )
-        for i in range(80)
-    ]
-    monkeypatch.setattr(channel_statistics, "read", lambda folder: seen)
+    names = [(f"model.layers.{i}.mlp.up_proj",) for i in range(80)]
+    channels = [channel_statistics.Channels(n, *rng.lognormal(size=(4, 8192)).astype(np.float32)) for n in names]
+    monkeypatch.setattr(channel_statistics, "read", lambda folder: channels)
     assert report(checkpoint, tmp_path / "report.html")["bytes"] < MAX_BYTES / 4
 
 
-def test_layers_that_stand_out_are_named():
+def test_outliers_and_names_of_figures():
     quiet, loud = np.ones(64, np.float32), np.ones(64, np.float32)
     loud[3] = 1375
     assert figures.outlier_ratio(loud) == 1375

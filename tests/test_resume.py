@@ -1,6 +1,7 @@
-"""SIGKILL at any moment, the same command again: the same bytes. Other inputs are refused; a fault leaves nothing.
+"""After SIGKILL at any moment, the same command resumes and writes the same bytes. Other inputs are refused.
 
-Runs are forked from a process that has imported everything: starting one costs seconds, a tiny calibration half of one.
+Runs are forked from a process that has imported everything, because starting one takes seconds and a tiny calibration
+half a second.
 """
 
 import errno
@@ -14,13 +15,14 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from calibration import __main__ as cli
 from calibration.checkpoint import export
-from calibration.observation import block_outputs, observe, saved
+from calibration.observation import block_outputs, observe, resume, saved, sinks
 from calibration.observation.observe import BATCH_SIZE
 from calibration.observation.resume import ObservationStore
-from calibration.pipeline import calibrate
+from calibration.pipeline import calibrate, smooth
 from calibration.smoothing import plan
 from tests.helpers import tiny_checkpoints
 from vllm_smoothquant.format.errors import SmoothQuantError
@@ -76,7 +78,10 @@ def die() -> None:
 
 
 def killed_at_event(source, output: Path, at: int, counted=None) -> None:
-    """Run, and be killed before the file operation number `at` at the output or its state; count them if asked."""
+    """Run until the process kills itself before file operation number `at` on the output or its state.
+
+    counted: a queue for the number of operations, if the run ends.
+    """
     events = 0
 
     def hook(event: str, args: tuple) -> None:
@@ -93,7 +98,7 @@ def killed_at_event(source, output: Path, at: int, counted=None) -> None:
 
 
 def killed_in_write(source, output: Path, at: int) -> None:
-    """Run, and be killed when half of the tensor file number `at` is written."""
+    """Run until the process kills itself when half of tensor file number `at` is written."""
     written = 0
 
     def half(tensors, path, metadata=None) -> None:
@@ -110,7 +115,7 @@ def killed_in_write(source, output: Path, at: int) -> None:
     run(source, output)
 
 
-def finished_and_the_same(source, output: Path, whole) -> None:
+def check_resumes(source, output: Path, whole) -> None:
     assert forked(run, source, output) == 0
     assert contents(output) == whole
     assert [p.name for p in output.parent.iterdir()] == [output.name], "the state is removed"
@@ -118,7 +123,7 @@ def finished_and_the_same(source, output: Path, whole) -> None:
 
 @pytest.fixture(scope="module")
 def operations(source, tmp_path_factory):
-    """How many file operations a run makes at its output and its state."""
+    """The number of file operations of a run on its output and its state."""
     counted = FORK.SimpleQueue()
     assert forked(killed_at_event, source, tmp_path_factory.mktemp("counting") / "out", 0, counted) == 0
     return counted.get()
@@ -128,17 +133,17 @@ def operations(source, tmp_path_factory):
 def test_killed_between_file_operations(share, operations, source, whole, tmp_path):
     at = max(1, round(share * operations))
     assert forked(killed_at_event, source, tmp_path / "out", at) == -signal.SIGKILL
-    finished_and_the_same(source, tmp_path / "out", whole)
+    check_resumes(source, tmp_path / "out", whole)
 
 
 @pytest.mark.parametrize("at", [1, 4, 5, 9, 12])
 def test_killed_in_the_middle_of_a_write(at, source, whole, tmp_path):
     assert forked(killed_in_write, source, tmp_path / "out", at) == -signal.SIGKILL
-    finished_and_the_same(source, tmp_path / "out", whole)
+    check_resumes(source, tmp_path / "out", whole)
 
 
 def test_killed_again_and_again_at_random(source, whole, tmp_path):
-    """Later and later, so that it ends; each run resumes from what the one before left."""
+    """Each run is killed later than the previous one, so that the last one ends."""
     rng, kills = random.Random(0), 0
     output = tmp_path / "out"
     for attempt in range(40):
@@ -152,7 +157,7 @@ def test_killed_again_and_again_at_random(source, whole, tmp_path):
         process.join()
         kills += 1
         if output.exists() and not (tmp_path / "out.state").exists():
-            break  # it had done all but end: the same command would now refuse to write over OUT
+            break  # only the end of the process was missing: the same command would now refuse to overwrite OUT
     assert kills >= 2
     assert contents(output) == whole
     assert not (tmp_path / "out.state").exists()
@@ -200,12 +205,12 @@ def state(folder: Path) -> dict[str, bytes]:
 def test_other_inputs_are_refused_with_the_difference(options, difference, source, whole, tmp_path):
     output = tmp_path / "out"
     assert forked(killed_in_write, source, output, 5) == -signal.SIGKILL
-    before = state(tmp_path / "out.state")
-    with pytest.raises(SmoothQuantError) as refused:
+    files = state(tmp_path / "out.state")
+    with pytest.raises(SmoothQuantError) as error:
         run(source, output, **options)
-    assert difference in str(refused.value)
-    assert state(tmp_path / "out.state") == before
-    finished_and_the_same(source, output, whole)
+    assert difference in str(error.value)
+    assert state(tmp_path / "out.state") == files
+    check_resumes(source, output, whole)
 
 
 @pytest.mark.parametrize(
@@ -215,22 +220,22 @@ def test_other_inputs_are_refused_with_the_difference(options, difference, sourc
         {"samples": 100_000}
     ],
 )  # fmt: skip
-def test_a_mistake_in_a_later_command_keeps_what_was_observed(mistake, source, whole, tmp_path):
+def test_a_mistake_in_a_later_command_keeps_the_observation(mistake, source, whole, tmp_path):
     output = tmp_path / "out"
     assert forked(killed_in_write, source, output, 5) == -signal.SIGKILL
-    finished = blocks(tmp_path / "out.state")
+    finished_blocks = blocks(tmp_path / "out.state")
     with pytest.raises(SmoothQuantError):
         run(source, output, **mistake)
-    assert set(finished) <= set(blocks(tmp_path / "out.state"))
-    finished_and_the_same(source, output, whole)
+    assert set(finished_blocks) <= set(blocks(tmp_path / "out.state"))
+    check_resumes(source, output, whole)
 
 
 def test_a_budget_that_cannot_be_met_keeps_the_whole_observation(source, tmp_path, monkeypatch):
-    """The advice is to raise the budget: that must not cost another pass."""
+    """The advice is to raise the budget, and this must not need another pass."""
     output = tmp_path / "out"
-    rising = iter((10.0, 20.0))
+    perplexities = iter((10.0, 20.0))
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "perplexity", lambda *_: next(rising))
+        patch.setattr(plan, "perplexity", lambda *_: next(perplexities))
         with pytest.raises(SmoothQuantError, match="--budget-ppl"):
             run(source, output, max_fallback=0.5, budget_ppl=0.1)
     assert (tmp_path / "out.state/observation.safetensors").exists()
@@ -260,11 +265,82 @@ def test_a_damaged_key_is_refused(source, tmp_path):
     output = tmp_path / "out"
     assert forked(killed_in_write, source, output, 5) == -signal.SIGKILL
     (tmp_path / "out.state/key.json").write_text("{")
-    with pytest.raises(SmoothQuantError, match="remove that folder to start over"):
+    with pytest.raises(SmoothQuantError, match="remove the state folder to start over"):
         run(source, output)
 
 
-def test_a_folder_of_somebody_else_is_refused_and_left_alone(source, tmp_path):
+@pytest.mark.parametrize(("at", "name"), [(5, "block/00000.safetensors"), (5, "outputs/0/0/0.safetensors")])
+def test_a_damaged_file_in_the_state_is_named(at, name, source, tmp_path):
+    output = tmp_path / "out"
+    assert forked(killed_in_write, source, output, at) == -signal.SIGKILL
+    os.truncate(tmp_path / "out.state" / name, 20)
+    with pytest.raises(SmoothQuantError, match=f"{name}: .*; remove the state folder to start over"):
+        run(source, output)
+
+
+def test_a_damaged_observation_is_named(source, tmp_path):
+    output = tmp_path / "out"
+    assert forked(killed_in_write, source, output, 12) == -signal.SIGKILL
+    os.truncate(tmp_path / "out.state/observation.safetensors", 20)
+    with pytest.raises(SmoothQuantError, match=r"observation\.safetensors: .*; remove the state folder to start over"):
+        run(source, output)
+
+
+def test_another_device_is_refused(source, tmp_path):
+    """Its sums are rounded differently, so that the bytes would be those of neither device."""
+    output = tmp_path / "out"
+    assert forked(killed_in_write, source, output, 5) == -signal.SIGKILL
+    path = tmp_path / "out.state/key.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "NVIDIA H100"}))
+    with pytest.raises(SmoothQuantError, match='device was "NVIDIA H100", is "cpu"'):
+        run(source, output)
+
+
+def test_other_inputs_start_over_if_nothing_was_observed(source, whole, tmp_path):
+    assert forked(killed_in_write, source, tmp_path / "out", 1) == -signal.SIGKILL
+    assert json.loads((tmp_path / "out.state/key.json").read_text())["tokens"]["samples"] == 9
+    run(source, tmp_path / "out", samples=5)
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["calibration"]["samples"] == 5
+
+
+def test_no_file_of_a_killed_export_enters_the_checkpoint(source, whole, tmp_path):
+    """Also with --stats, which does not read the state."""
+    run(source, tmp_path / "first", save_stats=tmp_path / "stats")
+    assert forked(killed_in_write, source, tmp_path / "out", 12) == -signal.SIGKILL
+    (tmp_path / "out.state/checkpoint/model-00009-of-00009.safetensors").write_text("of another scheme")
+    run(source, tmp_path / "out", stats=tmp_path / "stats")
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_layer_that_no_sample_reached_is_named_after_resuming(source, tmp_path):
+    """It may have been in --ignore when the state was recorded, so that its absence was no error."""
+    output, name = tmp_path / "out", "model.layers.1.mlp.up_proj"
+    assert forked(killed_in_write, source, output, 12) == -signal.SIGKILL
+    path = tmp_path / "out.state/observation.safetensors"
+    with safe_open(path, "pt") as file:
+        absmax, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    del absmax[name]
+    save_file(absmax, path, metadata=metadata)
+    with pytest.raises(SmoothQuantError, match=f"{name}: expected calibration text that reaches every linear layer"):
+        run(source, output)
+
+
+def test_sinks_of_a_layer_that_is_no_longer_ignored_are_in_the_manifest(source, tmp_path, monkeypatch):
+    """The state has the sinks of all layers; the manifest those of layers that are INT8."""
+    monkeypatch.setattr(sinks, "TIMES", 1.01)
+    ignored = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    run(source, tmp_path / "first", ignore=ignored, save_stats=tmp_path / "stats")
+    run(source, tmp_path / "resumed", stats=tmp_path / "stats")
+    run(source, tmp_path / "fresh")
+    layers = {
+        folder: [sink["layers"] for sink in json.loads((tmp_path / folder / MANIFEST).read_text())["sinks"]]
+        for folder in ("first", "resumed", "fresh")
+    }
+    assert layers["resumed"] == layers["fresh"]
+    assert [names for names in layers["fresh"] if names not in layers["first"]] == [[name] for name in ignored]
+
+
+def test_a_folder_that_is_not_ours_is_refused_and_left_alone(source, tmp_path):
     (tmp_path / "out.state/block").mkdir(parents=True)
     (tmp_path / "out.state/notes.txt").write_text("mine")
     with pytest.raises(SmoothQuantError, match="got something else"):
@@ -272,11 +348,35 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(source, tmp_path):
     assert (tmp_path / "out.state/notes.txt").read_text() == "mine"
 
 
-def test_what_a_user_put_into_the_state_folder_stays(source, tmp_path):
+def test_a_users_file_in_the_state_folder_stays(source, tmp_path):
     assert forked(killed_in_write, source, tmp_path / "out", 5) == -signal.SIGKILL
     (tmp_path / "out.state/notes.txt").write_text("mine")
     run(source, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out.state").iterdir()] == ["notes.txt"]
+
+
+def test_a_state_that_cannot_be_created_is_an_error_in_one_line(source, tmp_path):
+    (tmp_path / "out.state").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SmoothQuantError, match=r"out\.state: expected room and permission to write there"):
+        run(source, tmp_path / "out")
+
+
+def test_the_root_is_refused_as_output(source):
+    with pytest.raises(SmoothQuantError, match="/: expected a new folder"):
+        run(source, Path("/"))
+
+
+def test_the_lock_of_a_run_that_ends_just_now_is_not_taken(tmp_path, monkeypatch):
+    """A run that opened the lock file before another run removed it would hold a lock that a third run cannot see."""
+    store, flock = ObservationStore(tmp_path / "out"), resume.fcntl.flock
+
+    def remove_and_lock(file, operation):
+        (store.folder / "lock").unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(resume.fcntl, "flock", remove_and_lock)
+    with pytest.raises(SmoothQuantError, match="one calibration at a time"), store.session():
+        pass
 
 
 def test_a_second_run_at_the_same_time_is_refused(source, tmp_path):
@@ -295,7 +395,7 @@ def test_an_error_before_anything_is_observed_leaves_nothing(source, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_observation(source, whole, tmp_path, monkeypatch, capsys):
-    """Here the export's second shard meets it; the observation is there when there is room again."""
+    """The disk is full when the export writes its second shard; the observation stays for the next run."""
     output, save = tmp_path / "out", export.save_file
 
     def full(tensors, path, metadata=None):
@@ -318,17 +418,31 @@ def test_a_full_disk_is_one_line_and_keeps_the_observation(source, whole, tmp_pa
     assert contents(output) == whole
 
 
-def test_a_full_disk_while_observing_loses_nothing(source, whole, tmp_path, monkeypatch):
+def full_after(files: int):
+    """A save_file that fails after `files` files because the disk is full."""
     save, calls = block_outputs.save_file, []
 
-    def full(tensors, path):
+    def save_until_full(tensors, path):
         calls.append(path)
-        if len(calls) == 5:
+        if len(calls) > files:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         save(tensors, path)
 
+    return save_until_full
+
+
+def test_a_full_disk_before_a_block_is_finished_leaves_nothing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(block_outputs, "save_file", full_after(0))
+    with pytest.raises(SmoothQuantError, match="No space left on device"):
+        run(source, tmp_path / "out")
+    with pytest.raises(SmoothQuantError, match="No space left on device"):  # in a temporary folder
+        smooth(str(source[0]), tmp_path / "out", dataset=str(source[1]), seq_len=tiny_checkpoints.SEQ_LEN, samples=9)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_while_observing_loses_nothing(source, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(block_outputs, "save_file", full)
+        patch.setattr(block_outputs, "save_file", full_after(4))
         with pytest.raises(SmoothQuantError, match="No space left on device"):
             run(source, tmp_path / "out")
     assert (tmp_path / "out.state/block/00000.safetensors").exists()
@@ -336,10 +450,10 @@ def test_a_full_disk_while_observing_loses_nothing(source, whole, tmp_path, monk
     assert contents(tmp_path / "out") == whole
 
 
-# --- statistics that are kept ---
+# --- --save-stats and --stats ---
 
 
-def test_kept_statistics_give_the_same_bytes_without_a_pass(source, whole, tmp_path, monkeypatch):
+def test_saved_statistics_give_the_same_bytes_without_a_pass(source, whole, tmp_path, monkeypatch):
     run(source, tmp_path / "first", alpha=0.7, weights="tensor", save_stats=tmp_path / "stats.safetensors")
     monkeypatch.setattr(observe, "observe_samples", None)
     run(source, tmp_path / "out", stats=tmp_path / "stats.safetensors")
@@ -358,9 +472,9 @@ def test_kept_statistics_give_the_same_bytes_without_a_pass(source, whole, tmp_p
 def test_statistics_of_something_else_are_refused(options, message, source, tmp_path):
     stats = tmp_path / "stats.safetensors"
     run(source, tmp_path / "first", save_stats=stats)
-    with pytest.raises(SmoothQuantError, match="--stats") as refused:
+    with pytest.raises(SmoothQuantError, match="--stats") as error:
         run(source, tmp_path / "out", stats=stats, **options)
-    assert message in str(refused.value)
+    assert message in str(error.value)
     assert not (tmp_path / "out.state").exists()
 
 
@@ -371,13 +485,31 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(source, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["stats"]
 
 
-def test_what_is_no_statistics_file_is_refused(source, tmp_path):
+def test_another_file_is_refused_as_statistics(source, tmp_path):
     (tmp_path / "stats").write_text("none")
-    with pytest.raises(SmoothQuantError, match="expected a file that --save-stats wrote"):
-        run(source, tmp_path / "out", stats=tmp_path / "stats")
+    save_file({}, tmp_path / "list", metadata={saved.KEY: "[]"})
+    for name in ("stats", "list", "missing"):
+        with pytest.raises(SmoothQuantError, match=f"--stats .*{name}: expected an observation that calibrate wrote"):
+            run(source, tmp_path / "out", stats=tmp_path / name)
 
 
-def test_the_manifest_tells_batch_size_and_passes(whole):
+def test_a_partial_statistics_file_of_a_killed_run_is_replaced(source, tmp_path):
+    (tmp_path / "stats.partial").write_text("half")
+    run(source, tmp_path / "out", save_stats=tmp_path / "stats")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "stats"]
+
+
+@pytest.mark.parametrize("name", ["out", "out/stats", "", "/"])
+def test_statistics_have_a_path_of_their_own(name, source, tmp_path, monkeypatch):
+    """Inside the output they would make the output exist, and the run would fail when it has observed everything."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SmoothQuantError, match=r"--save-stats.*: expected a file"):
+        run(source, tmp_path / "out", save_stats=name)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_manifest_has_batch_size_and_passes(whole):
     manifest = json.loads(whole[MANIFEST])
     assert manifest["calibration"]["batch_size"] == BATCH_SIZE
     assert manifest["calibration"]["passes"] == "block by block"

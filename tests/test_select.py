@@ -1,4 +1,4 @@
-"""Which kernel serves, and why the candidates before it do not."""
+"""The kernel that is selected, and the reasons why the candidates before it are not."""
 
 import time
 from typing import Any
@@ -13,7 +13,7 @@ from vllm_smoothquant.kernels import base, build, cpu, exact, select, timing
 
 
 @pytest.mark.parametrize(
-    ("platform", "capability", "is_exact", "scheme", "served_by"),
+    ("platform", "capability", "is_exact", "scheme", "selected"),
     [
         ("cpu", None, True, TOKEN, "vllm"),
         ("cpu", None, True, TENSOR, "onednn-tensor"),
@@ -29,25 +29,25 @@ from vllm_smoothquant.kernels import base, build, cpu, exact, select, timing
         ("cuda", 120, True, TENSOR, "triton"),
     ],
 )
-def test_the_first_kernel_that_serves(
+def test_the_first_kernel_that_can_serve_is_selected(
     monkeypatch: pytest.MonkeyPatch,
     platform: str,
     capability: int | None,
     is_exact: bool,
     scheme: Scheme,
-    served_by: str,
+    selected: str,
 ) -> None:
     monkeypatch.setattr(exact, "onednn_is_exact", lambda: is_exact)
     monkeypatch.setattr(build, "target", lambda: None if is_exact else "avx2")
     request = base.Request("layer", scheme, True, torch.bfloat16, platform, capability)
     reasons = select.explain_kernels(request)
-    assert next(name for name, reason in reasons if reason is None) == served_by
-    assert all(reason for name, reason in reasons[: [name for name, _ in reasons].index(served_by)])
+    assert next(name for name, reason in reasons if reason is None) == selected
+    assert all(reason for name, reason in reasons[: [name for name, _ in reasons].index(selected)])
 
 
 @pytest.mark.parametrize(("scheme", "rival"), [(TOKEN, "vllm"), (TENSOR, "onednn-tensor"), (STATIC, "onednn-tensor")])
-def test_vnni_serves_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, scheme: Scheme, rival: str) -> None:
-    """Nothing is run here: what a CPU with VNNI would find is said for it."""
+def test_vnni_is_selected_if_it_is_faster(monkeypatch: pytest.MonkeyPatch, scheme: Scheme, rival: str) -> None:
+    """Timings of a CPU with VNNI are patched in, so nothing is measured here."""
     monkeypatch.setattr(exact, "onednn_is_exact", lambda: True)
     monkeypatch.setattr(exact, "compiled_is_exact", lambda: True)
     monkeypatch.setattr(build, "target", lambda: "vnni")
@@ -69,8 +69,8 @@ def test_vnni_serves_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, scheme:
     assert "AMX" in (reason() or "")
 
 
-def test_a_race_finds_where_a_kernel_is_slower() -> None:
-    """Two that sleep: one a little longer, but for 16 tokens much longer."""
+def test_timing_finds_a_number_of_tokens_with_a_slower_kernel() -> None:
+    """Two kernels that sleep: the first one is faster, except for 16 tokens."""
 
     class Sleeps(cpu.Float32Integers):
         def prepare(self, layer: Any) -> None:
@@ -88,10 +88,10 @@ def test_a_race_finds_where_a_kernel_is_slower() -> None:
             return x
 
     request = base.Request("layer", TOKEN, True, torch.float32, "cpu")
-    said = timing.slower_than(Sleeps, Longer, request)
-    assert said is not None
-    assert said.endswith("of the time of 'longer' at 16 tokens")
-    assert timing.slower_than(Longer, Sleeps, request) != said
+    reason = timing.slower_than(Sleeps, Longer, request)
+    assert reason is not None
+    assert reason.endswith("of the time of 'longer' at 16 tokens")
+    assert timing.slower_than(Longer, Sleeps, request) != reason
 
 
 def test_no_kernel_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +103,6 @@ def test_no_kernel_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("scheme", [TOKEN, TENSOR, STATIC])
-def test_cutlass_gets_no_sizes_it_does_not_take(scheme: Scheme) -> None:
+def test_cutlass_gets_no_sizes_that_it_does_not_support(scheme: Scheme) -> None:
     request = base.Request("layer", scheme, True, torch.bfloat16, "cuda", 90, aligned=False)
     assert [name for name, reason in select.explain_kernels(request) if reason is None] == ["triton"]

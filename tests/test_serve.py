@@ -1,4 +1,4 @@
-"""`vllm serve` over HTTP, as a client sees it: with the flag, without it, with a wrong one, and with a wrong model."""
+"""`vllm serve` over HTTP: with --quantization smoothquant, without it, with another value, and with another model."""
 
 import os
 import subprocess
@@ -15,13 +15,9 @@ from demo.server import free_port, vllm_serve
 pytestmark = pytest.mark.slow
 
 ARGUMENTS = ["--served-model-name", "int8", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "8"]
-
 ARGUMENTS += ["--kv-cache-memory-bytes", "512M"]
-
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-
 CAPITALS = {"The capital of France is": "Paris", "The capital of Italy is": "Rome", "The capital of Japan is": "Tokyo"}
-
 GREEDY = {"model": "int8", "temperature": 0, "max_tokens": 24}
 
 
@@ -31,7 +27,7 @@ def client(url: str) -> OpenAI:
 
 @pytest.fixture(scope="module")
 def served(smollm2_int8, tmp_path_factory):
-    """One server for all tests of this module that only ask."""
+    """One server for all tests of this module that only send requests."""
     log = tmp_path_factory.mktemp("serve") / "log"
     with vllm_serve(smollm2_int8, "--quantization", "smoothquant", *ARGUMENTS, log=log) as url:
         yield client(url)
@@ -44,7 +40,7 @@ def test_it_answers(served):
     assert [m.id for m in served.models.list()] == ["int8"]
 
 
-def test_a_stream_says_the_same_in_pieces(served):
+def test_a_stream_has_the_same_text_in_pieces(served):
     whole = served.chat.completions.create(messages=QUESTION, **GREEDY).choices[0].message.content
     stream = served.chat.completions.create(messages=QUESTION, stream=True, **GREEDY)
     pieces = [chunk.choices[0].delta.content for chunk in stream if chunk.choices and chunk.choices[0].delta.content]
@@ -68,7 +64,7 @@ def test_several_requests_at_once(served):
         assert reply.usage.completion_tokens <= GREEDY["max_tokens"]
 
 
-def test_without_the_flag_the_checkpoint_says_it(smollm2_int8, tmp_path):
+def test_without_the_flag_the_checkpoint_names_its_format(smollm2_int8, tmp_path):
     with vllm_serve(smollm2_int8, *ARGUMENTS, log=tmp_path / "log") as url:
         reply = client(url).chat.completions.create(messages=QUESTION, **GREEDY)
     assert "Paris" in reply.choices[0].message.content
@@ -76,15 +72,15 @@ def test_without_the_flag_the_checkpoint_says_it(smollm2_int8, tmp_path):
 
 
 def refusal(model: Path, *arguments: str) -> str:
-    """What `vllm serve` prints before it ends with an error."""
+    """The output of `vllm serve`, which must end with an error."""
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--port", str(free_port()), *arguments]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--host", "127.0.0.1", *ARGUMENTS],
         env=engine_environment() | {"COLUMNS": os.environ.get("COLUMNS", "200")},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode != 0, done.stdout
-    return done.stdout
+    assert process.returncode != 0, process.stdout
+    return process.stdout
 
 
 def test_a_wrong_flag_is_refused_by_vllm(smollm2_int8):
@@ -93,6 +89,6 @@ def test_a_wrong_flag_is_refused_by_vllm(smollm2_int8):
     assert "smoothquant" in output
 
 
-def test_a_floating_point_model_is_told_how_to_calibrate(smollm2):
+def test_for_a_floating_point_model_the_error_names_calibrate(smollm2):
     output = refusal(smollm2, "--quantization", "smoothquant")
     assert f"smoothquant calibrate {smollm2}" in output

@@ -7,9 +7,6 @@ import torch
 
 from tests.helpers import engine, handmade_checkpoint, tiny_architectures
 
-# --- whole models ----------------------------------------------------------------------------------------------------
-
-
 NAN = float("nan")
 
 
@@ -35,12 +32,12 @@ def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tens
 def test_an_engine_serves_the_reference(tmp_path: Path, weights: str, activations: str) -> None:
     """float32, all log-probabilities of every position.
 
-    Attention and norms differ in the order of float32 sums: 1e-6 or so here, and that is what nearly every value shows.
-    A value within 1e-6 of a rounding tie may go the other way and move the rest of its prompt a little, so the mean
-    gets room for it: a third of what rounding the weights per tensor instead of per channel would do (0.14), a fiftieth
-    of what another activation scheme does (2.6).
+    Attention and norms differ in the order of float32 sums, which changes nearly every value by about 1e-6. A value
+    within 1e-6 of a rounding tie may round the other way and change the rest of its prompt a little. The bound of the
+    mean allows for that: it is a third of the error of weights per tensor instead of per channel (0.14), and a fiftieth
+    of the error of another activation scheme (2.6).
     """
-    # One absmax couples the requests of a batch, and with them everything else vLLM batches: one prompt is one batch.
+    # With "tensor", one absmax couples all tokens of a batch, and vLLM forms the batches: one prompt is one batch.
     ids = prompts((60,) if activations == "tensor" else (40, 7, 100))
     folder = handmade_checkpoint.checkpoint(tmp_path / "model", weights, activations)
     error = distance(engine.logprobs(folder, ids, vocabulary=True), reference(folder, ids))
@@ -50,16 +47,16 @@ def test_an_engine_serves_the_reference(tmp_path: Path, weights: str, activation
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["bloom", "gpt2", "phi3"])
-def test_loaders_with_ways_of_their_own(tmp_path: Path, architecture: str) -> None:
-    """BLOOM's reorders all of query_key_value (repack.py), GPT-2's transposes, Phi-3's layers come fused.
+def test_loaders_that_reorder_transpose_or_fuse(tmp_path: Path, architecture: str) -> None:
+    """BLOOM's loader reorders query_key_value (bloom.py), GPT-2's transposes, Phi-3's checkpoint has fused layers.
 
-    Per tensor and static has the most scales to lose. Random models whose logits differ by 0.5; bounds as above.
+    The scheme, per tensor and static, has the most scales. Random models whose logits differ by 0.5; bounds as above.
     """
     ids = prompts((40, 7))
     ids = [[token % tiny_architectures.VOCAB for token in prompt] for prompt in ids]
-    model = tiny_architectures.build_layer(architecture)
+    model = tiny_architectures.build(architecture)
     if architecture == "bloom":
-        # vLLM's loader knows no lm_head of its own.
+        # vLLM's loader has no untied lm_head.
         model.config.tie_word_embeddings = True
         model.tie_weights()
     folder = handmade_checkpoint.from_model(tmp_path / "model", model, "tensor", "static")
@@ -72,7 +69,7 @@ def test_loaders_with_ways_of_their_own(tmp_path: Path, architecture: str) -> No
 
 @pytest.mark.slow
 def test_an_engine_in_bfloat16_is_as_good_as_bfloat16(tmp_path: Path) -> None:
-    """No further from the float32 reference than the reference's own bfloat16 is, but for a quarter of chance."""
+    """At most 1.25 times as far from the float32 reference as the reference in bfloat16; 0.25 is for chance."""
     ids = prompts((40, 7, 100))
     folder = handmade_checkpoint.checkpoint(tmp_path / "model", "channel", "static")
     exact = reference(folder, ids)
@@ -92,9 +89,9 @@ def test_a_compiled_engine_serves_the_reference(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_serve_the_reference(tmp_path: Path) -> None:
-    """Tensor parallel: scales and smoothing factors cut along with their weights. Bounds as above.
+    """Tensor parallel: scales and smoothing factors are split with their weights. Bounds as above.
 
-    Static everywhere: two ranks measure two dynamic scales, each for its own half of a row, which is another rounding.
+    All layers are static, because two ranks measure two dynamic scales, one per half of a row: another rounding.
     """
     ids = prompts((40, 7, 100))
     folder = handmade_checkpoint.checkpoint(tmp_path / "model", "channel", "static", overrides={})
@@ -113,9 +110,9 @@ def test_two_ranks_serve_the_reference(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_engine_refuses_a_nan_in_one_line(tmp_path: Path) -> None:
     quantization = handmade_checkpoint.config("channel", "token")
-    found = handmade_checkpoint.tensors(quantization)
-    found["model.layers.1.mlp.up_proj.weight_scale"][3] = NAN
-    folder = handmade_checkpoint.write(tmp_path / "model", quantization, found)
+    tensors = handmade_checkpoint.tensors(quantization)
+    tensors["model.layers.1.mlp.up_proj.weight_scale"][3] = NAN
+    folder = handmade_checkpoint.write(tmp_path / "model", quantization, tensors)
     with pytest.raises(engine.EngineFailedError) as caught:
         engine.logprobs(folder, [[1, 2]])
     line = (

@@ -1,13 +1,13 @@
-"""A token that dwarfs the others is named; without one nothing is."""
+"""A sink token is named with the layers that read it; a model without sinks has none."""
 
 import torch
 
-from calibration.observation.sinks import TIMES, first_readers, name_sinks, watching_peaks
+from calibration.observation.sinks import TIMES, name_sinks, watching_peaks
 from tests.helpers import tiny_architectures, tiny_checkpoints
 
 
-def find_sinks(model, inputs, ids):
-    readers = first_readers(inputs)
+def find_sinks(model, shared_input_groups, ids):
+    readers = {names[0]: names for names in shared_input_groups}
     with torch.no_grad(), watching_peaks(model, readers) as peaks:
         model(ids)
     return name_sinks(peaks, readers, ids, tiny_checkpoints.tokenizer())
@@ -16,18 +16,24 @@ def find_sinks(model, inputs, ids):
 def test_the_token_and_the_layers_are_named():
     model = tiny_architectures.build("llama")
     ids = torch.randint(30, 200, (4, 24), generator=torch.Generator().manual_seed(0))
-    inputs = [["model.layers.0.mlp.down_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]]
-    assert find_sinks(model, inputs, ids) == []
+    groups = [["model.layers.0.mlp.down_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]]
+    assert find_sinks(model, groups, ids) == []
 
-    def shout(module, args):
+    def add_outlier(module, args):
         x = args[0].clone()
         x[:, 0, 5] = 1000 * x.abs().max()
         return (x,)
 
-    handle = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(shout)
+    handle = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(add_outlier)
     ids[:, 0] = 70
-    (sink,) = find_sinks(model, inputs, ids)
+    (sink,) = find_sinks(model, groups, ids)
     handle.remove()
     assert sink["layers"] == ["model.layers.0.mlp.down_proj"]
     assert sink["times_median"] > TIMES
     assert (sink["first_token"], sink["tokens"]) == (1.0, [tiny_checkpoints.tokenizer().decode([70])])
+
+
+def test_an_input_that_is_mostly_zero_has_no_sink():
+    """Its median peak is zero, and a multiple of zero would be infinite, which JSON cannot hold."""
+    peaks = {"a": torch.tensor([[0.0, 0.0, 5.0]])}
+    assert name_sinks(peaks, {"a": ["a"]}, torch.tensor([[1, 2, 3]]), tiny_checkpoints.tokenizer()) == []

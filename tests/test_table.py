@@ -1,4 +1,4 @@
-"""`smoothquant evaluate --table`: what is written of a result, and what is refused before hours of measuring."""
+"""`smoothquant evaluate --table`: the three files, and refusals before the measurements, which take hours."""
 
 import io
 import json
@@ -29,19 +29,19 @@ RESULT = {
 }  # fmt: skip
 
 
-def test_three_files_say_the_same(tmp_path):
+def test_the_three_files_agree(tmp_path):
     text = table.write(RESULT, str(tmp_path), "smoothquant evaluate x")
     assert text == (tmp_path / "table.md").read_text()
-    said = json.loads((tmp_path / "table.json").read_text())
-    assert said["models"] == RESULT["models"]
-    assert said["command"] == "smoothquant evaluate x"
+    record = json.loads((tmp_path / "table.json").read_text())
+    assert record["models"] == RESULT["models"]
+    assert record["command"] == "smoothquant evaluate x"
     with Image.open(io.BytesIO((tmp_path / "table.png").read_bytes())) as image:
         assert image.width > 600
 
 
 def test_every_figure_has_its_column_and_unit():
     lines = table.markdown(RESULT, "the command").splitlines()
-    assert lines[3] == ("| dynamic | 12.346 | +1.23% | 25.0% | 300 MiB | 1200 MiB | 12 ms | 10.0 tok/s | 100.0 tok/s |")
+    assert lines[3] == "| dynamic | 12.346 | +1.23% | 25.0% | 300 MiB | 1200 MiB | 12 ms | 10.0 tok/s | 100.0 tok/s |"
     assert lines[4].startswith("| stat ic |")
     assert len({line.count("|") for line in lines[:5]}) == 1
     text = "\n".join(lines)
@@ -50,18 +50,18 @@ def test_every_figure_has_its_column_and_unit():
     assert "`the command`" in text
 
 
-def test_a_column_nobody_measured_is_left_out():
+def test_a_column_without_a_figure_is_left_out():
     rows = [{k: v for k, v in row.items() if k != "last_word_accuracy"} for row in RESULT["models"]]
     assert "last word |" not in table.markdown(RESULT | {"models": rows}, "c")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [(["--table", "here"], "--baseline"), (["--table", "file/in", "--baseline", "m"], "--table file/in")],
 )
-def test_what_cannot_be_a_table_is_refused_at_once(tmp_path, monkeypatch, capsys, arguments, said):
+def test_a_table_that_cannot_be_written_is_refused_before_measuring(tmp_path, monkeypatch, capsys, arguments, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    monkeypatch.setattr(evaluate, "evaluate", lambda options: pytest.fail("it went on"))
+    monkeypatch.setattr(evaluate, "evaluate", lambda options: pytest.fail("evaluate() was called"))
     assert cli.main(["evaluate", "m", *arguments]) == 1
-    assert said in capsys.readouterr().err
+    assert expected in capsys.readouterr().err

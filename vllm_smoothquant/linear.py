@@ -1,6 +1,6 @@
 """The quantised linear layer inside vLLM.
 
-    y = (q(x / f) @ q_w^T) * s_x * s_w^T + bias         f only where smoothing could not be folded away
+    y = (q(x / f) @ q_w^T) * s_x * s_w^T + bias         f only if smoothing could not be folded away
 
 Parameters on each tensor-parallel rank, all loaded from the checkpoint (format/config.py):
     weight            int8     [out, in]           split like any weight of the layer
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
@@ -23,10 +22,9 @@ from vllm.model_executor.parameter import (
     RowvLLMParameter,
 )
 
-from .bloom import RepeatingMapper
 from .format.config import Scheme
 from .format.errors import SmoothQuantError
-from .kernels.base import request_here
+from .kernels.base import frozen, request_here
 from .kernels.select import select_kernel
 from .loading import CheckedLoading, Layer
 
@@ -35,42 +33,27 @@ from .loading import CheckedLoading, Layer
 class SmoothQuantLinearMethod(LinearMethodBase):
     """The method of one layer.
 
-    prefix: vLLM's name of the layer. names: the checkpoint's names of its shards. smoothed: it has a smoothing_factor.
-    tensors: all names in the checkpoint's files, or None if unknown. repeating: see bloom.py. when_built: called once
-    the model is built, before this layer is used.
+    smoothed: the layer has a smoothing_factor. when_built: called once the model is built, before this layer is used.
     """
 
-    def __init__(
-        self, prefix: str, names: list[str], scheme: Scheme, smoothed: bool, tensors: frozenset[str] | None,
-        repeating: RepeatingMapper | None, when_built: Callable[[], None],
-    ) -> None:  # fmt: skip
-        self.prefix, self.names, self.scheme, self.smoothed = prefix, names, scheme, smoothed
-        self.tensors, self.repeating, self.when_built = tensors, repeating, when_built
-        self.per_channel = scheme.weights.strategy == "channel"
+    def __init__(self, loading: CheckedLoading, scheme: Scheme, smoothed: bool, when_built: Callable[[], None]) -> None:
+        self.loading, self.scheme, self.smoothed, self.when_built = loading, scheme, smoothed, when_built
 
     def create_weights(
         self, layer: Layer, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
         output_size: int, params_dtype: torch.dtype, **extra_weight_attrs: Any,
     ) -> None:  # fmt: skip
+        loading, per_channel = self.loading, self.loading.per_channel
+        loading.input_size, loading.output_size, loading.widths = input_size, output_size, output_partition_sizes
+        layer.logical_widths = output_partition_sizes
         shards, out_features = len(output_partition_sizes), sum(output_partition_sizes)
-        layer.logical_widths = self.widths = output_partition_sizes
-        self.loading = CheckedLoading(
-            self.prefix,
-            self.names,
-            self.tensors,
-            self.repeating,
-            self.per_channel,
-            input_size,
-            output_size,
-            self.widths,
-        )
 
         def scales(*shape: int) -> torch.Tensor:
-            # NaN, so that an unfilled scale is found. The dtype is given because vLLM's default is the model's here.
+            # NaN, so that check_complete sees an unfilled scale. vLLM's default dtype is the model's here.
             return torch.full(shape, float("nan"), dtype=torch.float32)
 
         def loader(tensor: str) -> Callable[..., None]:
-            return self.loading.checked(layer, tensor, extra_weight_attrs["weight_loader"])
+            return loading.checked(layer, tensor, extra_weight_attrs["weight_loader"])
 
         # WEIGHT
         weight = torch.empty(out_features, input_size_per_partition, dtype=torch.int8)
@@ -81,7 +64,7 @@ class SmoothQuantLinearMethod(LinearMethodBase):
         layer.register_parameter(
             "weight_scale",
             ChannelQuantScaleParameter(data=scales(out_features, 1), output_dim=0, weight_loader=loader("weight_scale"))
-            if self.per_channel
+            if per_channel
             else PerTensorScaleParameter(data=scales(shards), weight_loader=loader("weight_scale")),
         )
         # INPUT SCALE
@@ -92,33 +75,31 @@ class SmoothQuantLinearMethod(LinearMethodBase):
         )
         # SMOOTHING FACTOR
         if self.smoothed:
-            factor = scales(input_size_per_partition)
-            layer.register_parameter(
-                "smoothing_factor", RowvLLMParameter(data=factor, input_dim=0, weight_loader=loader("smoothing_factor"))
-            )
+            data, load = scales(input_size_per_partition), loader("smoothing_factor")
+            layer.register_parameter("smoothing_factor", RowvLLMParameter(data=data, input_dim=0, weight_loader=load))
+            # vLLM counts loaded elements when it reloads weights, and each shard loads the whole factor.
+            layer.smoothing_factor.weight_loader_numel = shards * input_size_per_partition
         # vLLM's kernels expect these attributes; symmetric activations have no zero point.
         layer.register_parameter("input_zero_point", None)
         layer.register_parameter("azp_adj", None)
 
-        channelwise = self.per_channel or shards > 1
-        self.kernel = select_kernel(
-            request_here(self.prefix, self.scheme, channelwise, params_dtype, out_features, input_size_per_partition)
-        )
+        channelwise, sizes = per_channel or shards > 1, (out_features, input_size_per_partition)
+        self.kernel = select_kernel(request_here(loading.prefix, self.scheme, channelwise, params_dtype, *sizes))
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         self.when_built()
         self.loading.check_complete(layer)
-        weight_scale = layer.weight_scale.data
-        if not self.per_channel and len(self.widths) > 1:
+        weight_scale, widths = layer.weight_scale.data, self.loading.widths
+        if not self.loading.per_channel and len(widths) > 1:
             # One scale per shard becomes one per channel, which every kernel can use.
-            weight_scale = weight_scale.repeat_interleave(torch.tensor(self.widths, device=weight_scale.device))
-            weight_scale = weight_scale.reshape(-1, 1)
-        layer.weight_scale = Parameter(weight_scale, requires_grad=False)
+            repeats = torch.tensor(widths, device=weight_scale.device)
+            weight_scale = weight_scale.repeat_interleave(repeats).reshape(-1, 1)
+        layer.weight_scale = frozen(weight_scale)
         if layer.input_scale is not None:
-            layer.input_scale = Parameter(layer.input_scale.data[:1].clone(), requires_grad=False)
+            layer.input_scale = frozen(layer.input_scale.data[:1].clone())
         if self.smoothed:
             # A multiplication is cheaper than a division; the reciprocal is off by half a unit in the last place.
-            layer.inverse_smoothing_factor = Parameter(layer.smoothing_factor.data.reciprocal(), requires_grad=False)
+            layer.inverse_smoothing_factor = frozen(layer.smoothing_factor.data.reciprocal())
             del layer.smoothing_factor
         self.kernel.prepare(layer)
 
@@ -131,9 +112,6 @@ class SmoothQuantLinearMethod(LinearMethodBase):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def tie_weights(self, layer: Layer, embed_tokens: Layer) -> Layer:
-        raise SmoothQuantError(
-            self.prefix,
-            "an output head of its own, since quantization_config does not ignore it",
-            "one tied to the embeddings",
-            f"add {self.prefix!r} to `ignore` in config.json, or calibrate the model again",
-        )
+        expected = "an output head of its own, because quantization_config does not ignore it"
+        fix = f"add {self.loading.prefix!r} to `ignore` in config.json, or calibrate the model again"
+        raise SmoothQuantError(self.loading.prefix, expected, "one tied to the embeddings", fix)

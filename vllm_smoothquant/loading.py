@@ -1,12 +1,13 @@
 """Weight loaders that refuse tensors which do not belong to the layer.
 
-vLLM does not notice a missing tensor of a quantised model, and it casts any dtype that it finds. Therefore each weight
-loader is wrapped: dtype, shape and values are checked when a tensor is loaded, and completeness after loading.
+vLLM does not notice a missing tensor of a quantised model, and it casts any dtype. Therefore each weight loader is
+wrapped to check dtype, shape and values, and after loading every tensor of every shard must have been loaded.
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,29 +20,23 @@ from .format.errors import SmoothQuantError
 # A torch.nn.Module. torch types its attributes as "tensor or module", which is of no use here.
 Layer = Any
 
-# How these layers of vLLM slice a tensor for a rank is known; a subclass may slice differently.
-_KNOWN_LAYERS = (
-    "ColumnParallelLinear",
-    "MergedColumnParallelLinear",
-    "ParallelLMHead",
-    "QKVParallelLinear",
-    "ReplicatedLinear",
-    "RowParallelLinear",
-)
+# Layers of vLLM whose rows are split over ranks in a known way; a subclass may split them in another way.
+_SPLIT_BY_ROWS = ("ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear")
 _QKV = {"q": 0, "k": 1, "v": 2}
-
 # One value for the whole input of a fused layer, although each of its shards has a tensor.
 _SHARED = ("input_scale", "smoothing_factor")
+_FIX = "calibrate the model again"
 
 
 @dataclass
 class CheckedLoading:
     """The loaders of one layer.
 
-    prefix: vLLM's name of the layer. names: the checkpoint's names of its shards. tensors: all names in the
-    checkpoint's
-    files, or None if they were not readable when the engine was configured. input_size, output_size: over all ranks;
-    widths: rows of each shard on this rank. per_channel: weight_scale has one row for each row of the weight.
+    prefix: vLLM's name of the layer. names: the checkpoint's names of its shards. tensors: all names in its files, or
+    None if the files were not readable when the engine was configured. repeating: see bloom.py. per_channel:
+    weight_scale has one row for each row of the weight.
+
+    create_weights sets input_size and output_size (over all ranks) and widths (rows of each shard on this rank).
     """
 
     prefix: str
@@ -49,21 +44,26 @@ class CheckedLoading:
     tensors: frozenset[str] | None
     repeating: RepeatingMapper | None
     per_channel: bool
-    input_size: int
-    output_size: int
-    widths: list[int]
-    loaded: dict[str, dict[Any, torch.Tensor | None]] = field(default_factory=dict)
+    input_size: int = 0
+    output_size: int = 0
+    widths: list[int] = field(default_factory=list)
+    loaded: dict[str, dict[Any, torch.Tensor | None]] = field(
+        default_factory=dict
+    )  # tensor -> shard -> value to compare
 
     def checked(self, layer: Layer, tensor: str, loader: Callable[..., None]) -> Callable[..., None]:
         """`loader` of the parameter `tensor`, with checks before it; it records which shards were loaded."""
-        shards, layer_ref = self.loaded.setdefault(tensor, {}), weakref.ref(layer)  # weak: vLLM keeps loaders for ever
+        shards = self.loaded.setdefault(tensor, {})
+        # Weak references, because vLLM keeps the loaders for a reload, and the layer would never be freed.
+        layer_ref = weakref.ref(layer)
+        loader_ref: Any = weakref.WeakMethod(loader) if isinstance(loader, MethodType) else lambda: loader
 
         def load(param: Parameter, value: torch.Tensor, *args: Any, **kwargs: Any) -> None:
             # vLLM passes the shard by position, by either of two names, or not at all (fused in the checkpoint).
             shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
             value = collapse(value, self.repeating)
             self._check_value(layer_ref(), tensor, shard, value)
-            loader(param, value, *args, **kwargs)
+            loader_ref()(param, value, *args, **kwargs)
             if shard is None and isinstance(param, PerTensorScaleParameter):
                 param.data.fill_(value.item())  # one scale for all shards: older versions of vLLM fill only the first
             shards[shard] = value.clone() if tensor in _SHARED else None
@@ -75,7 +75,8 @@ class CheckedLoading:
         for tensor in self.loaded:
             self._check_tensor(layer, tensor)
         self._check_bias(layer)
-        self.loaded.clear()
+        for shards in self.loaded.values():
+            shards.clear()  # the loaders use these dictionaries again if vLLM reloads the weights
 
     def _name(self, shard: Any) -> str:
         """The checkpoint's name of vLLM's `shard`: "q", 1, a tuple of them, or None for the whole layer."""
@@ -88,41 +89,34 @@ class CheckedLoading:
         where = f"{self._name(shard)}.{tensor}"
         dtype = torch.int8 if tensor == "weight" else torch.float32
         rows = self._rows(layer, shard)
-        shapes: Mapping[str, tuple[int | None, ...]] = {
+        shapes: dict[str, tuple[int | None, ...]] = {
             "weight": (rows, self.input_size),
             "weight_scale": (rows, 1) if self.per_channel else (1,),
             "input_scale": (1,),
             "smoothing_factor": (self.input_size,),
         }
         shape = shapes[tensor]
-        fits = len(shape) == value.dim() and all(w in (None, g) for w, g in zip(shape, value.shape, strict=True))
+        fits = len(shape) == value.dim() and all(n in (None, size) for n, size in zip(shape, value.shape, strict=True))
         if value.dtype != dtype or not fits:
-            raise SmoothQuantError(
-                where,
-                f"{dtype} [{', '.join('any' if n is None else str(n) for n in shape)}]",
-                f"{value.dtype} {list(value.shape)}",
-                "calibrate the model again, or list the layer in `ignore` if it was left in floating point",
-            )
+            expected = f"{dtype} [{', '.join('any' if n is None else str(n) for n in shape)}]"
+            fix = "calibrate the model again, or list the layer in `ignore` if it was left in floating point"
+            raise SmoothQuantError(where, expected, f"{value.dtype} {list(value.shape)}", fix)
         if tensor != "weight":
             _check_positive(where, value)
-        for other, previous in self.loaded[tensor].items() if tensor in _SHARED else ():
+        for other, previous in self.loaded[tensor].items():
             if previous is not None and not torch.equal(previous, value):
-                raise SmoothQuantError(
-                    where,
-                    f"the values of {self._name(other)}.{tensor}, because vLLM computes both as {self.prefix}",
-                    "different values",
-                    "calibrate the model again so that both share them",
-                )
+                expected = f"the values of {self._name(other)}.{tensor}, because vLLM computes both as {self.prefix}"
+                raise SmoothQuantError(where, expected, "different values", f"{_FIX} so that both share them")
 
     def _rows(self, layer: Layer, shard: Any) -> int | None:
         """Rows of the checkpoint's tensor for `shard`, over all ranks; None if the layer's slicing is not known."""
         if hasattr(layer, "org_vocab_size"):
             return int(layer.org_vocab_size)
-        ranks = self.output_size // sum(self.widths)
-        if ranks > 1 and type(layer).__name__ not in _KNOWN_LAYERS:
+        ranks, kind = self.output_size // sum(self.widths), type(layer).__name__
+        if ranks > 1 and kind not in _SPLIT_BY_ROWS:
             return None
         rows = [width * ranks for width in self.widths]
-        if ranks > 1 and type(layer).__name__ == "QKVParallelLinear":
+        if ranks > 1 and kind == "QKVParallelLinear":
             rows[1:] = [n // layer.num_kv_head_replicas for n in rows[1:]]
         indices = _indices(shard) if shard is not None else tuple(range(len(rows)))
         return sum(rows[i] for i in indices) if indices and max(indices) < len(rows) else None
@@ -130,22 +124,18 @@ class CheckedLoading:
     def _check_tensor(self, layer: Layer, tensor: str) -> None:
         param, shards = getattr(layer, tensor), self.loaded[tensor]
         present = {index for shard in shards for index in _indices(shard)}
+        missing = [index for index in range(len(self.widths)) if index not in present]
         # A model may have replaced our loader by its own: then only the NaN of an unfilled scale shows the fault.
         ours = getattr(getattr(param, "weight_loader", None), "__qualname__", "") == _LOADER
-        missing = [index for index in range(len(self.widths)) if index not in present]
         if ours and None not in shards and missing:
-            raise SmoothQuantError(
-                f"{self._name(missing[0])}.{tensor}",
-                "a tensor in the checkpoint",
-                "none",
-                "copy or export the checkpoint again",
-            )
+            fix = "copy or export the checkpoint again"
+            raise SmoothQuantError(f"{self._name(missing[0])}.{tensor}", "a tensor in the checkpoint", "none", fix)
         if tensor != "weight":
             # vLLM pads an output head with rows of zeros, scales included; they compute zeros, which is right.
             padding = getattr(layer, "num_org_embeddings_per_partition", None)
             _check_positive(f"{self.prefix}.{tensor}", param.data[:padding])
         elif param.dtype != torch.int8:
-            raise SmoothQuantError(f"{self.prefix}.{tensor}", "int8", str(param.dtype), "calibrate the model again")
+            raise SmoothQuantError(f"{self.prefix}.{tensor}", "int8", str(param.dtype), _FIX)
 
     def _check_bias(self, layer: Layer) -> None:
         """vLLM skips a bias that its layer lacks, and leaves a bias that the checkpoint lacks uninitialised."""
@@ -155,12 +145,9 @@ class CheckedLoading:
         has_bias = getattr(layer, "bias", None) is not None
         for name in self.names:
             if (f"{name}.bias" in tensors) != has_bias:
-                raise SmoothQuantError(
-                    f"{name}.bias",
-                    "a tensor in the checkpoint" if has_bias else "none, because vLLM's layer adds no bias",
-                    "none" if has_bias else "one",
-                    "check that config.json belongs to this checkpoint and that vLLM has this architecture",
-                )
+                expected = "a tensor in the checkpoint" if has_bias else "none, because vLLM's layer adds no bias"
+                fix = "check that config.json belongs to this checkpoint and that vLLM has this architecture"
+                raise SmoothQuantError(f"{name}.bias", expected, "none" if has_bias else "one", fix)
 
 
 _LOADER = f"{CheckedLoading.checked.__qualname__}.<locals>.load"
@@ -174,12 +161,7 @@ def _indices(shard: Any) -> tuple[int, ...]:
 
 
 def _check_positive(where: str, value: torch.Tensor) -> None:
-    good = torch.isfinite(value) & (value > 0)
-    if not bool(good.all()):
-        bad = value[~good].flatten()
-        raise SmoothQuantError(
-            where,
-            "finite values above zero",
-            f"{bad[0].item()} and {bad.numel() - 1} more such" if bad.numel() > 1 else f"{bad[0].item()}",
-            "calibrate the model again",
-        )
+    bad = value[~(torch.isfinite(value) & (value > 0))].flatten().tolist()
+    if bad:
+        more = f" and {len(bad) - 1} more such" if len(bad) > 1 else ""
+        raise SmoothQuantError(where, "finite values above zero", f"{bad[0]}{more}", _FIX)

@@ -288,12 +288,12 @@ def hold(model: str, output: str, text: str) -> None:
         return source
 
     def never(*_: Any) -> None:
-        raise observe.BlockNotIsolated("asked for")
+        raise observe.BlockNotIsolated("as requested")
 
     pipeline.load, observe.Blocks = in_memory, never  # type: ignore[assignment, misc]
     samples, seq_len = GROWTH
     manifest = pipeline.calibrate(model, output, dataset=text, samples=samples, seq_len=seq_len, quiet=True)
-    assert manifest["calibration"]["passes"] == "whole model: asked for"
+    assert manifest["calibration"]["passes"] == "whole model: as requested"
 
 
 def main() -> None:

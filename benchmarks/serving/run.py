@@ -42,7 +42,7 @@ from benchmarks.machine import describe
 from benchmarks.serving import floors, page
 from benchmarks.serving.page import FLOAT, STOCK
 from calibration.checkpoint.convert import COMPRESSED_TENSORS, convert
-from calibration.evaluation.measure import _last_error
+from calibration.evaluation.measure import last_error
 from calibration.evaluation.windows import token_windows
 from calibration.running.precision import is_native
 from demo import assets
@@ -179,7 +179,7 @@ def engine(
                 except BrokenPipeError:
                     answer = ""
                 if not answer:
-                    raise EngineError(arm, _last_error(log.read_text(errors="replace")))
+                    raise EngineError(arm, last_error(log.read_text(errors="replace")))
                 return json.loads(answer)
 
             try:

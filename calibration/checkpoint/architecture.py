@@ -1,4 +1,4 @@
-"""The tensors an architecture has, by config.json, against those of the files. No memory is taken for weights."""
+"""The tensors that an architecture has by config.json, compared with those of the files. Weights take no memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,55 +14,52 @@ from . import export
 
 SCALES = ("weight_scale", "input_scale", "smoothing_factor")
 
+Faults = Iterator[SmoothQuantError]
+
+
+def fault(
+    where: str, expected: str, got: str | BaseException, fix: str = "copy or export the checkpoint again"
+) -> SmoothQuantError:
+    return SmoothQuantError(where, expected, got, fix)
+
 
 def build_empty(folder: Path) -> PreTrainedModel:
-    """The model of `folder` on the meta device. SmoothQuantError where transformers cannot; no code of it is run."""
+    """The model of `folder` on the meta device; no code from the folder runs.
+
+    Errors (SmoothQuantError): transformers cannot build it.
+    """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # Of a damaged config transformers raises anything: its message is the fault reported.
-        raise SmoothQuantError(
-            f"{folder}/config.json",
-            "a causal language model transformers can build",
-            error,
-            "copy or export the checkpoint again",
-        ) from error
-    return model
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # for a damaged config, transformers may raise any exception
+        raise fault(f"{folder}/config.json", "a causal language model transformers can build", error) from error
 
 
-def architecture_faults(model: PreTrainedModel, headers: Headers) -> Iterator[SmoothQuantError]:
-    """Every name and shape in `headers` that `model`, still in floating point, does not have, and the reverse."""
-
-    def fault(name: str, expected: str, got: str) -> SmoothQuantError:
-        return SmoothQuantError(name, expected, got, "copy or export the checkpoint again")
-
+def architecture_faults(model: PreTrainedModel, headers: Headers) -> Faults:
+    """Each name or shape that differs between `headers` and `model`, which is still in floating point."""
     model.tie_weights()
     state: dict[str, torch.Tensor] = {}
     for block in export.source_tensors(model):
         state |= export.hub_names(model, block)
-    extra = {f"{name.removesuffix('.weight')}.{suffix}" for name in state for suffix in SCALES}
+    scales = {f"{name.removesuffix('.weight')}.{suffix}" for name in state for suffix in SCALES}
     for name in sorted(state.keys() | headers.keys()):
         if name not in headers:
             yield fault(name, "a tensor in the checkpoint", "none")
         elif name not in state:
-            if name not in extra:
+            if name not in scales:
                 yield fault(name, "a tensor of this architecture", "one it does not have")
         elif tuple(state[name].shape) != headers[name][1]:
             yield fault(name, f"shape {list(state[name].shape)}", str(list(headers[name][1])))
 
 
-def missing_from_ignore(model: PreTrainedModel, headers: Headers, ignore: frozenset[str]) -> Iterator[SmoothQuantError]:
-    """Linear layers in floating point that `ignore` does not name: vLLM would take them for quantised."""
+def missing_from_ignore(model: PreTrainedModel, headers: Headers, ignore: frozenset[str]) -> Faults:
+    """Linear layers in floating point that `ignore` does not name: vLLM would treat them as quantised."""
     for name, module in model.named_modules():
         if isinstance(module, LINEAR_TYPES) and name not in ignore:
-            for tensor in export.hub_names(model, {f"{name}.weight": torch.empty(16, 16)}):
-                if headers.get(tensor, ("", ()))[0] != "I8" and tensor.removesuffix(".weight") not in ignore:
-                    yield SmoothQuantError(
-                        "quantization_config.ignore",
-                        f"{name}, which is in floating point",
-                        "a list without it",
-                        "add it, or calibrate the model again",
-                    )
+            for key in export.file_names(model, f"{name}.weight"):
+                if headers.get(key, ("", ()))[0] != "I8" and key.removesuffix(".weight") not in ignore:
+                    where, expected = "quantization_config.ignore", f"{name}, which is in floating point"
+                    yield fault(where, expected, "a list without it", "add it, or calibrate the model again")

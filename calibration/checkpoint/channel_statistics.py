@@ -1,13 +1,13 @@
-"""What calibration saw of every channel, kept beside the checkpoint so that it can be looked at (report.py).
+"""The ranges of every channel that calibration observed, stored in the checkpoint's folder for `smoothquant report`.
 
     statistics.npz      "<n>.activations"  float32 [in]   max|X_j| before smoothing, of the n-th tensor that layers read
                         "<n>.weights"      float32 [in]   max|W_j| over all layers that read it, before smoothing
                         "<n>.factor"       float32 [in]   s_j: the tensor is divided by it
-                        "<n>.smoothed"     float32 [in]   max|W_j| after smoothing, as it was rounded
-                        "layers"           JSON           the layers that read each of them
+                        "<n>.smoothed"     float32 [in]   max|W_j| after smoothing: the weight that was rounded
+                        "layers"           JSON           for each n, the layers that read the tensor
 
-Numbers keep eight bits of precision, as a picture needs no more. No ending that vLLM or transformers loads weights by;
-numpy's archives carry no time, so the same calibration gives the same bytes.
+Numbers have eight bits of precision, because a picture needs no more. The file is an .npz, because no loader takes it
+for weights and numpy writes no timestamps: the same calibration gives the same bytes.
 """
 
 import json
@@ -27,7 +27,7 @@ from ..smoothing.plan import Plan
 
 STATISTICS = "statistics.npz"
 ARRAYS = ("activations", "weights", "factor", "smoothed")
-# Far more than any model has, so that a damaged file cannot take all memory.
+# Far more than any model has: a damaged file cannot exhaust the memory.
 MAX_CHANNELS = 1 << 22
 
 
@@ -51,15 +51,11 @@ def collect(observation: Observation, plan: Plan) -> list[Channels]:
     channels = []
     with torch.inference_mode():
         for names in observation.graph.shared_input_groups:
-            layers = tuple(name for name in names if name in observation.layers)
-            if not layers:
-                continue
-            factor = plan.smoothing.input_factor(layers[0])
-            absmax = observation.absmax[layers[0]]
-            before = _column_absmax(plan, layers, smoothed=False)
-            after = _column_absmax(plan, layers, smoothed=True)
-            s = torch.ones_like(absmax) if factor is None else factor.cpu()
-            channels.append(Channels(layers, absmax.numpy(), before, s.numpy(), after))
+            if layers := tuple(name for name in names if name in observation.layers):
+                factor, absmax = plan.smoothing.input_factor(layers[0]), observation.absmax[layers[0]]
+                s = torch.ones_like(absmax) if factor is None else factor.cpu()
+                weights, smoothed = (_column_absmax(plan, layers, smoothed=flag) for flag in (False, True))
+                channels.append(Channels(layers, absmax.numpy(), weights, s.numpy(), smoothed))
     return channels
 
 
@@ -67,8 +63,7 @@ def _column_absmax(plan: Plan, layers: Sequence[str], *, smoothed: bool) -> np.n
     """max|W_j| over the weights of `layers`, float32 [in]."""
     smoothing, maxima = plan.smoothing, []
     for name in layers:
-        changed = smoothed and name in smoothing.modules
-        parameters = smoothing.parameters(name) if changed else float_parameters(smoothing.model.get_submodule(name))
+        parameters = smoothing.parameters(name) if smoothed else float_parameters(smoothing.model.get_submodule(name))
         maxima.append(parameters["weight"].abs().amax(dim=1 if smoothing.transposed.get(name) else 0).cpu())
     return torch.stack(maxima).amax(0).numpy()
 
@@ -80,27 +75,23 @@ def write(folder: Path, channels: Sequence[Channels]) -> None:
 
 
 def read(folder: Path) -> list[Channels] | None:
-    """What `write` wrote; None where there is no such file. SmoothQuantError where it is damaged."""
+    """The Channels that `write` stored, or None without such a file. Errors (SmoothQuantError): the file is damaged."""
     path = folder / STATISTICS
     if not path.exists():
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
             layers = json.loads(file["layers"].tobytes())
-            found = [
+            channels = [
                 Channels(tuple(map(str, names)), **{key: _checked(file[f"{i}.{key}"]) for key in ARRAYS})
                 for i, names in enumerate(layers)
             ]
-        if any(len({getattr(c, key).shape for key in ARRAYS}) != 1 for c in found):
+        if any(len({getattr(c, key).shape for key in ARRAYS}) != 1 for c in channels):
             raise ValueError("arrays of different lengths")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise SmoothQuantError(
-            str(path),
-            "what calibrate saw of every channel",
-            error,
-            "copy the checkpoint again, or delete the file",
-        ) from error
-    return found
+        fix = "copy the checkpoint again, or delete the file"
+        raise SmoothQuantError(str(path), "the ranges of every channel", error, fix) from error
+    return channels
 
 
 def _checked(values: np.ndarray) -> np.ndarray:
@@ -111,5 +102,5 @@ def _checked(values: np.ndarray) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """To bfloat16's precision, in float32: the zeros compress away. Nothing becomes infinite or nothing."""
+    """`values` in bfloat16's precision, as float32: the zero bits compress well, and the range stays float32's."""
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).bfloat16().float().numpy()

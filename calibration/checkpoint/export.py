@@ -1,7 +1,7 @@
-"""Write files of a checkpoint into a hidden folder, which then becomes the output.
+"""Write the files of a checkpoint into a hidden folder, which then becomes the output.
 
-Layout and names: vllm_smoothquant/format. Tensors come one at a time and are written shard by shard, so that no second
-copy of the model is in memory.
+Layout and names: vllm_smoothquant/format. Tensors arrive one at a time and are written shard by shard, so that the
+memory never holds a second copy of the model.
 """
 
 import json
@@ -30,12 +30,12 @@ from ..options import RECIPE
 from ..running.modules import block_of
 from .model_card import CARD
 
-# One shard is in memory until it is written.
+# A shard stays in memory until it is written.
 MAX_SHARD_BYTES = 10**9
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output that exists, or whose parent cannot be written, before any work is done."""
+    """Refuse an output that exists, or whose parent folder cannot be written, before any work is done."""
     if output.exists():
         raise SmoothQuantError(str(output), "a new folder", "one that exists", "choose another -o")
     parent = output.absolute().parent
@@ -49,9 +49,9 @@ def check_output(output: Path) -> None:
 
 @contextmanager
 def staging(output: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A folder that becomes `output` when the block ends well, and is removed when it does not.
+    """A folder that is renamed to `output` when the block succeeds, and removed when it fails.
 
-    folder: where; without it a hidden folder next to `output`.
+    folder: its path; by default a hidden folder next to `output`.
     """
     check_output(output)
     try:
@@ -65,13 +65,12 @@ def staging(output: Path, folder: Path | None = None) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise SmoothQuantError(
-            str(output), "room and permission to write the checkpoint", error, "fix that and run the command again"
-        ) from error
+        expected, fix = "room and permission to write the checkpoint", "fix that and run the command again"
+        raise SmoothQuantError(str(output), expected, error, fix) from error
 
 
 def source_tensors(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
-    """The state of `model` by reference, block by block, without tied duplicates and what is never saved."""
+    """The tensors of `model`, not copied, block by block, without tied duplicates and tensors that are never saved."""
     state = remove_tied_weights_from_state_dict(model.state_dict(), model)
     for key in model._keys_to_ignore_on_save or ():
         state.pop(key, None)
@@ -80,20 +79,24 @@ def source_tensors(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def hub_names(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`tensors` under the names, and in the pieces, of files on the hub, which vLLM reads; transformers has the map."""
+    """`tensors` with the names and the splits that files on the hub have and vLLM reads; transformers has the map."""
     return revert_weight_conversion(model, dict(tensors))
+
+
+def file_names(model: PreTrainedModel, name: str) -> list[str]:
+    """The names that the parameter `name` has in checkpoint files: several if it is split."""
+    return list(hub_names(model, {name: torch.empty(16, 16)}))
 
 
 def hub_module_name(model: PreTrainedModel, name: str) -> str:
     """The name of the linear layer `name` in checkpoint files.
 
-    Errors (SmoothQuantError): the files split or join this layer, so that its INT8 tensors have no place.
+    Errors (SmoothQuantError): the files split or join this layer, so that its INT8 tensors cannot be stored.
     """
-    names = list(hub_names(model, {f"{name}.weight": torch.empty(16, 16)}))
+    names = file_names(model, f"{name}.weight")
     if len(names) != 1 or not names[0].endswith(".weight"):
-        raise SmoothQuantError(
-            name, "one tensor in checkpoint files", ", ".join(names) or "none", f"add --ignore {name}"
-        )
+        got = ", ".join(names) or "none"
+        raise SmoothQuantError(name, "one tensor in checkpoint files", got, f"add --ignore {name}")
     return names[0].removesuffix(".weight")
 
 
@@ -101,41 +104,36 @@ def write_tensors(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write (name, tensor) pairs as model.safetensors, or as numbered shards with an index if one is not enough."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    seen: set[str] = set()
-    size = total = 0
+    shard_of: dict[str, int] = {}
+    shard: dict[str, torch.Tensor] = {}
+    last = size = total = 0  # number of the last shard, its bytes, all bytes
 
-    def flush() -> None:
-        file = folder / f"shard-{len(shards)}"
-        save_file(pending, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors makes it 0600, which would lock out another user who serves it
-        shards.append(list(pending))
-        pending.clear()
+    def save() -> None:
+        file = folder / f"shard-{last}"
+        save_file(shard, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors creates it with 0600, which would lock out another user who serves it
+        shard.clear()
 
     for name, tensor in tensors:
-        if name in seen:
+        if name in shard_of:
             raise SmoothQuantError(name, "each tensor once", "it twice", "report this model to us")
-        seen.add(name)
-        nbytes = tensor.numel() * tensor.element_size()
-        if pending and size + nbytes > max_shard_bytes:
-            flush()
-            size = 0
-        # safetensors writes a tensor's memory as it is, and refuses two tensors that share it.
-        pending[name] = tensor.detach().to("cpu").contiguous().clone()
-        size += nbytes
-        total += nbytes
-    if pending:
-        flush()
-    if len(shards) == 1:
+        if shard and size + tensor.nbytes > max_shard_bytes:
+            save()
+            last, size = last + 1, 0
+        shard_of[name] = last
+        # safetensors writes a tensor's memory unchanged, and refuses two tensors that share memory.
+        shard[name] = tensor.detach().to("cpu").contiguous().clone()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    save()
+    if last == 0:
         (folder / "shard-0").rename(folder / "model.safetensors")
         return
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    files = [f"model-{i + 1:05d}-of-{last + 1:05d}.safetensors" for i in range(last + 1)]
+    for i, file in enumerate(files):
         (folder / f"shard-{i}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    weight_map = {name: files[shard_of[name]] for name in sorted(shard_of)}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
 
 
@@ -151,7 +149,7 @@ def write_config(
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config.pop("auto_map", None)  # it names code in the source's folder, which is not copied
+    config.pop("auto_map", None)  # names code in the source's folder, which is not copied
     config["transformers_weights"] = TRANSFORMERS_WEIGHTS
     config["quantization_config"] = quantization_config
     write_json(path, config)
@@ -162,6 +160,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of every file, except the manifest, which holds the hashes, the model card and the recipe."""
-    left_out = (MANIFEST, CARD, RECIPE)
-    return {f.name: sha256(f) for f in sorted(folder.iterdir()) if f.is_file() and f.name not in left_out}
+    """Name -> sha256 of every file except the manifest (it holds the hashes), the model card and the recipe."""
+    excluded = (MANIFEST, CARD, RECIPE)
+    return {f.name: sha256(f) for f in sorted(folder.iterdir()) if f.is_file() and f.name not in excluded}

@@ -1,4 +1,4 @@
-"""smoothquant.json: what made a checkpoint, enough to make the same bytes again."""
+"""smoothquant.json: how a checkpoint was made, with enough detail to make the same bytes again."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,13 @@ from ..observation.observation import Observation
 from ..observation.observe import versions
 from ..running.precision import compute_dtype
 from ..smoothing.factors import Smoothing
-from ..smoothing.plan import Plan
 from .export import file_hashes
 
 FORMAT_VERSION = 1
 
 
 def manifest(observation: Observation, folder: Path, smoothing: Smoothing, gate_report: dict[str, Any]) -> dict:
-    """The manifest of the files in `folder`, without what rounding adds."""
+    """The manifest of the files in `folder`, without the entries that rounding adds."""
     samples, source = observation.samples, observation.source
     return {
         "format_version": FORMAT_VERSION,
@@ -30,7 +29,7 @@ def manifest(observation: Observation, folder: Path, smoothing: Smoothing, gate_
             "samples": len(samples.input_ids),
             "seq_len": samples.input_ids.shape[1],
             "seed": samples.seed,
-            # Products of another shape may be rounded in another order.
+            # The shape of a matrix product may change the order of its sums, and so its rounding.
             "batch_size": observation.batch_size,
             "passes": observation.passes,
         },
@@ -42,14 +41,4 @@ def manifest(observation: Observation, folder: Path, smoothing: Smoothing, gate_
         "kept": observation.in_float,
         "versions": versions(),
         "files": file_hashes(folder),
-    }
-
-
-def measurements(plan: Plan) -> dict[str, Any]:
-    """What decided: alphas, fallbacks, and errors as search.py defines them."""
-    return {
-        "alphas": dict(plan.alphas),
-        "fallen_back": dict(plan.fallbacks),
-        "simulated_perplexity": plan.perplexities,
-        "errors": {} if plan.search is None else plan.search.errors,
     }

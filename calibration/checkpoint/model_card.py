@@ -1,7 +1,7 @@
-"""README.md of a checkpoint: the hub's model card, metadata first, so that uploading it is one `hf upload`.
+"""README.md of a checkpoint: the hub's model card, metadata first, so that `hf upload` alone publishes the checkpoint.
 
-Says what made the checkpoint and what was measured while making it, and no more. The folder names of this machine stay
-out of it. It is no part of what verify checks: whoever publishes a model may rewrite its card.
+The card says what made the checkpoint and what calibration measured, without folder names of this machine. verify does
+not check the card, because its publisher may rewrite it.
 """
 
 import re
@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 CARD = "README.md"
-# What is taken over from the source model's own card.
+# Metadata that is copied from the source model's card.
 INHERITED = ("license", "license_name", "license_link", "language")
 TAGS = ["vllm", "smoothquant", "w8a8", "int8", "quantized"]
 
@@ -26,7 +25,7 @@ def write(folder: Path, manifest: Mapping[str, Any]) -> None:
     dataset = str(manifest["calibration"]["dataset"])
     data = ModelCardData(
         base_model=hub_name,
-        # Without a model it is a relation to, the hub refuses the word.
+        # The hub rejects base_model_relation without base_model.
         base_model_relation="quantized" if hub_name else None,
         library_name="vllm",
         pipeline_tag="text-generation",
@@ -46,16 +45,17 @@ def _body(manifest: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
     if not _hub_name(dataset.partition("@")[0]):
         dataset = Path(dataset).name
     alphas = sorted({a for a in manifest.get("alphas", {}).values() if a is not None})
+    alpha = " to ".join(f"{a:g}" for a in dict.fromkeys((alphas[0], alphas[-1]))) if alphas else "none"
     smoothed = sum(bool(group["smoothed"]) for group in manifest["groups"])
-    fallen = manifest.get("fallen_back", {})
+    fallbacks = manifest.get("fallen_back", {})
     perplexities = manifest.get("simulated_perplexity", {})
     rows = [
         ("weights", f"INT8, one scale per {_strategy(config, 'weights')}"),
         ("activations", f"INT8, one scale per {_strategy(config, 'input_activations')}"),
         ("linear layers in INT8", str(len(manifest["quantized"]))),
         ("kept in floating point", str(len(manifest["kept"]))),
-        *([("fell back", f"{len(fallen)} layers")] if fallen else []),
-        ("smoothing", f"{smoothed} groups, alpha {_range(alphas)}" if smoothed else "none"),
+        *([("fell back", f"{len(fallbacks)} layers")] if fallbacks else []),
+        ("smoothing", f"{smoothed} groups, alpha {alpha}" if smoothed else "none"),
         ("calibrated on", f"{calibration['samples']} x {calibration['seq_len']} tokens of {_plain(dataset)}"),
         ("change of the logits by smoothing alone", f"{manifest['gate']['logits']['change']:.1e}"),
         *((f"perplexity on calibration text, simulated, {_plain(k)}", f"{v:.3f}") for k, v in perplexities.items()),
@@ -89,37 +89,32 @@ Quality and speed were not measured while making it: `smoothquant evaluate` does
 
 
 def _strategy(config: Mapping[str, Any], key: str) -> str:
-    """In the words of either format."""
-    said = config[key] if key in config else list(config["config_groups"].values())[-1][key]
-    words = {"channel": "output channel", "token": "token, found while serving", "tensor": "tensor"}[said["strategy"]]
-    if key == "input_activations" and said["strategy"] == "tensor":
-        words += ", found while serving" if said["dynamic"] else ", fixed by calibration"
+    """What shares a scale, in words. config: a `quantization_config` in our format or in compressed-tensors'."""
+    arguments = config[key] if key in config else list(config["config_groups"].values())[-1][key]
+    strategy = arguments["strategy"]
+    words = {"channel": "output channel", "token": "token, found while serving", "tensor": "tensor"}[strategy]
+    if key == "input_activations" and strategy == "tensor":
+        words += ", found while serving" if arguments["dynamic"] else ", fixed by calibration"
     return words
 
 
-def _range(alphas: list[float]) -> str:
-    return f"{alphas[0]:g}" if len(alphas) == 1 else f"{alphas[0]:g} to {alphas[-1]:g}" if alphas else "none"
-
-
 def _plain(text: Any) -> str:
-    """On one line of a Markdown table, without markup."""
-    return re.sub(r"[`|<>\[\]\\*_\s]+", lambda found: "_" if found[0] == "_" else " ", str(text)).strip()
+    """`text` without line breaks and markup, for a Markdown table."""
+    return re.sub(r"[`|<>\[\]\\*_\s]+", lambda match: "_" if match[0] == "_" else " ", str(text)).strip()
 
 
 def _hub_name(name: str) -> str | None:
-    """`name` where it is one of the hub; None for folders and files."""
+    """`name` if it is a name on the hub; None for folders and files."""
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) or name.startswith("."):
         return None
     return name
 
 
 def _source_metadata(source: str) -> dict[str, Any]:
-    """What the source model's own card says of INHERITED; nothing where it has none, or none that can be read."""
-    path = Path(source) / CARD
+    """The INHERITED metadata of the source model's card; empty if the card is missing or cannot be read."""
     try:
-        if not Path(source).is_dir():
-            path = Path(hf_hub_download(source, CARD))
+        path = Path(source) / CARD if Path(source).is_dir() else hf_hub_download(source, CARD)
         data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError):
+    except (OSError, ValueError):  # the hub's errors are among them
         return {}
     return {key: data[key] for key in INHERITED if data.get(key)}

@@ -1,23 +1,32 @@
-"""`smoothquant verify --source MODEL`: is this checkpoint that model, smoothed and rounded, and nothing else?
+"""`smoothquant verify --source MODEL`: whether a checkpoint is that model, smoothed and rounded, and nothing else.
 
-Nothing is taken from the manifest that can be computed. The groups are discovered again on the source, and each
-group's factors are read back from what the checkpoint stores:
+What is trusted. Nothing that can be computed is taken from the manifest: the groups are discovered again on the source.
+Alphas, static scales and measured errors remain claims, because only the calibration text can show them.
 
-    norm     s = w / w_stored                                exactly (smooth.py folds what is stored)
-    input    s = smoothing_factor                            exactly
-    linear   |w / s - q * scale| <= scale / 2                for every weight of the rows divided by s, and
-             |w * s - q * scale| <= scale / 2                of the columns that follow: an interval for s; where every
-             scale * 127 = max|w / s|                        channel has a scale, this makes it a point
+How the factors s of a group are recovered from the stored tensors:
 
-Then the smoothed model is built anew in float32, and every tensor of the checkpoint is compared with it. Rounding moves
-a weight by half a step of its scale at most; an integer that is one off is half a step too far. Every other tensor must
-be the smoothed one in its own dtype, every other file what exporting the source writes. What only the calibration text
-can tell (alphas, static scales, errors) stays a claim.
+    norm     s = w / w_stored                    exact, because factors.py multiplies the readers by this quotient
+    input    s = smoothing_factor                exact
+    linear   |w / s - q * scale| <= scale / 2    for each weight of the rows that are divided by s, and
+             |w * s - q * scale| <= scale / 2    of the readers' columns: each weight gives an interval for s
+             scale * 127 = max|w / s|            if each row has its own scale: the interval is a point
+
+What is compared. The smoothed model is computed again in float32, and every tensor of the checkpoint is compared with
+it. Rounding moves a weight by at most half a step of its scale, so that an integer that is off by one exceeds this
+bound. Every other tensor must equal the smoothed one in its own dtype, every other file what exporting the source
+writes.
+
+Example: a row of a "linear" group, w = [0.8, -0.4], stored as q = [40, -20] with the scale 0.01 of the whole tensor:
+
+    |0.8 / s - 0.40| <= 0.005        1.975 <= s <= 2.025
+    |0.4 / s - 0.20| <= 0.005        1.951 <= s <= 2.051
+    s = sqrt(1.975 * 2.025) = 2.0    the interval that both weights allow is 2.5 % wide
 """
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,76 +35,70 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vllm_smoothquant.format import int8
-from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import read_json, read_tensors
 
 from ..discovery.discover import TRACE_SHAPE, discover
-from ..discovery.graph import Graph, Group
+from ..discovery.graph import Group
 from ..discovery.linears import choose_linears
-from ..inputs.model import Source, load, untie_head
+from ..inputs.model import Source, load, sha256, untie_head
 from ..observation.absmax import observe_absmax
 from ..observation.observation import input_range
+from ..running.modules import output_head
 from ..smoothing.factors import FACTOR_OF, Smoothing
 from ..smoothing.gate import check_equivalence
 from . import export
+from .architecture import Faults, fault
 
-# Half a step, and what some roundings of float32 make of 127 steps: 127 * 16 * 2**-24.
+_fault = partial(fault, fix="check --source, or calibrate the model again")
+# Half a step, plus the float32 rounding errors of up to 127 steps: 127 * 16 * 2**-24.
 HALF = 0.5 + 2.0**-13
 UNIT = 2.0**-23
-# Sinks are a thousand times the other tokens, and random ones may not wake them.
-FAR = 1e4
+# Sink tokens are about 1000 times as large as other tokens, and random tokens may not trigger sinks.
+MAX_RANGE_RATIO = 1e4
 GATE_SHAPE = (2, 64)
 
 
-def compare_with_source(
-    checkpoint: Path, source: str, manifest: Mapping[str, Any], layers: dict[str, Any]
-) -> Iterator[SmoothQuantError]:
-    """Every fault, and into `layers` for each quantised one: `error`, of the weights in the source's own coordinates,
-    ||W' - W|| / ||W||, and `steps`, how far the worst weight is from its integer, in steps of its scale."""
+def compare_with_source(checkpoint: Path, source: str, manifest: Mapping[str, Any], layers: dict[str, Any]) -> Faults:
+    """Yield every difference between the folder `checkpoint` and the model `source`.
+
+    Adds to `layers` for each quantised layer: `error`, ||W' - W|| / ||W|| in the source's own coordinates, and `steps`,
+    the largest distance of a weight from its integer, in steps of its scale.
+    """
     loaded = load(source)
     model = loaded.model
-    said = manifest.get("source", {})
-    if said.get("sha256") != loaded.hashes:
-        yield _fault(
-            f"{source}: weight files", f"sha256 {_short(said.get('sha256'))}, by the manifest", _short(loaded.hashes)
-        )
-    if said.get("dtype") != str(model.dtype).removeprefix("torch."):
-        yield _fault("manifest: source.dtype", str(model.dtype), repr(said.get("dtype")))
+    claimed = _claim(manifest, "source", dict)
+    yield from _differences(f"{source}: sha256 by the manifest", _claim(claimed, "sha256", dict), loaded.hashes)
+    if claimed.get("dtype") != str(model.dtype).removeprefix("torch."):
+        yield _fault("manifest: source.dtype", str(model.dtype), repr(claimed.get("dtype")))
 
-    tensors = dict(read_tensors(checkpoint))
-    stored = Stored(model, tensors)
-    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
-    if head in stored.quantised:
+    stored = Stored(model, dict(read_tensors(checkpoint)))
+    head_is_int8 = any(model.get_submodule(name) is output_head(model) for name in stored.quantised)
+    if head_is_int8:
         untie_head(source, model)
-    ids = _random_ids(model)
-    kept = {n: why for n, why in _claim(manifest, "kept", dict).items() if not str(why).startswith("fell back")}
-    ignore = frozenset(name for name, why in kept.items() if why == "asked for by --ignore")
-    names, recomputed = choose_linears(model, ignore, lm_head=head in stored.quantised)
-    for name in sorted(kept.items() ^ recomputed.items()):
-        yield _fault(
-            f"manifest: kept: {name[0]}", recomputed.get(name[0], "nothing"), str(kept.get(name[0], "nothing"))
-        )
-    for name in sorted(set(_claim(manifest, "quantized", list)) ^ set(stored.quantised)):
-        yield _fault(f"manifest: quantized: {name}", "the layers that are INT8 in the files", "others")
-    for name in sorted(set(stored.quantised) - set(names)):
+    in_float = {n: why for n, why in _claim(manifest, "kept", dict).items() if not str(why).startswith("fell back")}
+    ignore = frozenset(name for name, why in in_float.items() if why == "asked for by --ignore")
+    names, reasons = choose_linears(model, ignore, lm_head=head_is_int8)
+    yield from _differences("manifest: kept", reasons, in_float)
+    quantized = dict.fromkeys(map(str, _claim(manifest, "quantized", list)), "int8")
+    yield from _differences("manifest: quantized", dict.fromkeys(stored.quantised, "int8"), quantized)
+    for name in sorted(stored.quantised.keys() - set(names)):
         yield _fault(f"{name}.weight", "floating point: this layer cannot be quantised", "int8")
 
-    graph = discover(model, ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]], keep=set(recomputed)).with_inputs(names)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, GATE_SHAPE, generator=torch.Generator().manual_seed(0))
+    graph = discover(model, ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]], set(reasons)).with_inputs(names)
     factors, width = dict[str, torch.Tensor](), dict[str, float]()
-    for group in sorted(graph.groups, key=lambda g: g.kind == "linear"):  # those last: they build on the others
-        try:
-            factors[group.source], width[group.source] = stored.factors(group, Smoothing(model, graph, factors))
-        except SmoothQuantError as error:
-            yield error
-            return
+    for each in sorted(graph.groups, key=lambda g: g.kind == "linear"):  # these last, because they depend on the others
+        factors[each.source], width[each.source] = stored.factors(each, Smoothing(model, graph, factors))
     smoothing = Smoothing(model, graph, factors)
-    yield from _groups(graph, smoothing, width, manifest)
-    inputs = [[export.hub_module_name(model, n) for n in r if n in stored.quantised] for r in graph.shared_input_groups]
-    if sorted(r for r in inputs if r) != sorted(map(list, _claim(manifest, "inputs", list))):
-        yield _fault("manifest: inputs", "the layers that read one tensor, as the source runs", "others")
-    yield from _tensors(stored, smoothing, graph, width, layers)
+    yield from _groups(smoothing, width, _claim(manifest, "groups", list))
+    inputs = [[stored.quantised[n] for n in group if n in stored.quantised] for group in graph.shared_input_groups]
+    if sorted(map(str, filter(None, inputs))) != sorted(map(str, _claim(manifest, "inputs", list))):
+        yield _fault("manifest: inputs", "the layers that read one tensor when the source runs", "others")
+    yield from _weights(stored, smoothing, width, layers)
+    yield from _other_tensors(stored, smoothing, width)
     yield from _ranges(stored, smoothing, ids)
-    check_equivalence(smoothing.folded(), list(ids[: GATE_SHAPE[0]].split(1)))
+    check_equivalence(smoothing.folded(), list(ids.split(1)))
     yield from _other_files(checkpoint, loaded)
 
 
@@ -104,195 +107,183 @@ class Stored:
 
     def __init__(self, model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
         self.model, self.tensors = model, tensors
-        integers = {name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dtype == torch.int8}
-        linears = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
-        hub = {name: export.hub_names(model, {f"{name}.weight": torch.empty(16, 16)}) for name in linears}
-        self.quantised = {
-            name: next(iter(renamed)).removesuffix(".weight")
-            for name, renamed in hub.items()
-            if len(renamed) == 1 and next(iter(renamed)).removesuffix(".weight") in integers
-        }
+        self.quantised: dict[str, str] = {}
+        integers = {key for key, tensor in tensors.items() if tensor.dtype == torch.int8}
+        for name, module in model.named_modules():
+            keys = export.file_names(model, f"{name}.weight") if getattr(module, "weight", None) is not None else []
+            if len(keys) == 1 and keys[0] in integers:
+                self.quantised[name] = keys[0].removesuffix(".weight")
 
-    def plain(self, module: str, parameter: str) -> torch.Tensor:
-        """A parameter in floating point of a norm or a linear layer, as the file has it."""
-        (name,) = export.hub_names(self.model, {f"{module}.{parameter}": torch.empty(16, 16)})
+    def parameter(self, module: str, parameter: str) -> torch.Tensor:
+        """float32: a parameter that is stored in floating point."""
+        (name,) = export.file_names(self.model, f"{module}.{parameter}")
         return self.tensors[name].float()
 
     def integers(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(q [out, in] float32, scale [out, 1] or [1]) of a quantised layer, whichever way the file keeps it."""
+        """(q float32 [out, in], scale [out, 1] or [1]) of a quantised layer."""
         name = self.quantised[module]
-        return self._upright(module, self.tensors[f"{name}.weight"].float()), self.tensors[f"{name}.weight_scale"]
+        return self._out_in(module, self.tensors[f"{name}.weight"].float()), self.tensors[f"{name}.weight_scale"]
 
-    def _upright(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+    def _out_in(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` as [out, in]; Conv1D stores [in, out]."""
         return weight if isinstance(self.model.get_submodule(module), nn.Linear) else weight.t()
 
     def smoothed(self, module: str, smoothing: Smoothing) -> torch.Tensor:
-        """float32 [out, in]: the source's weight as `smoothing` leaves it."""
-        return self._upright(module, smoothing.parameters(module)["weight"])
+        """float32 [out, in]: the source's weight, smoothed by `smoothing`."""
+        return self._out_in(module, smoothing.parameters(module)["weight"])
 
-    def factors(self, group: Group, before: Smoothing) -> tuple[torch.Tensor, float]:
-        """(s [channels] of `group`, how wide its interval is, relative to s). `before`: the groups known so far."""
+    def factors(self, group: Group, known: Smoothing) -> tuple[torch.Tensor, float]:
+        """(s [channels] of `group`, the width of its interval relative to s). known: the groups recovered so far."""
         ones = torch.ones(group.channels)
         if group.kind == "input":
-            names = [self.quantised[r.name] for r in group.readers if r.name in self.quantised]
-            found = [self.tensors[f"{n}.smoothing_factor"] for n in names if f"{n}.smoothing_factor" in self.tensors]
-            return (found[0] if found else ones), 0.0
+            keys = [f"{self.quantised[r.name]}.smoothing_factor" for r in group.readers if r.name in self.quantised]
+            return next((self.tensors[key] for key in keys if key in self.tensors), ones), 0.0
         if group.kind == "norm":
             first = next(name for name, rule in group.rules.items() if rule != "fixed")
             p = self.model.get_submodule(group.source).get_parameter(first).detach().float()
-            q = self.plain(group.source, first)
-            s = FACTOR_OF[group.rules[first]](p, q)
+            s = FACTOR_OF[group.rules[first]](p, self.parameter(group.source, first))
             return torch.where(group.foldable & torch.isfinite(s) & (s > 0), s, ones), 0.0
-        return self._interval(group, before)
-
-    def _interval(self, group: Group, before: Smoothing) -> tuple[torch.Tensor, float]:
-        low, high = torch.zeros(group.channels), torch.full((group.channels,), torch.inf)
-        weight = self.smoothed(group.source, before)
-        bias = before.parameters(group.source).get("bias")
-        if group.source in self.quantised:
-            q, scale = self.integers(group.source)
-            edges = [(q - HALF) * scale / weight, (q + HALF) * scale / weight]
-            low, high = _narrow(low, high, *edges, dim=1, inverse=True)
-            if scale.dim() == 2:
-                point = weight.abs().amax(1) / (int8.QMAX * scale[:, 0])
-                exact = point > 0
-                low, high = (torch.where(exact, point * (1 + sign * 8 * UNIT), b) for sign, b in ((-1, low), (1, high)))
-        else:
-            own = self._upright(group.source, self.plain(group.source, "weight"))
-            slack = torch.finfo(self.model.dtype).eps
-            ratio = torch.where(weight != 0, own / weight, torch.nan)
-            low, high = _narrow(low, high, ratio * (1 - slack), ratio * (1 + slack), dim=1, inverse=True)
-        if bias is not None:
-            slack = 2 * torch.finfo(self.model.dtype).eps
-            ratio = (self.plain(group.source, "bias") / bias)[:, None]
-            low, high = _narrow(low, high, ratio * (1 - slack), ratio * (1 + slack), dim=1, inverse=True)
-        pointed = group.source in self.quantised and self.integers(group.source)[1].dim() == 2
-        for reader in () if pointed else group.readers:
-            if reader.name in self.quantised and bool((reader.power == 1).all()):
-                q, scale = self.integers(reader.name)
-                columns = self.smoothed(reader.name, before)
-                edges = [(q - HALF) * scale / columns, (q + HALF) * scale / columns]
-                bottom, top = _narrow(torch.zeros(q.shape[1]), torch.full((q.shape[1],), torch.inf), *edges, dim=0)
-                mapped = reader.channel_of >= 0
-                low.scatter_reduce_(0, reader.channel_of[mapped], bottom[mapped], "amax")
-                high.scatter_reduce_(0, reader.channel_of[mapped], top[mapped], "amin")
-        # Nothing bounds the factor of a channel whose weights are all zero, and nothing depends on it.
+        low, high = self._interval(group, known)
+        # A channel whose weights are all zero has no bound, and its factor has no effect.
         free = ~group.foldable | ~torch.isfinite(high) | (low <= 0)
-        apart = ~free & (low > high * (1 + 8 * UNIT))
-        if apart.any():
-            raise _fault(
-                f"{group.source}.weight", "the source's rows divided by a factor, its readers multiplied by it",
-                f"{int(apart.sum())} for which there is none",
-            )  # fmt: skip
+        empty = ~free & (low > high * (1 + 8 * UNIT))
+        if empty.any():
+            got = f"{int(empty.sum())} of {len(empty)} rows without such a factor"
+            raise _fault(f"{group.source}.weight", "rows divided by a factor that multiplies the readers' columns", got)
         s = torch.where(free, 1.0, (low * high).sqrt())
         return s, float((high / low - 1)[~free].clamp(min=0).max()) if (~free).any() else 0.0
 
+    def _interval(self, group: Group, known: Smoothing) -> tuple[torch.Tensor, torch.Tensor]:
+        """(low, high), float32 [channels] each: the factors of a "linear" group that its tensors allow."""
+        source, readers, eps = group.source, group.readers, torch.finfo(self.model.dtype).eps
+        weight, bias = self.smoothed(source, known), known.parameters(source).get("bias")
+        if source not in self.quantised:
+            ratio = self._out_in(source, self.parameter(source, "weight")) / weight
+            low, high = _inverse_bounds(ratio * (1 - eps), ratio * (1 + eps))
+        else:
+            q, scale = self.integers(source)
+            low, high = _inverse_bounds((q - HALF) * scale / weight, (q + HALF) * scale / weight)
+            if scale.dim() == 2:
+                point, readers = weight.abs().amax(1) / (int8.QMAX * scale[:, 0]), ()
+                low = torch.where(point > 0, point * (1 - 8 * UNIT), low)
+                high = torch.where(point > 0, point * (1 + 8 * UNIT), high)
+        if bias is not None:
+            ratio = (self.parameter(source, "bias") / bias)[:, None]
+            bottom, top = _inverse_bounds(ratio * (1 - 2 * eps), ratio * (1 + 2 * eps))
+            low, high = torch.maximum(low, bottom), torch.minimum(high, top)
+        for reader in readers:
+            if reader.name in self.quantised and bool((reader.power == 1).all()):
+                q, scale = self.integers(reader.name)
+                weight = self.smoothed(reader.name, known)
+                bottom, top = _bounds((q - HALF) * scale / weight, (q + HALF) * scale / weight, dim=0)
+                mapped = reader.channel_of >= 0
+                low.scatter_reduce_(0, reader.channel_of[mapped], bottom[mapped], "amax")
+                high.scatter_reduce_(0, reader.channel_of[mapped], top[mapped], "amin")
+        return low, high
 
-def _narrow(
-    low: torch.Tensor, high: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, dim: int, inverse: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`low`, `high` within what every element's [a, b] (in either order; NaN and infinity say nothing) allows."""
+
+def _bounds(a: torch.Tensor, b: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(low, high): the common part, along `dim`, of intervals with the ends a and b in either order.
+
+    low is at least 0. An end that is not finite bounds nothing.
+    """
     a, b = torch.minimum(a, b), torch.maximum(a, b)
-    says = torch.isfinite(a) & torch.isfinite(b)
-    if inverse:  # of 1 / s: whatever is at or below 0 bounds nothing
-        bottom = torch.where(says & (b > 0), 1 / b, 0.0).amax(dim)
-        top = torch.where(says & (a > 0), 1 / a, torch.inf).amin(dim)
-    else:
-        bottom = torch.where(says, a, 0.0).amax(dim)
-        top = torch.where(says, b, torch.inf).amin(dim)
-    return torch.maximum(low, bottom), torch.minimum(high, top)
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    return torch.where(finite, a, 0.0).amax(dim).clamp(min=0), torch.where(finite, b, torch.inf).amin(dim)
 
 
-def _tensors(
-    stored: Stored, smoothing: Smoothing, graph: Graph, width: Mapping[str, float], layers: dict[str, Any]
-) -> Iterator[SmoothQuantError]:
-    """Every tensor against the smoothed source."""
-    model = stored.model
-    uncertain = {
-        name: width[group.source] for group in graph.groups for name in (group.source, *(r.name for r in group.readers))
+def _inverse_bounds(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """_bounds of s along dim 1, where a and b are the ends for 1 / s. An end at or below 0 bounds nothing."""
+    low, high = _bounds(a, torch.where(torch.maximum(a, b) > 0, b, torch.nan), dim=1)
+    return 1 / high, torch.where(low > 0, 1 / low, torch.inf)
+
+
+def _weights(stored: Stored, smoothing: Smoothing, width: Mapping[str, float], layers: dict[str, Any]) -> Faults:
+    """The quantised weights against the smoothed source."""
+    uncertainty = {
+        name: width[group.source]
+        for group in smoothing.graph.groups
+        for name in (group.source, *(reader.name for reader in group.readers))
     }
-    for name in stored.quantised:
+    for name, file_name in stored.quantised.items():
         expected, (q, scale) = stored.smoothed(name, smoothing), stored.integers(name)
         if expected.shape != q.shape:
-            yield _fault(f"{stored.quantised[name]}.weight", f"shape {list(expected.shape)}", str(list(q.shape)))
+            yield _fault(f"{file_name}.weight", f"shape {list(expected.shape)}", str(list(q.shape)))
             continue
-        off = (expected / scale - q).abs()
-        apart = q * scale - expected
-        into, out = smoothing.input_factor(name), smoothing.output_factor(name)
-        original = expected
-        for factor, undo in ((into, lambda t, f: t / f), (out, lambda t, f: t * f[:, None])):
-            if factor is not None:
-                apart, original = undo(apart, factor), undo(original, factor)
-        layers[stored.quantised[name]] = {
-            "error": float(apart.norm() / original.norm()), "steps": float(off.max()),
-        }  # fmt: skip
-        wrong = off > HALF + int8.QMAX * uncertain.get(name, 0.0)
+        steps = (expected / scale - q).abs()
+        error, original = q * scale - expected, expected
+        if (columns := smoothing.input_factor(name)) is not None:
+            error, original = error / columns, original / columns
+        if (rows := smoothing.output_factor(name)) is not None:
+            error, original = error * rows[:, None], original * rows[:, None]
+        layers[file_name] = {"error": float(error.norm() / original.norm()), "steps": float(steps.max())}
+        wrong = steps > HALF + int8.QMAX * uncertainty.get(name, 0.0)
         if wrong.any():
-            yield _fault(
-                f"{stored.quantised[name]}.weight", "the source's weights, smoothed and rounded",
-                f"{int(wrong.sum())} of {wrong.numel()} over half a step away, the worst {float(off.max()):.3g} steps",
-            )  # fmt: skip
-    for block in export.source_tensors(model):
-        plain, folded = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+            got = f"{int(wrong.sum())} of {wrong.numel()} over half a step away, worst {float(steps.max()):.3g} steps"
+            yield _fault(f"{file_name}.weight", "the source's weights, smoothed and rounded", got)
+
+
+def _other_tensors(stored: Stored, smoothing: Smoothing, width: Mapping[str, float]) -> Faults:
+    """The tensors in floating point: those of smoothed modules within two roundings, all others exactly."""
+    for block in export.source_tensors(stored.model):
+        exact, smoothed = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
         for key, tensor in block.items():
             owner, _, suffix = key.rpartition(".")
-            if owner in smoothing.modules and not (owner in stored.quantised and suffix == "weight"):
-                folded[key] = smoothing.parameters(owner).get(suffix, tensor).to(tensor.dtype)
-            elif owner not in smoothing.modules and not (owner in stored.quantised and suffix == "weight"):
-                plain[key] = tensor
-        for expected_here, exact in ((plain, True), (folded, False)):
-            for name, wanted in export.hub_names(model, expected_here).items() if expected_here else ():
+            if owner in stored.quantised and suffix == "weight":
+                continue
+            if owner in smoothing.modules:
+                smoothed[key] = smoothing.parameters(owner).get(suffix, tensor).to(tensor.dtype)
+            else:
+                exact[key] = tensor
+        for tensors, expected in ((exact, "the source's values"), (smoothed, "the source's values, smoothed")):
+            for name, wanted in export.hub_names(stored.model, tensors).items():
                 got = stored.tensors[name]
                 if got.dtype != wanted.dtype:
                     yield _fault(name, f"{wanted.dtype}, as the source has it", str(got.dtype))
-                slack = 0.0 if exact else 2 * torch.finfo(got.dtype).eps + max(width.values())
+                slack = 0.0 if tensors is exact else 2 * torch.finfo(got.dtype).eps + max(width.values())
                 if not bool(((got.float() - wanted.float()).abs() <= slack * wanted.float().abs()).all()):
-                    yield _fault(name, "the source's values" if exact else "the source's values, smoothed", "others")
+                    yield _fault(name, expected, "others")
 
 
-def _ranges(stored: Stored, smoothing: Smoothing, ids: torch.Tensor) -> Iterator[SmoothQuantError]:
-    """Static ranges against what random tokens reach: only the calibration text can tell more."""
-    scales = {name: stored.tensors.get(f"{hub}.input_scale") for name, hub in stored.quantised.items()}
-    static = {name: float(scale) for name, scale in scales.items() if scale is not None}
+def _ranges(stored: Stored, smoothing: Smoothing, ids: torch.Tensor) -> Faults:
+    """Static ranges against the ranges of random tokens, roughly: only the calibration text can show more."""
+    scales = {name: stored.tensors.get(f"{file_name}.input_scale") for name, file_name in stored.quantised.items()}
+    static = {name: float(scale) * int8.QMAX for name, scale in scales.items() if scale is not None}
     absmax = observe_absmax(stored.model, sorted(static), ids) if static else {}
-    for name, scale in static.items():
+    for name, stored_range in static.items():
         reached = input_range(absmax[name], smoothing.input_factor(name))
-        if reached > 0 and not 1 / FAR < scale * int8.QMAX / reached < FAR:
+        if reached > 0 and not 1 / MAX_RANGE_RATIO < stored_range / reached < MAX_RANGE_RATIO:
             where = f"{stored.quantised[name]}.input_scale"
-            yield _fault(where, f"about the range of random tokens, {reached:.3g}", f"{scale * int8.QMAX:.3g}")
+            yield _fault(where, f"about the range of random tokens, {reached:.3g}", f"{stored_range:.3g}")
 
 
-def _other_files(checkpoint: Path, source: Source) -> Iterator[SmoothQuantError]:
+def _other_files(checkpoint: Path, source: Source) -> Faults:
     """config.json, generation config, tokenizer and template against what exporting the source writes."""
     quantization = read_json(checkpoint / "config.json")["quantization_config"]
     with tempfile.TemporaryDirectory() as temporary:
         export.write_config(Path(temporary), source.model, source.tokenizer, quantization)
-        for wanted in sorted(Path(temporary).iterdir()):
-            got = checkpoint / wanted.name
-            if not got.is_file():
-                yield _fault(str(got), "a file, as the source has it", "none")
-            elif wanted.suffix != ".json":
-                if wanted.read_bytes() != got.read_bytes():
-                    yield _fault(str(got), "what the source has", "something else")
+        for expected in sorted(Path(temporary).iterdir()):
+            path = checkpoint / expected.name
+            if path.is_file():
+                yield from _differences(str(path), _content(expected), _content(path))
             else:
-                a, b = read_json(wanted), read_json(got)
-                # What these two say depends on where and by what the tokenizer was loaded.
-                for key in sorted((a.keys() | b.keys()) - {"transformers_version", "local_files_only"}):
-                    # Through JSON: NaN equals itself there, and True is not 1.
-                    values = [json.dumps(each.get(key, "nothing"), sort_keys=True) for each in (a, b)]
-                    if values[0] != values[1]:
-                        yield _fault(f"{got}: {key}", values[0][:100], values[1][:100])
+                yield _fault(str(path), "a file, as the source has it", "none")
 
 
-def _groups(
-    graph: Graph, smoothing: Smoothing, width: Mapping[str, float], manifest: Mapping[str, Any]
-) -> Iterator[SmoothQuantError]:
-    """The manifest's groups against the rediscovered ones and the factors read back."""
-    said = {str(group.get("source")): group for group in _claim(manifest, "groups", list)}
-    found = {group.source: smoothing.describe(group) for group in graph.groups}
-    for source in sorted(said.keys() | found.keys()):
+def _content(path: Path) -> dict[str, Any]:
+    if path.suffix != ".json":
+        return {"sha256": sha256(path)}
+    # The values of these two keys depend on where and by which version the tokenizer was loaded.
+    return {k: v for k, v in read_json(path).items() if k not in ("transformers_version", "local_files_only")}
+
+
+def _groups(smoothing: Smoothing, width: Mapping[str, float], claimed: list[dict[str, Any]]) -> Faults:
+    """The manifest's groups against the discovered groups and the recovered factors."""
+    claims = {str(group.get("source")): group for group in claimed}
+    groups = {group.source: smoothing.describe(group) for group in smoothing.graph.groups}
+    for source in sorted(claims.keys() | groups.keys()):
         for key in ("kind", "readers", "channels", "factor_min", "factor_max"):
-            a, b = found.get(source, {}).get(key), said.get(source, {}).get(key)
+            a, b = groups.get(source, {}).get(key), claims.get(source, {}).get(key)
             near = isinstance(a, float) and isinstance(b, float) and abs(a - b) <= (width[source] + 1e-5) * abs(a)
             if a != b and not near:
                 yield _fault(f"manifest: groups: {source}.{key}", repr(a), repr(b))
@@ -305,14 +296,9 @@ def _claim(manifest: Mapping[str, Any], key: str, kind: type) -> Any:
     return value
 
 
-def _random_ids(model: PreTrainedModel) -> torch.Tensor:
-    words = model.config.get_text_config().vocab_size
-    return torch.randint(0, words, GATE_SHAPE, generator=torch.Generator().manual_seed(0))
-
-
-def _short(hashes: Any) -> str:
-    return json.dumps({n: h[:16] for n, h in hashes.items()} if isinstance(hashes, dict) else hashes, sort_keys=True)
-
-
-def _fault(where: str, expected: str, got: str) -> SmoothQuantError:
-    return SmoothQuantError(where, expected, got, "check --source, or calibrate the model again")
+def _differences(where: str, expected: Mapping[str, Any], got: Mapping[str, Any]) -> Faults:
+    """A fault for each key with different values, compared as JSON: there NaN equals itself and True differs from 1."""
+    for key in sorted(expected.keys() | got.keys()):
+        a, b = (json.dumps(values.get(key, "nothing"), sort_keys=True) for values in (expected, got))
+        if a != b:
+            yield _fault(f"{where}: {key}", a[:100], b[:100])

@@ -1,10 +1,12 @@
-"""The last stage: round the weights by the plan and write the checkpoint."""
+"""The last stage: round the weights according to the plan and write the checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from vllm_smoothquant.format.config import CheckpointConfig
 from vllm_smoothquant.format.files import MANIFEST
@@ -14,7 +16,7 @@ from ..options import RECIPE, Options, dump_recipe
 from ..smoothing.factors import Smoothing
 from ..smoothing.plan import Plan
 from . import channel_statistics, export, model_card
-from .manifest import manifest, measurements
+from .manifest import manifest
 from .quantize import quantize_linear
 
 
@@ -23,26 +25,28 @@ def write_checkpoint(
 ) -> dict[str, Any]:
     """Write the INT8 checkpoint into the new folder `options.output`; returns the manifest.
 
-    folder: where it is written before it becomes the output (export.staging).
+    folder: where the files are written before the folder is renamed to the output (export.staging).
     """
-    model, graph = observation.model, observation.graph
-    in_float = observation.in_float | {
-        name: f"fell back: {to}" for name, to in plan.fallbacks.items() if name not in plan.schemes
-    }
+    model, groups = observation.model, observation.graph.shared_input_groups
+    inputs = [[export.hub_module_name(model, name) for name in names if name in plan.schemes] for names in groups]
+    fallbacks = {name: f"fell back: {to}" for name, to in plan.fallbacks.items() if name not in plan.schemes}
+    in_float = observation.in_float | fallbacks
     with export.staging(Path(options.output), folder) as staged:
         with torch.inference_mode():
-            export.write_tensors(staged, _quantized_tensors(observation, plan))
-        config = _config(observation, plan, in_float).to_dict()
+            export.write_tensors(staged, _quantized_tensors(model, plan))
+        config = _config(model, plan, in_float).to_dict()
         export.write_config(staged, model, observation.source.tokenizer, config)
         channel_statistics.write(staged, channel_statistics.collect(observation, plan))
         record = manifest(observation, staged, plan.smoothing, gate_report) | {
-            "inputs": [
-                [export.hub_module_name(model, name) for name in names if name in plan.schemes]
-                for names in graph.shared_input_groups
-                if any(name in plan.schemes for name in names)
-            ],
-            "kept": in_float, "quantized": list(plan.schemes), "quantization_config": config, **measurements(plan),
-        }  # fmt: skip
+            "inputs": [names for names in inputs if names],
+            "kept": in_float,
+            "quantized": list(plan.schemes),
+            "quantization_config": config,
+            "alphas": dict(plan.alphas),
+            "fallen_back": dict(plan.fallbacks),
+            "simulated_perplexity": dict(plan.perplexities),
+            "errors": {} if plan.search is None else plan.search.errors,  # as search.py defines them
+        }
         export.write_json(staged / MANIFEST, record)
         model_card.write(staged, record)
         # Not hashed by verify: recipe.yaml is the request, the manifest the result.
@@ -63,25 +67,21 @@ def write_smoothed(
     return record
 
 
-def _config(observation: Observation, plan: Plan, in_float: dict[str, str]) -> CheckpointConfig:
-    model = observation.model
+def _config(model: PreTrainedModel, plan: Plan, in_float: Mapping[str, str]) -> CheckpointConfig:
+    file_name = partial(export.hub_module_name, model)
     return CheckpointConfig(
         plan.scheme.weights,
         plan.scheme.input_activations,
-        overrides={
-            export.hub_module_name(model, name): scheme.input_activations
-            for name, scheme in plan.schemes.items()
-            if scheme != plan.scheme
-        },
-        smoothed=frozenset(export.hub_module_name(model, name) for name in plan.smoothing.runtime),
-        # vLLM's own models use the names of the files, its Transformers backend those of the modules.
-        ignore=frozenset(n for name in in_float for n in (name, export.hub_module_name(model, name))),
+        overrides={file_name(name): s.input_activations for name, s in plan.schemes.items() if s != plan.scheme},
+        smoothed=frozenset(map(file_name, plan.smoothing.runtime)),
+        # vLLM's own models use the names of the files; its Transformers backend uses the names of the modules.
+        ignore=frozenset(in_float) | frozenset(map(file_name, in_float)),
     )
 
 
-def _quantized_tensors(observation: Observation, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint, block by block: INT8 where planned, elsewhere smoothed or as it was."""
-    model, smoothing = observation.model, plan.smoothing
+def _quantized_tensors(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the checkpoint, block by block: INT8 by the plan's schemes, the others smoothed or unchanged."""
+    smoothing = plan.smoothing
     for block in export.source_tensors(model):
         in_float = {}
         for key, tensor in block.items():

@@ -1,35 +1,42 @@
-"""Who reads what: the groups of linear layers that can share one smoothing scale, found by running the model once.
+"""Find the groups of linear layers that can share one smoothing factor, by running the model once.
 
     source (a norm or a linear layer) ---> data movement, ReLU, attention weights ... ---> linear layers that read it
 
     source output / s,   reader columns * s    =>    the same function                   (Xiao et al. 2022, eq. 3)
 
-`discover` follows each channel of each source through the operations of one short forward pass (labels.py) to the
-inputs of linear layers. A channel is foldable when every operation that ever sees it carries its scale to a linear
-layer that can multiply its columns by s; otherwise it keeps scale 1 and the Graph says which reader stood in the way.
-So a fused or interleaved q/k/v, key-value heads shared by several query heads, parallel blocks and a norm with one
-reader too many need no rule of their own, and there is no table of architectures.
+How. The trace (trace.py) follows each channel of each source through the operations of one short forward pass. Hooks on
+every module give it two facts: linear layers and norms are opaque, and their outputs are sources. At the input of a
+linear layer the labels are read: they say which channel of which source is behind each input channel.
 
-The trace sees one sample. What a sample cannot show (a branch taken for other tokens, memory read behind torch's back)
-is the gate's business (gate.py).
+What can be folded. A channel is foldable if every operation that reads it carries its scale to a linear layer that can
+multiply its columns by s. All other channels keep scale 1, and the Graph names the reader that forbids the fold.
+Fused or interleaved q/k/v, key-value heads that several query heads share, parallel blocks, and a norm that a router
+reads as well therefore need no rule of their own, and there is no table of architectures.
+
+What one sample cannot show. A branch that is taken for other tokens, or memory that is read without torch, is found by
+the gate (smoothing/gate.py).
+
+Example. A norm of 128 channels is read by q, k and v: each of the three inputs has the norm's labels in their order, so
+they become one group of three readers with 128 foldable channels. If code also computes x[..., :4].mean(-1), the rules
+pin channels 0 to 3: 124 channels are folded, and a Refusal names the module, the operation and 4 of 128 channels.
 """
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
+from ..running.hooks import hooked
 from ..running.modules import own_parameters, plain_kernels
 from .graph import Graph, Group, Linear, Reader, Refusal
 from .probe import linear_transposed, norm_channels, norm_rules
 from .rules import DEGREE
-from .trace import Trace
+from .trace import Trace, tensors_of
 
 # Samples and tokens of each: discovery needs the shape of the computation, not its statistics.
 TRACE_SHAPE = (2, 16)
@@ -42,98 +49,83 @@ def discover(model: nn.Module, input_ids: torch.Tensor, keep: Collection[str] = 
     keep: linear layers that stay in floating point. They may follow a scale, but no group is made for them alone.
     """
     if input_ids.dim() != 2 or input_ids.shape[1] < 2:
-        got = str(list(input_ids.shape))
-        raise SmoothQuantError("discover", "input_ids [batch, tokens >= 2]", got, "pass a longer sample")
-    watch = _Watch(model)
-    was_training = model.training
+        shape = str(list(input_ids.shape))
+        raise SmoothQuantError("discover", "input_ids [batch, tokens >= 2]", shape, "pass a longer sample")
+    recorder = _Recorder(model)
+    training = model.training
     model.eval()
     try:
-        with plain_kernels(model), torch.no_grad(), watch.hooks(), watch.trace:
+        with plain_kernels(model), torch.no_grad(), hooked(recorder.hooks()), recorder.trace:
             output = model(input_ids=input_ids, use_cache=False)
-            watch.trace.pin_read(_tensors(output), "the model's output", "it leaves the model")
+            recorder.trace.pin_read(output, "the model's output", "it leaves the model")
     finally:
-        model.train(was_training)
-    watch.finish()
-    return watch.graph(frozenset(keep))
+        model.train(training)
+    recorder.pin_modules()
+    return recorder.graph(frozenset(keep))
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    leaves = tree_leaves(dict(tree) if isinstance(tree, dict) else tree)
-    return [t for t in leaves if isinstance(t, torch.Tensor)]
+class _Recorder:
+    """The hooks of one discovery: they guide the trace and record the input labels of linear layers.
 
-
-def _span(columns: torch.Tensor) -> tuple[int, int]:
-    """Smallest and largest label of a linear layer's input channels; (0, 0) if none carries one."""
-    labels = columns[columns != 0] % DEGREE
-    return (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
-
-
-def _keeps_shape(inputs: list[torch.Tensor], output: Any, channels: int) -> bool:
-    """Whether a module made one tensor of one tensor of the same shape [..., channels]."""
-    single = isinstance(output, torch.Tensor) and [t.shape for t in inputs] == [output.shape]
-    return single and output.shape[-1] == channels
-
-
-class _Watch:
-    """Tells the trace which modules are opaque (linear layers, candidate norms); collects what linear layers read."""
+    transposed: linear layer -> weight is [in, out]. norms: candidate norm -> channels. executed: modules that ran.
+    input_labels: linear layer -> labels of its input channels, int64 [in_features]. shared_inputs: linear layers that
+    read one tensor. norm_shapes: norm that is a source -> shape of its output. owners: id of a parameter -> modules.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         self.transposed = {n: t for n, m in self.modules.items() if (t := linear_transposed(m)) is not None}
         self.norms = {n: c for n, m in self.modules.items() if n not in self.transposed and (c := norm_channels(m))}
         self.trace = Trace(model)
-        self.ran: set[str] = set()
-        self.inputs: dict[str, torch.Tensor] = {}  # linear -> labels of its input channels, [in_features]
-        self.readers: list[list[str]] = []  # linears that read one tensor
-        self.last_read: torch.Tensor | None = None  # held, so that its memory is not used again
+        self.executed: set[str] = set()
+        self.input_labels: dict[str, torch.Tensor] = {}
+        self.shared_inputs: list[list[str]] = []
+        self.last_input: torch.Tensor | None = None  # a reference, so that its memory is not used again
         self.norm_shapes: dict[str, torch.Size] = {}
+        self.norm_rules: dict[str, dict[str, str]] = {}
         self.owners: dict[int, list[str]] = {}
         for name, module in self.modules.items():
             for parameter in own_parameters(module).values():
                 self.owners.setdefault(id(parameter), []).append(name)
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        handles = []
-        try:
-            for name, module in self.modules.items():
-                # Last before forward and first after it: what other hooks do to the tensors is watched like any code.
-                before = module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
-                after = module.register_forward_hook(partial(self._after, name), with_kwargs=True, prepend=True)
-                handles += [before, after]
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def hooks(self) -> Iterator[RemovableHandle]:
+        for name, module in self.modules.items():
+            # Last before forward and first after it, so that the trace follows what other hooks do to the tensors.
+            yield module.register_forward_pre_hook(partial(self.enter, name), with_kwargs=True)
+            yield module.register_forward_hook(partial(self.leave, name), with_kwargs=True, prepend=True)
 
-    def _before(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        tensors = _tensors((args, kwargs))
-        self.trace.seen(tensors)
+    def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        tensors = tensors_of((args, kwargs))
+        self.trace.expose(tensors)
         self.trace.path.append(name)
-        self.trace.seen(tensors)
-        self.ran.add(name)
+        self.trace.expose(tensors)
+        self.executed.add(name)
         if name in self.transposed:
-            self._read(name, tensors)
-            self.trace.enter_opaque(name, own_parameters(module).values())
+            self.read(name, *tensors)
         elif name in self.norms:
             # Its statistics mix all channels, so no scale passes through it.
             self.trace.pin_read(tensors, name, "a norm of another layer's output")
-            self.trace.enter_opaque(name, own_parameters(module).values())
+        else:
+            return
+        self.trace.opaque_parameters = set(map(id, own_parameters(module).values()))
 
-    def _after(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        self.trace.leave_opaque()
-        inputs = _tensors((args, kwargs))
-        if name in self.transposed and isinstance(output, torch.Tensor):
-            self.trace.emit(name, output)
-        elif name in self.norms and _keeps_shape(inputs, output, self.norms[name]):
-            self.norm_shapes[name] = output.shape
-            self.trace.emit(name, output)
-        self.trace.seen(_tensors(output))
+    def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self.trace.opaque_parameters = None
+        if isinstance(output, torch.Tensor):
+            # A norm makes one tensor of one tensor of the same shape.
+            shapes = [tensor.shape for tensor in tensors_of((args, kwargs))]
+            is_norm = name in self.norms and shapes == [output.shape] and output.shape[-1] == self.norms[name]
+            if is_norm:
+                self.norm_shapes[name] = output.shape
+            if is_norm or name in self.transposed:
+                self.trace.emit(name, output)
+        tensors = tensors_of(output)
+        self.trace.expose(tensors)
         self.trace.path.pop()
-        self.trace.seen(_tensors(output))
+        self.trace.expose(tensors)
 
-    def _read(self, name: str, tensors: list[torch.Tensor]) -> None:
-        x, *others = tensors
+    def read(self, name: str, x: torch.Tensor, *others: torch.Tensor) -> None:
+        """Record the labels of the input channels of linear layer `name`: those of x [..., in_features]."""
         self.trace.pin_read(others, name, "an argument beside the input")
         rows = self.trace.ids(x).reshape(-1, x.shape[-1])
         columns = rows[0]
@@ -141,102 +133,92 @@ class _Watch:
             self.trace.pin(rows, name, "its input channels come from different places at different positions")
             columns = torch.zeros_like(columns)
         columns = columns.cpu()
-        if name not in self.inputs:
-            last = self.last_read
-            same = last is not None and last.shape == x.shape and last.data_ptr() == x.data_ptr()
-            self.readers[-1].append(name) if same else self.readers.append([name])
-        self.last_read = x
-        known = self.inputs.setdefault(name, columns)
-        if not torch.equal(known, columns):
-            for ids in (known, columns):
-                self.trace.pin(
-                    torch.where(known != columns, ids, 0), name, "it runs more than once on different inputs"
-                )
+        if name not in self.input_labels:
+            last = self.last_input
+            if last is None or last.shape != x.shape or last.data_ptr() != x.data_ptr():
+                self.shared_inputs.append([])
+            self.shared_inputs[-1].append(name)
+        self.last_input = x
+        first_columns = self.input_labels.setdefault(name, columns)
+        different = torch.stack([first_columns, columns])[:, first_columns != columns]
+        self.trace.pin(different, name, "it runs more than once on different inputs")
 
-    # --- what only the whole trace shows ---
-
-    def finish(self) -> None:
-        """Pin what modules that did not run, shared parameters and unproven norms forbid."""
-        for name, reason in self._bound_parameters():
-            if name in self.trace.ledger.sources:
-                self.trace.ledger.pin_source(name, name, reason)
-            if name in self.inputs:
-                self.trace.ledger.pin(self.inputs[name], name, reason)
+    def pin_modules(self) -> None:
+        """Pin what only the whole trace shows: shared parameters, modules that did not run, norms without a rule."""
+        ledger, parameters_read = self.trace.ledger, self.trace.parameters_read
+        for name in (*self.transposed, *self.norms):
+            reason = self.foreign_use(name)
+            if reason is not None and name in ledger.sources:
+                ledger.pin_source(name, name, reason)
+            if reason is not None and name in self.input_labels:
+                ledger.pin(self.input_labels[name], name, reason)
         for name, module in self.modules.items():
-            if name in self.ran or not own_parameters(module) or self._read_elsewhere(module):
+            parameters = {id(parameter) for parameter in own_parameters(module).values()}
+            owners = {name, *(owner for parameter in parameters for owner in self.owners[parameter])}
+            if not parameters or owners & self.executed or parameters & parameters_read.keys():
                 continue
             ancestor = name
-            while ancestor not in self.ran:
+            while ancestor not in self.executed:
                 ancestor = ancestor.rpartition(".")[0]
-            for source in sorted(self.trace.scopes.get(ancestor, ())):
-                reason = f"it did not run on the sample, and {ancestor or 'the model'} could hand it this tensor"
-                self.trace.ledger.pin_source(source, name, reason)
-        self.rules = {}
+            reason = f"it did not run on the sample, and {ancestor or 'the model'} could hand it this tensor"
+            for source in sorted(self.trace.scopes[ancestor]):
+                ledger.pin_source(source, name, reason)
         for name, shape in self.norm_shapes.items():
             rules = norm_rules(self.modules[name], shape)
-            self.rules[name] = rules or {}
             if rules is None:
                 reason = "its parameters are not proved to scale its output channel by channel"
-                self.trace.ledger.pin_source(name, name, reason)
+                ledger.pin_source(name, name, reason)
+            self.norm_rules[name] = rules or {}
 
-    def _bound_parameters(self) -> Iterator[tuple[str, str]]:
-        """Opaque modules whose parameters somebody else reads too: they can neither scale rows nor columns."""
-        for name in (*self.transposed, *self.norms):
-            for parameter in own_parameters(self.modules[name]).values():
-                others = [o for o in self.owners[id(parameter)] if o != name]
-                if others:
-                    yield name, f"its parameter is shared with {others[0]}"
-                elif id(parameter) in self.trace.parameters_read:
-                    yield name, f"its parameter is read by {self.trace.parameters_read[id(parameter)]}"
+    def foreign_use(self, name: str) -> str | None:
+        """Why linear layer or norm `name` can scale neither rows nor columns: something else uses its parameters."""
+        for parameter in own_parameters(self.modules[name]).values():
+            others = [owner for owner in self.owners[id(parameter)] if owner != name]
+            if others:
+                return f"its parameter is shared with {others[0]}"
+            if id(parameter) in self.trace.parameters_read:
+                return f"its parameter is read by {self.trace.parameters_read[id(parameter)]}"
+        return None
 
-    def _read_elsewhere(self, module: nn.Module) -> bool:
-        return any(
-            id(p) in self.trace.parameters_read or any(o in self.ran for o in self.owners[id(p)])
-            for p in own_parameters(module).values()
-        )
-
-    # --- the answer ---
+    def readers(self, keep: frozenset[str]) -> dict[str, list[Reader]]:
+        """Source -> the linear layers that read channels of it that are not pinned, in the order in which they ran."""
+        ledger = self.trace.ledger
+        readers: dict[str, list[Reader]] = {source: [] for source in ledger.sources}
+        for name, columns in self.input_labels.items():
+            for source, _ in ledger.channels(columns):
+                channels = columns % DEGREE - source.first
+                foldable = (channels >= 0) & (channels < source.channels)
+                foldable &= ~source.pinned[channels.clamp(0, source.channels - 1)]
+                if foldable.any():
+                    channel_of = torch.where(foldable, channels, -1)
+                    power = torch.where(foldable, columns // DEGREE + 1, 1)
+                    reader = Reader(name, channel_of, power, self.transposed[name], name not in keep)
+                    readers[source.name].append(reader)
+        return readers
 
     def graph(self, keep: frozenset[str]) -> Graph:
-        """The Graph of everything that is not pinned."""
-        ledger = self.trace.ledger
-        groups, refusals = [], []
-        covered = {name: torch.zeros(len(columns), dtype=torch.bool) for name, columns in self.inputs.items()}
-        span = {n: _span(columns) for n, columns in self.inputs.items()}
-        for source in ledger.sources.values():
-            readers = []
-            read = torch.zeros(source.channels, dtype=torch.bool)
-            for name, columns in self.inputs.items():
-                if span[name][1] < source.first or span[name][0] >= source.first + source.channels:
-                    continue
-                labels = columns % DEGREE - source.first
-                ours = (columns != 0) & (labels >= 0) & (labels < source.channels)
-                ours &= ~source.pinned[labels.clamp(0, source.channels - 1)]
-                if ours.any():
-                    channel_of = torch.where(ours, labels, -1)
-                    power = torch.where(ours, columns // DEGREE + 1, 1)
-                    readers.append(Reader(name, channel_of, power, self.transposed[name], name not in keep))
-                    read[labels[ours]] = True
-            refusals += [Refusal(source.name, *why, n, source.channels) for why, n in source.why.items()]
-            if not readers:
-                if not source.pinned.all():
-                    nobody = "nothing reads it"
-                    left = int((~source.pinned).sum())
-                    refusals.append(Refusal(source.name, "no linear layer", nobody, left, source.channels))
-            elif not any(r.quantized for r in readers):
-                kept = "every reader stays in floating point"
-                refusals.append(Refusal(source.name, readers[0].name, kept, int(read.sum()), source.channels))
-            else:
-                kind = "linear" if source.name in self.transposed else "norm"
-                rules = self.rules.get(source.name, {})
-                groups.append(Group(source.name, kind, rules, source.channels, read, tuple(readers)))
-                for r in readers:
-                    covered[r.name] |= r.channel_of >= 0
-        linears = tuple(self._linear(name, covered[name]) for name in self.inputs)
-        return Graph(tuple(groups), tuple(refusals), linears, tuple(map(tuple, self.readers)))
-
-    def _linear(self, name: str, covered: torch.Tensor) -> Linear:
-        weight = own_parameters(self.modules[name])["weight"]
-        transposed = self.transposed[name]
-        out_features, in_features = weight.shape[::-1] if transposed else weight.shape
-        return Linear(name, in_features, out_features, transposed, int((~covered).sum()))
+        groups, refusals, linears = [], [], []
+        uncovered = {name: torch.ones(len(columns), dtype=torch.bool) for name, columns in self.input_labels.items()}
+        for name, readers in self.readers(keep).items():
+            source = self.trace.ledger.sources[name]
+            refusals += [Refusal(name, *key, count, source.channels) for key, count in source.reasons.items()]
+            foldable = torch.zeros(source.channels, dtype=torch.bool)
+            for reader in readers:
+                foldable[reader.channel_of[reader.channel_of >= 0]] = True
+            if any(reader.quantized for reader in readers):
+                kind = "linear" if name in self.transposed else "norm"
+                rules = self.norm_rules.get(name, {})
+                groups.append(Group(name, kind, rules, source.channels, foldable, tuple(readers)))
+                for reader in readers:
+                    uncovered[reader.name] &= reader.channel_of < 0
+            elif readers:
+                reason = "every reader stays in floating point"
+                refusals.append(Refusal(name, readers[0].name, reason, int(foldable.sum()), source.channels))
+            elif not source.pinned.all():
+                unpinned = int((~source.pinned).sum())
+                refusals.append(Refusal(name, "no linear layer", "nothing reads it", unpinned, source.channels))
+        for name, columns in uncovered.items():
+            weight, transposed = own_parameters(self.modules[name])["weight"], self.transposed[name]
+            out_features, in_features = weight.shape[::-1] if transposed else weight.shape
+            linears.append(Linear(name, in_features, out_features, transposed, int(columns.sum())))
+        return Graph(tuple(groups), tuple(refusals), tuple(linears), tuple(map(tuple, self.shared_inputs)))

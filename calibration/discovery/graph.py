@@ -41,9 +41,9 @@ class Reader:
 class Group:
     """One source and every linear layer that reads its foldable channels.
 
-    kind: "norm", "linear" or "input". rules: parameter -> key of probe.NORM_RULES ("norm"); empty for "linear", whose
-    output rows and bias are divided, and for "input", which nothing divides before the readers themselves do, at run
-    time. foldable: bool [channels]; the scale of the others stays 1.
+    kind: "norm", "linear" or "input". rules: parameter -> key of probe.NORM_RULES, for "norm" only. The rows and the
+    bias of a "linear" source are divided. An "input" is divided at run time, by its readers themselves. foldable: bool
+    [channels]; the scale of the other channels stays 1.
     """
 
     source: str
@@ -71,7 +71,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Graph:
-    """What `discover` found. groups in the order their sources ran, linears in the order they ran.
+    """The result of `discover`. groups in the order in which their sources ran, linears in the order in which they ran.
 
     shared_input_groups: linear layers that read the same tensor (q, k and v); each layer that ran is in one of them.
     """
@@ -89,9 +89,9 @@ class Graph:
         raise SmoothQuantError(name, "a linear layer that ran", "none of that name", "check the name")
 
     def with_inputs(self, names: Collection[str]) -> "Graph":
-        """Also a group of kind "input" for each tensor read by layers of `names` of which no channel is foldable.
+        """This graph and a group of kind "input" for each tensor that layers of `names` read and no group can smooth.
 
-        Its source is called by its first reader. Readers beside `names` see the tensor as it is.
+        The group's source is named after its first reader. Readers that are not in `names` get the undivided tensor.
         """
         groups = []
         for layers in self.shared_input_groups:
@@ -100,6 +100,5 @@ class Graph:
                 channels = linears[0].in_features
                 each, once = torch.arange(channels), torch.ones(channels, dtype=torch.int64)
                 readers = tuple(Reader(linear.name, each, once, linear.transposed) for linear in linears)
-                everything = torch.ones(channels, dtype=torch.bool)
-                groups.append(Group(f"input of {linears[0].name}", "input", {}, channels, everything, readers))
+                groups.append(Group(f"input of {linears[0].name}", "input", {}, channels, once.bool(), readers))
         return replace(self, groups=(*self.groups, *groups))

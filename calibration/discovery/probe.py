@@ -1,6 +1,6 @@
-"""What one module computes, found by running it rather than by its class name.
+"""What one module computes, tested by running it. Class names do not matter.
 
-Two questions, each answered by an experiment whose arithmetic is exact, so that "equal" means bit for bit:
+Two questions. Each is answered by an experiment whose arithmetic is exact, so that "equal" means bit for bit:
 
     Is it a linear layer, and is its weight [out, in] or [in, out]?
         Small integers for input, weight and bias: every partial sum is a small integer, exact in float32 in any order.
@@ -8,11 +8,11 @@ Two questions, each answered by an experiment whose arithmetic is exact, so that
         Fold s (powers of two, a different one for each channel) into the parameters under a hypothesis and compare
         output * s with the unfolded output. Multiplying by a power of two commutes with rounding.
 
-The module's own parameters are never touched: both run it on stand-ins through torch.func.functional_call.
+The module's own parameters are never changed: both experiments run the module through torch.func.functional_call, with
+stand-ins in their place.
 """
 
 import itertools
-import math
 from collections.abc import Callable
 
 import torch
@@ -22,10 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..running.modules import own_parameters
 
-# A module that cannot take the probe's input is simply not what the probe asks about.
+# A module that raises one of these for the probe's input is no linear layer and no norm.
 _MISFITS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
 
-# forward -> whether the weight is [in, out]. Everything else with the same parameters is put to the test.
+# forward -> whether the weight is [in, out]. Every other module with the same parameters is run to find out.
 _KNOWN_FORWARDS: dict[Callable, bool] = {nn.Linear.forward: False, Conv1D.forward: True}
 
 # How a parameter p of a norm changes when the output is divided by s. p and s in float32, shape [channels].
@@ -48,9 +48,8 @@ def linear_transposed(module: nn.Module) -> bool | None:
         return None
     if set(params) - {"weight", "bias"} or not weight.is_floating_point():
         return None
-    known = _KNOWN_FORWARDS.get(type(module).forward)
-    if known is not None:
-        return known
+    if type(module).forward in _KNOWN_FORWARDS:
+        return _KNOWN_FORWARDS[type(module).forward]
     generator = torch.Generator().manual_seed(0)
 
     def integers(*shape: int) -> torch.Tensor:
@@ -59,14 +58,13 @@ def linear_transposed(module: nn.Module) -> bool | None:
     for transposed in (False, True):
         stand_ins = {"weight": integers(*weight.shape)}
         w = stand_ins["weight"].t() if transposed else stand_ins["weight"]
-        expected_bias = torch.zeros(w.shape[0], device=w.device)
         if bias is not None:
             if bias.shape != (w.shape[0],):
                 continue
-            stand_ins["bias"] = expected_bias = integers(w.shape[0])
+            stand_ins["bias"] = integers(w.shape[0])
         x = integers(1, 2, w.shape[1])
-        y = _try(module, stand_ins, x)
-        if y is not None and torch.equal(y, x @ w.t() + expected_bias):
+        y = _run(module, stand_ins, x)
+        if y is not None and torch.equal(y, x @ w.t() + stand_ins.get("bias", 0)):
             return transposed
     return None
 
@@ -82,41 +80,41 @@ def norm_channels(module: nn.Module) -> int | None:
 def norm_rules(module: nn.Module, shape: torch.Size) -> dict[str, str] | None:
     """Which of NORM_RULES each parameter follows, for an input of `shape` [..., channels]; None if none is proved.
 
-    The order of the answer is the order of the module's parameters.
+    The result has the order of the module's parameters.
     """
     params = own_parameters(module)
     channels = shape[-1]
     device = next(iter(params.values())).device
     generator = torch.Generator().manual_seed(0)
 
-    def random(low: int, high: int, *size: int) -> torch.Tensor:
+    def integers(low: int, high: int, *size: int) -> torch.Tensor:
         return torch.randint(low, high, size, generator=generator).to(device, torch.float32)
 
-    x = random(-1024, 1025, *shape) / 128
-    s = 2.0 ** random(-2, 3, channels)
+    x = integers(-1024, 1025, *shape) / 128
+    s = 2.0 ** integers(-2, 3, channels)
     # Eighths: 1 + p, (1 + p) / s and back are exact in float32.
-    stand_ins = {name: random(-6, 17, *p.shape) / 8 for name, p in params.items()}
-    plain = _try(module, stand_ins, x)
-    if plain is None or not torch.isfinite(plain).all():
+    stand_ins = {name: integers(-6, 17, *p.shape) / 8 for name, p in params.items()}
+    unfolded = _run(module, stand_ins, x)
+    if unfolded is None or not torch.isfinite(unfolded).all():
         return None
     per_channel = [name for name, p in params.items() if p.shape == (channels,)]
-    # Whatever multiplies must do so under one hypothesis; "fixed" for all would claim that nothing needs doing.
-    for choice in itertools.product(NORM_RULES, repeat=len(per_channel)):
-        rules = dict.fromkeys(params, "fixed") | dict(zip(per_channel, choice, strict=True))
+    # "fixed" for all parameters fails like any wrong hypothesis, because the output is then not divided by s.
+    for hypothesis in itertools.product(NORM_RULES, repeat=len(per_channel)):
+        rules = dict.fromkeys(params, "fixed") | dict(zip(per_channel, hypothesis, strict=True))
         folded = {name: NORM_RULES[rules[name]](p, s) for name, p in stand_ins.items()}
-        y = _try(module, folded, x)
-        if y is not None and torch.equal(y * s, plain):
+        y = _run(module, folded, x)
+        if y is not None and torch.equal(y * s, unfolded):
             return rules
     return None
 
 
-def _try(module: nn.Module, stand_ins: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
-    """Output of `module` run with other parameters; None unless it is one tensor that keeps x's leading shape."""
+def _run(module: nn.Module, stand_ins: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
+    """Output of `module` with other parameters; None unless it is one tensor that keeps x's leading shape."""
     try:
         with torch.no_grad():
             y = functional_call(module, stand_ins, (x,))
     except _MISFITS:
         return None
-    if not isinstance(y, torch.Tensor) or y.shape[:-1] != x.shape[:-1] or math.prod(y.shape) == 0:
+    if not isinstance(y, torch.Tensor) or y.shape[:-1] != x.shape[:-1] or y.numel() == 0:
         return None
     return y.to(torch.float32)

@@ -1,7 +1,7 @@
 """How each operation carries labels from its inputs to its output: one rule for each operation.
 
 To add a rule: check that the operation truly carries a per-channel scale, add it to RULES, and add a toy block to
-tests/test_graph.py for each way in which it does not. Labels are explained in trace.py.
+tests/test_graph.py for each way in which it does not. trace.py explains labels.
 
 A rule gets the trace, the operation and its arguments. It asks the trace for the labels of an argument, which are 0
 where the argument has none. It returns the labels of the output or outputs, or None for "no labels". It pins through
@@ -24,7 +24,6 @@ class LabelStore(Protocol):
     """What a rule needs of trace.Trace."""
 
     def ids(self, value: Any) -> torch.Tensor: ...
-    def labelled(self, ids: torch.Tensor) -> bool: ...
     def pin(self, ids: torch.Tensor, reader: Any, reason: str) -> None: ...
     def pin_read(self, tree: Any, reader: Any, reason: str) -> None: ...
 
@@ -32,25 +31,17 @@ class LabelStore(Protocol):
 Rule = Callable[[LabelStore, Any, tuple, dict], Any]
 
 
-def _first(apply: Callable) -> Rule:
-    """Argument 0 is data, moved without arithmetic; `apply(ids, *rest, **kwargs)` moves its labels alike."""
+def _data_movement(move: Callable | None = None) -> Rule:
+    """Argument 0 is data, moved without arithmetic; `move` (None: the operation itself) moves its labels alike."""
 
     def rule(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> Any:
         trace.pin_read((args[1:], kwargs), func, "an index or mask is data-dependent")
-        return apply(trace.ids(args[0]), *args[1:], **kwargs)
+        return (move or func)(trace.ids(args[0]), *args[1:], **kwargs)
 
     return rule
 
 
-def _same(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> Any:
-    return _first(lambda ids, *a, **k: ids)(trace, func, args, kwargs)
-
-
-def _moved(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> Any:
-    return _first(func)(trace, func, args, kwargs)
-
-
-def _joined(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> Any:
+def _join(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> Any:
     return func([trace.ids(t) for t in args[0]], *args[1:], **kwargs)
 
 
@@ -82,7 +73,7 @@ def _clamp(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> Any:
 def _mul(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
     a, b = torch.broadcast_tensors(trace.ids(args[0]), trace.ids(args[1]))
     same = (a != 0) & (a % DEGREE == b % DEGREE)
-    # Two scales meet in one product. One has to be 1; the later operand (the `up` of a gated MLP) keeps its own.
+    # Only one of two scales that meet in a product can stay: that of the later operand (the `up` of a gated MLP).
     trace.pin(torch.where((b != 0) & ~same, a, 0), func, "a product with another scaled tensor")
     power = a // DEGREE + b // DEGREE + 1
     return torch.where(same, a % DEGREE + power * DEGREE, torch.where(b != 0, b, a))
@@ -106,50 +97,41 @@ def _pow(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> Any:
 
 def _add(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
     a, b = torch.broadcast_tensors(trace.ids(args[0]), trace.ids(args[1]))
-    for ids in (a, b):
-        trace.pin(torch.where(a != b, ids, 0), func, "a sum with what does not carry the same scale")
+    trace.pin(torch.stack([a, b])[:, a != b], func, "a sum with what does not carry the same scale")
     return torch.where(a == b, a, 0)
 
 
-def _matmul(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> torch.Tensor | None:
+def _matmul(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
     a, b = (trace.ids(t) for t in args[:2])
     carried = []
-    for ids, dim, other in ((a, -1, b), (b, -2, a)):
-        start = ids.narrow(dim, 0, 1)
-        if not trace.labelled(other) and bool((ids == start).all()):
-            carried.append(start)
+    for ids, dim, factor in ((a, -1, b), (b, -2, a)):
+        first = ids.narrow(dim, 0, 1)
+        if not factor.any() and bool((ids == first).all()):
+            carried.append(first)
         else:
             trace.pin(ids, func, "a product that sums over its channels")
-            carried.append(torch.zeros_like(start))
+            carried.append(torch.zeros_like(first))
     # a's labels are [..., rows, 1], b's [..., 1, columns]; at most one of the two carries any.
     return torch.add(*torch.broadcast_tensors(*carried))
 
 
-def _shape_only(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> None:
-    return None
-
-
 RULES: dict[Any, Rule] = {
     # Data movement: the same operation on the labels.
-    **dict.fromkeys(
-        (
-            aten.diagonal, aten.expand, aten.flip, aten.index, aten.index_select, aten.gather, aten.movedim,
-            aten.permute, aten.repeat, aten.roll, aten.select, aten.slice, aten.split, aten.split_with_sizes,
-            aten.squeeze, aten.t, aten.transpose, aten.tril, aten.triu, aten.unbind, aten.unfold, aten.unsqueeze,
-        ),
-        _moved,
-    ),
+    **dict.fromkeys((
+        aten.diagonal, aten.expand, aten.flip, aten.index, aten.index_select, aten.gather, aten.movedim,
+        aten.permute, aten.repeat, aten.roll, aten.select, aten.slice, aten.split, aten.split_with_sizes,
+        aten.squeeze, aten.t, aten.transpose, aten.tril, aten.triu, aten.unbind, aten.unfold, aten.unsqueeze,
+    ), _data_movement()),
     # Labels may be broadcast where the data is not, so a view of the data may be a copy of the labels.
-    **dict.fromkeys((aten.view, aten._unsafe_view, aten.reshape), _first(lambda ids, shape: ids.reshape(shape))),
-    aten.constant_pad_nd: _first(lambda ids, pad, *value: aten.constant_pad_nd(ids, pad, 0)),
-    **dict.fromkeys((aten.cat, aten.stack), _joined),
+    **dict.fromkeys((aten.view, aten._unsafe_view, aten.reshape), _data_movement(torch.reshape)),
+    aten.constant_pad_nd: _data_movement(lambda ids, pad, *value: aten.constant_pad_nd(ids, pad, 0)),
+    **dict.fromkeys((aten.cat, aten.stack), _join),
     aten.where: _where,
     aten.masked_fill: _masked_fill,
     # Elementwise and positively homogeneous: f(x / s) = f(x) / s.
-    **dict.fromkeys(
-        (aten.abs, aten.alias, aten.clone, aten.detach, aten.leaky_relu, aten.lift_fresh, aten.neg, aten.relu),
-        _same,
-    ),
+    **dict.fromkeys((
+        aten.abs, aten.alias, aten.clone, aten.detach, aten.leaky_relu, aten.lift_fresh, aten.neg, aten.relu,
+    ), _data_movement(lambda ids, *args, **kwargs: ids)),
     aten._to_copy: _to_copy,
     **dict.fromkeys((aten.clamp, aten.clamp_min, aten.clamp_max), _clamp),
     aten.mul: _mul,
@@ -158,15 +140,12 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.add, aten.sub), _add),
     **dict.fromkeys((aten.mm, aten.bmm), _matmul),
     # Reads the shape, not the values.
-    **dict.fromkeys(
-        (
-            aten.empty_like, aten.full_like, aten.new_empty, aten.new_empty_strided, aten.new_full, aten.new_ones,
-            aten.new_zeros, aten.ones_like, aten.rand_like, aten.randn_like, aten.sym_size, aten.sym_stride,
-            aten.zeros_like,
-        ),
-        _shape_only,
-    ),
+    **dict.fromkeys((
+        aten.empty_like, aten.full_like, aten.new_empty, aten.new_empty_strided, aten.new_full, aten.new_ones,
+        aten.new_zeros, aten.ones_like, aten.rand_like, aten.randn_like, aten.sym_size, aten.sym_stride,
+        aten.zeros_like,
+    ), lambda trace, func, args, kwargs: None),
 }  # fmt: skip
 
-# Overloads whose name is a rule's but whose arithmetic is another's.
-_NOT_BY_NAME = {aten.view.dtype, aten.pow.Scalar, aten.pow.Tensor_Tensor, aten.where.default}
+# Overloads that compute something else than the operation whose name they share.
+NO_RULE = {aten.view.dtype, aten.pow.Scalar, aten.pow.Tensor_Tensor, aten.where.default}

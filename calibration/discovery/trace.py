@@ -1,19 +1,28 @@
-"""Which scale every element of every activation would carry, followed through the operations of one forward pass.
+"""Follow, through one forward pass, the scale that every element of every activation would carry.
 
-A *source* is a tensor whose channels could be divided by s (a norm's output, a linear layer's output). A *label* names
-one of its channels: an integer that travels with each element, in an int64 tensor shaped like the activation.
+Labels. A *source* is a tensor whose channels could be divided by s: the output of a norm or of a linear layer. A
+*label* names one of its channels. Each activation has an int64 tensor of labels, shaped like the activation:
 
     0                         the element carries no scale
     first + channel           dividing that channel of the source by s divides the element by s
-    ... + (d - 1) * DEGREE    ... divides it by s ** d (squares, for squared-ReLU networks)
+    ... + (d - 1) * DEGREE    ... divides the element by s ** d (squares, for squared-ReLU networks)
 
-An operation either carries labels to its output by the rule in the table below, or it *pins* them: the channel must
-keep scale 1, and the ledger records who pinned it. An operation that the table does not name pins all it reads, so that
-what we do not know can only cost a fold, never change the function. Nothing here knows of layers, heads, architectures.
+Pins. An operation either carries labels to its output by its rule in rules.py, or it *pins* them: those channels must
+keep scale 1, and the ledger records the operation and the reason. An operation without a rule pins all labels that it
+reads. An unknown operation can therefore cost a fold, but it cannot change the function. Nothing here depends on names
+of layers or architectures.
+
+Aliases. Memory with labels may be read through a tensor without labels (`x.data`), or written in place. The trace
+compares the storage of each tensor with the storages that have labels, and pins what such a tensor reads or overwrites.
+
+Example. The first source of a model has 4 channels, so its output x [tokens, 4] has labels 1 2 3 4 in every row.
+`x.flip(-1)` moves them: 4 3 2 1. `(x * x).flip(-1)` carries squares: 4 3 2 1, each plus DEGREE. `x.softmax(-1)` has no
+rule: it pins 1 to 4, and the source is not folded.
 """
 
 import bisect
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .rules import _NOT_BY_NAME, DEGREE, RULES, aten
+from .rules import DEGREE, NO_RULE, RULES, aten
 
 
 class Labels(NamedTuple):
@@ -36,13 +45,13 @@ class Labels(NamedTuple):
 
 @dataclass
 class Source:
-    """One source: `first` is the label of its channel 0; pinned [channels] bool; why: (reader, reason) -> channels."""
+    """One source. first: label of its channel 0. pinned: bool [channels]. reasons: (reader, reason) -> channels."""
 
     name: str
     first: int
     channels: int
     pinned: torch.Tensor
-    why: dict[tuple[str, str], int] = field(default_factory=dict)
+    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 class Ledger:
@@ -50,28 +59,36 @@ class Ledger:
 
     def __init__(self) -> None:
         self.sources: dict[str, Source] = {}
-        self._next = 1
 
     def source(self, name: str, channels: int) -> Source:
         """The source `name`; a module that runs twice is one source."""
         if name not in self.sources:
-            self.sources[name] = Source(name, self._next, channels, torch.zeros(channels, dtype=torch.bool))
-            self._next += channels
+            first = 1 + sum(source.channels for source in self.sources.values())
+            self.sources[name] = Source(name, first, channels, torch.zeros(channels, dtype=torch.bool))
         return self.sources[name]
 
-    def pin(self, ids: torch.Tensor, reader: str, reason: str) -> None:
-        """Give every channel whose label occurs in `ids` scale 1, because `reader` cannot follow another."""
-        labels = (_distinct(ids).cpu() % DEGREE).unique()
+    def channels(self, ids: torch.Tensor) -> Iterator[tuple[Source, torch.Tensor]]:
+        """Each source that occurs in the labels `ids`, with the channels that occur: int64, ascending."""
+        for dim, stride in enumerate(ids.stride()):
+            if stride == 0 and ids.shape[dim] > 1:
+                ids = ids.narrow(dim, 0, 1)  # a broadcast dimension repeats its labels
+        labels = (ids % DEGREE).unique().cpu()
+        labels = labels[labels != 0]
         sources = list(self.sources.values())
         while len(labels):
             # `first` grows from source to source, so a label belongs to the last source that starts at or before it.
             source = sources[bisect.bisect_right(sources, int(labels[0]), key=lambda s: s.first) - 1]
             count = int((labels < source.first + source.channels).sum())
-            channels, labels = labels[:count] - source.first, labels[count:]
-            fresh = channels[~source.pinned[channels]]
-            if len(fresh):
-                source.pinned[fresh] = True
-                source.why[reader, reason] = source.why.get((reader, reason), 0) + len(fresh)
+            yield source, labels[:count] - source.first
+            labels = labels[count:]
+
+    def pin(self, ids: torch.Tensor, reader: str, reason: str) -> None:
+        """Give every channel whose label occurs in `ids` scale 1, because `reader` cannot follow another."""
+        for source, channels in self.channels(ids):
+            unpinned = channels[~source.pinned[channels]]
+            if len(unpinned):
+                source.pinned[unpinned] = True
+                source.reasons[reader, reason] += len(unpinned)
 
     def pin_source(self, name: str, reader: str, reason: str) -> None:
         """Pin every channel of one source."""
@@ -79,47 +96,38 @@ class Ledger:
         self.pin(torch.arange(source.first, source.first + source.channels), reader, reason)
 
 
-def _distinct(ids: torch.Tensor) -> torch.Tensor:
-    """The distinct labels of `ids` but 0. Dimensions of stride 0 (broadcast) repeat and are read once."""
-    for dim, stride in enumerate(ids.stride()):
-        if stride == 0 and ids.shape[dim] > 1:
-            ids = ids.narrow(dim, 0, 1)
-    ids = ids.unique()
-    return ids[ids != 0]
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """The tensors in nested tuples, lists and dicts, a model's output included."""
+    leaves = tree_leaves(dict(tree) if isinstance(tree, dict) else tree)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 class Trace(TorchDispatchMode):
-    """Follows labels through every operation run under it. Modules are opaque where the caller says so (see graph.py).
+    """Follows labels through every operation that runs under it. Hooks say which modules are opaque (discover.py).
 
-    ledger: what was pinned. scopes: module name -> sources that its own code could see. parameters_read: id of every
-    parameter that an operation outside its own opaque module read -> the module that ran the operation.
+    ledger: sources and pins. path: names of the running modules, innermost last. scopes: module name -> sources that
+    its own code could see. parameters_read: id of every parameter that an operation outside its own opaque module read
+    -> the module that ran the operation. opaque_parameters: while an opaque module runs, the ids of its own parameters;
+    operations then read only these and the module's input.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.ledger = Ledger()
-        self.scopes: dict[str, set[str]] = {}
         self.path: list[str] = [""]
-        self.opaque: str | None = None
+        self.scopes: defaultdict[str, set[str]] = defaultdict(set)
         self.parameters_read: dict[int, str] = {}
-        self._opaque_parameters: frozenset[int] = frozenset()
+        self.opaque_parameters: set[int] | None = None
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._storages: dict[int, tuple[StorageWeakRef, list[torch.Tensor]]] = {}
         self._purge_at = 256
-        self._by_pointer: dict[int, int] = {}
+        self._parameters: dict[int, int] = {}  # id, and minus the address, of each parameter -> its id
         for parameter in model.parameters():
-            self._by_pointer[id(parameter)] = id(parameter)
+            self._parameters[id(parameter)] = id(parameter)
             if parameter.device.type != "meta" and parameter.numel():
-                self._by_pointer[-parameter.data_ptr()] = id(parameter)
+                self._parameters[-parameter.data_ptr()] = id(parameter)
 
-    # --- what modules tell us ---
-
-    def enter_opaque(self, name: str, parameters: Iterable[nn.Parameter]) -> None:
-        """Until leave_opaque, operations belong to module `name` and read only its own parameters and input."""
-        self.opaque, self._opaque_parameters = name, frozenset(map(id, parameters))
-
-    def leave_opaque(self) -> None:
-        self.opaque, self._opaque_parameters = None, frozenset()
+    # --- what hooks of modules call ---
 
     def emit(self, name: str, output: torch.Tensor) -> None:
         """`output` [..., channels] of module `name` is a source: give it labels of its own."""
@@ -127,126 +135,107 @@ class Trace(TorchDispatchMode):
         ids = torch.arange(source.first, source.first + source.channels, device=output.device)
         self._store(output, Labels(ids.expand(output.shape), frozenset({name})))
 
-    def seen(self, tree: Any) -> None:
-        """The innermost running module holds the tensors in `tree`."""
-        for t in tree_leaves(tree):
-            if isinstance(t, torch.Tensor):
-                self._see(t)
+    def expose(self, tensors: Iterable[torch.Tensor]) -> None:
+        """The innermost running module holds `tensors`."""
+        for tensor in tensors:
+            labels = self._labels.get(tensor)
+            if labels is not None:
+                self.scopes[self.path[-1]].update(labels.sources)
 
-    # --- what rules use ---
+    # --- what rules call ---
 
     def ids(self, value: Any) -> torch.Tensor:
         """Labels of an argument: zeros (broadcast) for anything that has none, numbers included."""
         if not isinstance(value, torch.Tensor):
             return torch.zeros((), dtype=torch.int64)
         labels = self._labels.get(value)
-        return (
-            labels.ids
-            if labels is not None
-            else torch.zeros((), dtype=torch.int64, device=value.device).expand(value.shape)
-        )
-
-    def labelled(self, ids: torch.Tensor) -> bool:
-        """Whether any element of `ids` carries a scale."""
-        return bool((ids != 0).any())
+        if labels is not None:
+            return labels.ids
+        return torch.zeros((), dtype=torch.int64, device=value.device).expand(value.shape)
 
     def pin(self, ids: torch.Tensor, reader: Any, reason: str) -> None:
         """Pin the labels in `ids`; `reader` is an operation, or the name of a module."""
-        if self.labelled(ids):
-            where = self.path[-1] or "the model"
-            named = reader if isinstance(reader, str) else f"{where} ({reader.overloadpacket})"
-            self.ledger.pin(ids, named, reason)
+        if ids.any():
+            module = self.path[-1] or "the model"
+            reader = reader if isinstance(reader, str) else f"{module} ({reader.overloadpacket})"
+            self.ledger.pin(ids, reader, reason)
 
     def pin_read(self, tree: Any, reader: Any, reason: str) -> None:
-        """Pin everything that the tensors in `tree` carry."""
-        for t in tree_leaves(tree):
-            if isinstance(t, torch.Tensor):
-                labels = self._labels.get(t)
-                if labels is not None:
-                    self.pin(labels.ids, reader, reason)
+        """Pin all labels of the tensors in `tree`."""
+        for tensor in tensors_of(tree):
+            if tensor in self._labels:
+                self.pin(self.ids(tensor), reader, reason)
 
     # --- the mode ---
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        # Before running: an operation that works in place would otherwise hide what it read.
-        self._note_parameters(tensors)
-        if self.opaque is None:
-            self._pin_aliases(func, tensors)
-        sources = frozenset().union(*(labels.sources for t in tensors if (labels := self._labels.get(t)) is not None))
-        if not sources or self.opaque is not None:
-            # Inside an opaque module the caller has already accounted for the input.
-            return func(*args, **kwargs)
-        self.scopes.setdefault(self.path[-1], set()).update(sources)
-        if func._schema.is_mutable:
-            self._mutate(func, args, kwargs)
-            return func(*args, **kwargs)
-        rule = None if func in _NOT_BY_NAME else RULES.get(func.overloadpacket)
-        if rule is None:
-            self.pin_read((args, kwargs), func, "an operation that does not carry a per-channel scale")
-            return func(*args, **kwargs)
-        carried = rule(self, func, args, kwargs)
-        out = func(*args, **kwargs)
+        tensors = tensors_of((args, kwargs))
+        # Before the operation runs, because an operation in place would hide what it read.
+        self._record_parameters(tensors)
+        if self.opaque_parameters is not None:
+            return func(*args, **kwargs)  # the caller has already pinned or carried the labels of the module's input
+        for tensor in tensors:
+            if tensor not in self._labels:
+                self._pin_storage(tensor, func, "memory read through an alias the trace did not see")
+        sources = frozenset().union(*(self._labels[t].sources for t in tensors if t in self._labels))
+        carried = self._carry(func, args, kwargs, sources) if sources else None
+        output = func(*args, **kwargs)
         if carried is not None:
-            single = isinstance(out, torch.Tensor)
-            for tensor, ids in zip([out] if single else out, [carried] if single else carried, strict=True):
+            single = isinstance(output, torch.Tensor)
+            for tensor, ids in zip([output] if single else output, [carried] if single else carried, strict=True):
                 # Labels of a product or sum of one element are broadcast to what the operation returned.
                 self._store(tensor, Labels(ids.to(tensor.device).expand(tensor.shape), sources))
-        return out
+        return output
+
+    def _carry(self, func: Any, args: tuple, kwargs: dict, sources: frozenset[str]) -> Any:
+        """Labels of the output or outputs by the operation's rule; None for no labels."""
+        self.scopes[self.path[-1]].update(sources)
+        if func._schema.is_mutable:
+            return self._mutate(func, args, kwargs)
+        rule = None if func in NO_RULE else RULES.get(func.overloadpacket)
+        if rule is None:
+            return self.pin_read((args, kwargs), func, "an operation that does not carry a per-channel scale")
+        return rule(self, func, args, kwargs)
 
     def _mutate(self, func: Any, args: tuple, kwargs: dict) -> None:
         """In place, an operation whose rule leaves every label as it was (x *= 2) is harmless; any other pins all."""
         name = func.overloadpacket.__name__
         rule = RULES.get(getattr(aten, name[:-1], None)) if name.endswith("_") else None
         if rule is not None:
-            after = rule(self, func, args, kwargs)
-            if after is not None and torch.equal(after.expand(args[0].shape), self.ids(args[0])):
+            carried = rule(self, func, args, kwargs)
+            if carried is not None and torch.equal(carried.expand(args[0].shape), self.ids(args[0])):
                 return
         self.pin_read((args, kwargs), func, "an operation in place")
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for t in tree_leaves(value):
-                    self._pin_storage(t, func, "an operation in place")
-        for t in tree_leaves(kwargs.get("out")):
-            self._pin_storage(t, func, "an operation in place")
-
-    def _see(self, tensor: torch.Tensor) -> None:
-        labels = self._labels.get(tensor)
-        if labels is not None:
-            self.scopes.setdefault(self.path[-1], set()).update(labels.sources)
+        arguments = zip(func._schema.arguments, args, strict=False)
+        written = [value for argument, value in arguments if argument.alias_info and argument.alias_info.is_write]
+        for tensor in tensors_of((written, kwargs.get("out"))):
+            self._pin_storage(tensor, func, "an operation in place")
 
     def _store(self, tensor: torch.Tensor, labels: Labels) -> None:
-        if not self.labelled(labels.ids):
-            # Known to carry nothing, which is not the same as unknown (see _pin_aliases).
+        if not labels.ids.any():
+            # A tensor that carries nothing is not the same as an unknown tensor, which may be an alias.
             self._labels[tensor] = Labels(labels.ids, frozenset())
             return
         self._labels[tensor] = labels
         storage = tensor.untyped_storage()
-        known = self._storages.get(storage._cdata)
-        if known is None or known[0].expired():
+        entry = self._storages.get(storage._cdata)
+        if entry is None or entry[0].expired():
             # The weak reference keeps the address from being used again while the entry lives.
-            self._storages[storage._cdata] = known = (StorageWeakRef(storage), [])
+            self._storages[storage._cdata] = entry = (StorageWeakRef(storage), [])
             if len(self._storages) >= self._purge_at:
                 self._storages = {k: v for k, v in self._storages.items() if not v[0].expired()}
                 self._purge_at = 2 * len(self._storages) + 256
-        known[1].append(labels.ids)
+        entry[1].append(labels.ids)
 
-    def _note_parameters(self, tensors: list[torch.Tensor]) -> None:
+    def _record_parameters(self, tensors: list[torch.Tensor]) -> None:
         for t in tensors:
-            found = self._by_pointer.get(id(t)) or (t.numel() and self._by_pointer.get(-t.data_ptr()))
-            if found and found not in self._opaque_parameters:
-                self.parameters_read.setdefault(found, self.path[-1] or "the model")
+            parameter = self._parameters.get(id(t)) or (t.numel() and self._parameters.get(-t.data_ptr()))
+            if parameter and parameter not in (self.opaque_parameters or ()):
+                self.parameters_read.setdefault(parameter, self.path[-1] or "the model")
 
-    def _pin_aliases(self, func: Any, tensors: list[torch.Tensor]) -> None:
-        """A tensor without labels on the memory of one with labels (x.data, say) was made behind our back."""
-        for t in tensors:
-            if t not in self._labels:
-                self._pin_storage(t, func, "memory read through an alias the trace did not see")
-
-    def _pin_storage(self, tensor: Any, func: Any, reason: str) -> None:
-        if isinstance(tensor, torch.Tensor):
-            known = self._storages.get(tensor.untyped_storage()._cdata)
-            if known is not None and not known[0].expired():
-                for ids in known[1]:
-                    self.pin(ids, func, reason)
+    def _pin_storage(self, tensor: torch.Tensor, func: Any, reason: str) -> None:
+        entry = self._storages.get(tensor.untyped_storage()._cdata)
+        if entry is not None and not entry[0].expired():
+            for ids in entry[1]:
+                self.pin(ids, func, reason)

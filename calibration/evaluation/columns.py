@@ -1,15 +1,15 @@
 """The figures of an evaluation: key, headings, format. `evaluate`, its table and the report all use this list."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 def _mib(size: float) -> str:
     return f"{size / (1 << 20):.0f} MiB"
 
 
-def _speed(value: float) -> str:
-    return f"{value:.1f} tok/s"
+_speed = "{:.1f} tok/s".format
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,12 @@ COLUMNS = (
     Column("tokens_per_second_batch_1", "batch 1", "batch 1", _speed, True),
     Column("tokens_per_second_batch_16", "batch 16", "batch 16", _speed, True),
 )
+
+
+def cells(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column] = COLUMNS) -> dict[Column, list[str]]:
+    """Column -> its text for every row, "" where the row lacks the figure. Columns without any figure are left out."""
+    return {
+        c: [c.format(float(row[c.key])) if c.key in row else "" for row in rows]
+        for c in columns
+        if any(c.key in row for row in rows)
+    }

@@ -13,13 +13,9 @@ from ..options import option
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1@test"
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What `evaluate` is asked to measure."""
+    """What `evaluate` measures. Creating it checks the options that depend on each other (SmoothQuantError)."""
 
     checkpoints: tuple[str, ...] = option(
         (), "folders or hub ids that vLLM can serve", metavar="CHECKPOINT", positional=True
@@ -31,16 +27,17 @@ class EvaluateOptions:
     samples: int = option(128, "number of windows to score", metavar="N", parse=int)
     seq_len: int = option(512, "tokens in each window", metavar="N", parse=int)
     seed: int = option(0, "seed of the random choice of windows", metavar="N", parse=int)
-    passages: int = option(0, "number of passages whose last word is to be guessed", metavar="N", parse=int)
+    passages: int = option(0, "number of passages whose last word is to be predicted", metavar="N", parse=int)
     passage_tokens: int = option(512, "maximal tokens of such a passage", metavar="N", parse=int)
     tasks: tuple[str, ...] | None = option(
-        None, "also run these tasks of lm-evaluation-harness (pip install lm-eval)", metavar="NAME,...", parse=_names
-    )
+        None, "also run these tasks of lm-evaluation-harness (pip install lm-eval)", metavar="NAME,...",
+        parse=lambda names: tuple(names.split(",")),
+    )  # fmt: skip
     include_path: str | None = option(None, "a folder with your own tasks (YAML) for --tasks", metavar="DIR")
     limit: int | None = option(None, "documents of each task", metavar="N", parse=int)
     dtype: str = option("auto", "dtype of activations, as vLLM's --dtype", metavar="TYPE")
     score_dtype: str | None = option(
-        None, "another dtype for the perplexity alone: float32 if the CPU has no BF16", metavar="TYPE"
+        None, "another dtype for the perplexity only: float32 if the CPU has no BF16", metavar="TYPE"
     )
     no_speed: bool = option(False, "measure perplexity and sizes only")
     table: str | None = option(
@@ -57,3 +54,5 @@ class EvaluateOptions:
             raise SmoothQuantError("--text", "one text to measure on", "--dataset as well", "give only one of the two")
         if self.table and not self.baseline:
             raise SmoothQuantError("--table", "a model to compare with", "none", "add --baseline MODEL")
+        if not isinstance(self.engine, Mapping | None):
+            raise SmoothQuantError("--engine", "a JSON object", str(self.engine), "write it as '{\"name\": value}'")

@@ -1,7 +1,7 @@
-"""The process that evaluate.py starts for `--tasks`: `python -m calibration.evaluation.lm_eval_tasks REQUEST ANSWER`,
-two JSON files.
+"""The process that measure.py starts for `--tasks`: `python -m calibration.evaluation.lm_eval_tasks REQUESTS ANSWERS`.
 
-Nothing else imports this module: it needs vLLM and lm-evaluation-harness.
+REQUESTS: a JSON file, a list of one object (measure.run_tasks). ANSWERS: a file that gets one JSON object on one line.
+Nothing else imports this module, because it needs vLLM and lm-evaluation-harness.
 """
 
 import json
@@ -23,18 +23,16 @@ def main() -> None:
         limit=request["limit"],
         bootstrap_iters=0,
     )["results"]
-    # The harness names a metric "acc,none": by what it filtered the answers with.
+    # The harness names a metric "acc,none": the metric and the filter of the answers.
     answer = {
         task: {
-            name.removesuffix(",none"): value for name, value in metrics.items() if "," in name and _is_number(value)
+            name.removesuffix(",none"): value
+            for name, value in metrics.items()
+            if "," in name and isinstance(value, int | float) and not isinstance(value, bool)
         }
         for task, metrics in results.items()
     }
-    Path(sys.argv[2]).write_text(json.dumps([answer]))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    Path(sys.argv[2]).write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,8 @@ from ..inputs.model import model_folder
 
 def linear_layers(models: Sequence[str]) -> frozenset[str]:
     """Names of the layers that are INT8 in any of the checkpoints."""
-    return frozenset(
-        name.removesuffix(".weight_scale")
-        for model in models
-        for name in _tensor_bytes(model)
-        if name.endswith(".weight_scale")
-    )
+    names = (name for model in models for name in _tensor_bytes(model))
+    return frozenset(name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale"))
 
 
 def weight_bytes(model: str, linear: frozenset[str]) -> dict[str, int]:
@@ -24,14 +20,12 @@ def weight_bytes(model: str, linear: frozenset[str]) -> dict[str, int]:
 
 
 def _tensor_bytes(model: str) -> dict[str, int]:
-    sizes = {}
+    sizes: dict[str, int] = {}
     for file in _weight_files(model):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                sizes[name] = end - start
+        header.pop("__metadata__", None)
+        sizes |= {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
     return sizes
 
 

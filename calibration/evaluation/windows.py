@@ -11,6 +11,7 @@ from ..inputs.text import load_samples
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id. SmoothQuantError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -22,25 +23,24 @@ def token_windows(
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """`samples` windows of `seq_len` token ids from `source` for all of `models`, and a description of the text.
 
-    A window starts with the tokenizer's own first token (BOS), if it has one.
+    A window starts with the tokenizer's own first token (BOS), if it has one. Errors (SmoothQuantError): models whose
+    tokenizers differ, windows without a token to score, too little text.
     """
     tokenizers = [load_tokenizer(model) for model in models]
     for model, tokenizer in zip(models, tokenizers, strict=True):
         if tokenizer.get_vocab() != tokenizers[0].get_vocab():
-            raise SmoothQuantError(
-                model, f"the tokenizer of {models[0]}", "another one",
-                "evaluate them one at a time: perplexities of different tokens do not compare",
-            )  # fmt: skip
+            fix = "evaluate them one at a time: perplexities of different tokens do not compare"
+            raise SmoothQuantError(model, f"the tokenizer of {models[0]}", "another one", fix)
     prefix = leading_tokens(tokenizers[0])
     if seq_len < len(prefix) + 2:
         raise SmoothQuantError("--seq-len", f"at least {len(prefix) + 2}", str(seq_len), "use longer windows")
-    drawn = load_samples(
+    sampled = load_samples(
         source, tokenizers[0], text_column=text_column, samples=samples, seq_len=seq_len - len(prefix), seed=seed
     )
     # A window at the start of a document already has the prefix from the tokenizer.
-    windows = [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in drawn.input_ids.tolist()]
+    windows = [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in sampled.input_ids.tolist()]
     text = {"source": source, "windows": len(windows), "seq_len": seq_len, "seed": seed}
-    return windows, text | {"tokens_sha256": drawn.sha256}
+    return windows, text | {"tokens_sha256": sampled.sha256}
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,14 +1,15 @@
-"""Calibration samples: windows of `seq_len` tokens, drawn at random from a data set and fixed by a seed.
+"""Calibration samples: windows of `seq_len` tokens, chosen at random from a data set by a seed.
 
-Documents come in shuffled order. A document of at least `seq_len` tokens gives its first whole window at once and keeps
-the others back, so that many documents are seen before any is seen twice; shorter documents are joined until they fill
-a window. Every window is full: an attention mask, and padding that would enter the statistics, are not needed.
+Documents come in shuffled order. A document of at least `seq_len` tokens gives its first window at once; its other
+windows come after all documents, so that many documents are seen before any is seen twice. Shorter documents are joined
+until they fill a window. Every window is full, because padding would enter the statistics.
 """
 
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,14 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
-# The paper's: "512 random sentences from the validation set of the Pile" (section 5.1), as its authors published it.
-DEFAULT_DATASET = "mit-han-lab/pile-val-backup"
+from ..options import check_positive
+
 FILE_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
 class Samples:
-    """input_ids int64 [samples, seq_len]; the rest says where they came from, for the manifest."""
+    """input_ids int64 [samples, seq_len]; the other fields record their origin for the manifest."""
 
     input_ids: torch.Tensor
     dataset: str
@@ -39,38 +40,26 @@ def load_samples(
     """`samples` windows of `seq_len` tokens from `dataset`.
 
     dataset: a file (.txt, .jsonl, .parquet, .csv) or a hub data set `NAME[:CONFIG][@SPLIT]`.
-    Errors (SmoothQuantError): unreadable or empty data, no such text column, too little text for what was asked.
+    Errors (SmoothQuantError): unreadable or empty data, no such text column, too little text for these samples.
     """
-    for option, value in (("--samples", samples), ("--seq-len", seq_len)):
-        if value < 1:
-            raise SmoothQuantError(option, "at least 1", str(value), "give a positive number")
-    texts = read_texts(dataset, text_column)
-    found = []
-    for window in _windows(_shuffled(texts, seed), tokenizer, seq_len, seed):
-        found.append(window)
-        if len(found) == samples:
-            break
-    if len(found) < samples:
+    check_positive(samples=samples, seq_len=seq_len)
+    texts = _shuffled(read_texts(dataset, text_column), seed)
+    windows = list(islice(_windows(texts, tokenizer, seq_len, seed), samples))
+    if len(windows) < samples:
+        fix = "give more text, or fewer --samples or a shorter --seq-len"
         raise SmoothQuantError(
-            dataset,
-            f"text for {samples} samples of {seq_len} tokens",
-            f"enough for {len(found)}",
-            "give more text, or fewer --samples or a shorter --seq-len",
+            dataset, f"text for {samples} samples of {seq_len} tokens", f"enough for {len(windows)}", fix
         )
-    input_ids = torch.tensor(found, dtype=torch.int64)
+    input_ids = torch.tensor(windows, dtype=torch.int64)
     return Samples(input_ids, dataset, hashlib.sha256(input_ids.numpy().tobytes()).hexdigest(), seed)
 
 
 def read_texts(dataset: str, text_column: str) -> Dataset:
-    """The column of texts, one document a row."""
+    """The column of texts, named "text": one document in each row."""
     table = _load(dataset)
     if text_column not in table.column_names:
-        raise SmoothQuantError(
-            dataset,
-            f"a text column {text_column!r}",
-            f"columns {', '.join(table.column_names) or 'none'}",
-            "name one with --text-column",
-        )
+        columns = f"columns {', '.join(table.column_names) or 'none'}"
+        raise SmoothQuantError(dataset, f"a text column {text_column!r}", columns, "name one with --text-column")
     if len(table) == 0:
         raise SmoothQuantError(dataset, "at least one document", "an empty data set", "give some text")
     return table.select_columns([text_column]).rename_column(text_column, "text") if text_column != "text" else table
@@ -85,24 +74,21 @@ def _load(dataset: str) -> Dataset:
                 raise SmoothQuantError(dataset, "a readable file", "no such file", "check the path")
             if path.stat().st_size == 0:
                 raise SmoothQuantError(dataset, "at least one document", "an empty file", "give some text")
-            # A plain text file is one document; split= names the only split a file has.
+            # A plain text file is one document. "train" is what `datasets` calls the only split of a file.
             options = {"sample_by": "document"} if reader == "text" else {}
             return load_dataset(reader, data_files=str(path), split="train", **options)
         name, _, split = dataset.partition("@")
         name, _, config = name.partition(":")
-        loaded = load_dataset(name, config or None, split=split or None)
+        table = load_dataset(name, config or None, split=split or None)
+    except SmoothQuantError:
+        raise
     except (OSError, ValueError, DatasetsError) as error:
-        if isinstance(error, SmoothQuantError):
-            raise
-        raise SmoothQuantError(
-            dataset,
-            "a data set: a file ending in " + ", ".join(FILE_READERS) + " or a hub name",
-            error.__cause__ or error,
-            "check the path or the name, and that the hub can be reached",
-        ) from error
-    if isinstance(loaded, DatasetDict):
-        return loaded["validation"] if "validation" in loaded else next(iter(loaded.values()))
-    return loaded
+        expected = f"a data set: a file ending in {', '.join(FILE_READERS)} or a hub name"
+        fix = "check the path or the name, and that the hub can be reached"
+        raise SmoothQuantError(dataset, expected, error.__cause__ or error, fix) from error
+    if isinstance(table, DatasetDict):
+        return table["validation"] if "validation" in table else next(iter(table.values()))
+    return table
 
 
 def _shuffled(texts: Dataset, seed: int) -> Iterator[str]:
@@ -115,10 +101,10 @@ def _shuffled(texts: Dataset, seed: int) -> Iterator[str]:
 
 
 def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int) -> Iterator[list[int]]:
-    kept_back: list[list[int]] = []
+    later: list[list[int]] = []
     joined: list[int] = []
     for text in texts:
-        # verbose=False: documents longer than the model's positions are cut below, the warning would mislead.
+        # verbose=False: the warning about documents longer than the model's positions is wrong, they are cut here.
         ids = tokenizer(text, verbose=False)["input_ids"]
         if len(ids) < seq_len:
             joined += ids
@@ -127,6 +113,6 @@ def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: 
                 joined = joined[seq_len:]
             continue
         yield ids[:seq_len]
-        kept_back += [ids[i : i + seq_len] for i in range(seq_len, len(ids) - seq_len + 1, seq_len)]
-    random.Random(seed).shuffle(kept_back)
-    yield from kept_back
+        later += [ids[i : i + seq_len] for i in range(seq_len, len(ids) - seq_len + 1, seq_len)]
+    random.Random(seed).shuffle(later)
+    yield from later

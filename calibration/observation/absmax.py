@@ -8,8 +8,10 @@ range is the maximum of that.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch import nn
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
@@ -19,31 +21,28 @@ from ..running.precision import fast_arithmetic
 
 
 @contextmanager
-def watching_absmax(model: torch.nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+def watching_absmax(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
     """While open, every forward pass of the linear layers `names` updates the yielded dict: name -> float32 [in]."""
     absmax: dict[str, torch.Tensor] = {}
-    # q, k and v read the same tensor: its absmax is computed once. The tensor is kept, not its id, because an id can be
-    # reused once its tensor is freed.
+    # q, k and v read the same tensor: its absmax is computed once. The tensor is stored, not its id, because an id can
+    # be reused once its tensor is freed.
     last: list[torch.Tensor] = []
 
-    def hook_for(name: str) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0]
-            if not last or last[0] is not x:
-                rows = x.detach().reshape(-1, x.shape[-1])
-                # This avoids a copy |x| of the size of x; torch.aminmax over rows takes four times as long.
-                last[:] = [x, torch.maximum(rows.amax(dim=0), -rows.amin(dim=0)).to(torch.float32)]
-            absmax[name] = torch.maximum(absmax[name], last[1]) if name in absmax else last[1]
+    def hook(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0]
+        if not last or last[0] is not x:
+            rows = x.detach().reshape(-1, x.shape[-1])
+            # This avoids a copy |x| of the size of x; torch.aminmax over rows takes four times as long.
+            last[:] = [x, torch.maximum(rows.amax(dim=0), -rows.amin(dim=0)).to(torch.float32)]
+        absmax[name] = torch.maximum(absmax[name], last[1]) if name in absmax else last[1]
 
-        return model.get_submodule(name).register_forward_pre_hook(hook)
-
-    with hooked(hook_for(name) for name in names):
+    with hooked(model.get_submodule(name).register_forward_pre_hook(partial(hook, name)) for name in names):
         yield absmax
     last.clear()
 
 
 def observe_absmax(
-    model: torch.nn.Module, names: list[str], input_ids: torch.Tensor, *, batch_size: int = 4
+    model: nn.Module, names: list[str], input_ids: torch.Tensor, *, batch_size: int = 4
 ) -> dict[str, torch.Tensor]:
     """Run the decoder over `input_ids` [samples, seq_len]; returns name -> absmax float32 [in] of each of `names`.
 
@@ -63,12 +62,10 @@ def checked(names: Iterable[str], absmax: Mapping[str, torch.Tensor]) -> dict[st
     for name in names:
         if name not in absmax:
             raise SmoothQuantError(
-                name, "calibration text that reaches every linear layer", "no input to this one",
-                "give more or other calibration text, or leave the layer out with --ignore",
-            )  # fmt: skip
+                name, "calibration text that reaches every linear layer", "no input", "give more text or --ignore it"
+            )
         if not torch.isfinite(absmax[name]).all():
             raise SmoothQuantError(
-                f"{name}: input", "finite activations", "NaN or infinity",
-                "check the model in this dtype: it overflows on the calibration text",
-            )  # fmt: skip
+                f"{name}: input", "finite activations", "NaN or infinity", "check the model: it overflows in this dtype"
+            )
     return {name: absmax[name].cpu().clone() for name in names}

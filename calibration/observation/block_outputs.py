@@ -1,19 +1,18 @@
-"""What the previous and the running block returned for each batch of samples, in safetensors files.
+"""What a decoder block returned for each batch of samples, in safetensors files.
 
-An interrupted run finds them again. While there is room, the operating system keeps files in memory.
+An interrupted run resumes from these files. The operating system keeps them in memory while there is room.
 """
 
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from vllm_smoothquant.format.errors import SmoothQuantError
+from .saved import load_state
 
 
 class BlockOutputs:
-    """Outputs by (block, batch) in `folder`. Those of two consecutive blocks are kept; older ones are overwritten."""
+    """Outputs by (block, batch) in `folder`: those of the running and the previous block overwrite older ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -24,14 +23,8 @@ class BlockOutputs:
         save_file({"output": output.cpu().contiguous()}, path)
 
     def read(self, block: int, batch: int) -> torch.Tensor:
-        """A copy in memory of its own, because the layout of a matrix may decide the order of a sum."""
-        try:
-            return load_file(self._path(block, batch))["output"].clone()
-        except (OSError, SafetensorError) as error:
-            raise SmoothQuantError(
-                str(self.folder), f"the output of block {block} for batch {batch}", error,
-                "remove the state folder to start over",
-            ) from error  # fmt: skip
+        """A copy, because the alignment of a matrix in memory may decide the order of a sum."""
+        return load_state(self._path(block, batch))["output"].clone()
 
     def _path(self, block: int, batch: int) -> Path:
         return self.folder / str(block % 2) / f"{batch}.safetensors"

@@ -1,20 +1,19 @@
 """Observe a model one decoder block at a time: all samples pass one block before the next block runs.
 
-    x_0 = embed(tokens)          x_(i+1) = block_i(x_i)         the absmax inside block i needs block_i alone
+    x_0 = embed(tokens)          x_(i+1) = block_i(x_i)         the absmax inside block i needs only block_i and x_i
 
-Only one block's weights are in use at a time, and only one block's outputs are kept (block_outputs.py). A model whose
-weight files are larger than memory is read once, not once for every batch. An interrupted run resumes after the last
-finished block.
+Only one block's weights are in use at a time, and only the outputs of that block and the previous one are stored
+(block_outputs.py). A model whose weight files are larger than memory is read once, not once for every batch. An
+interrupted run resumes after the last finished block.
 
 There is no table of architectures. A block runs inside the model's own forward pass: all other blocks are bypassed, and
-the previous one is replaced by its recorded output. So masks, positions and whatever else the model computes outside
-the
-blocks are right for each block. The first batch shows which list holds the blocks and that they can run isolated: it
-also passes the whole model, and every absmax and the final output must be equal, bit for bit. Where they are not,
-BlockNotIsolated says why, and the caller runs the whole model.
+the previous one is replaced by its recorded output. Therefore masks, positions and all else that the model computes
+outside the blocks are right for each block. The first batch also passes the whole model: this shows which list holds
+the blocks, and every absmax and the final output must be equal, bit for bit. If they are not, BlockNotIsolated gives
+the reason, and the caller runs the whole model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,15 +31,15 @@ from .saved import Absmax
 
 
 class BlockNotIsolated(Exception):
-    """The blocks of this model cannot run isolated; the text says why."""
+    """The blocks of this model cannot run isolated; the text gives the reason."""
 
 
 @dataclass(frozen=True)
 class Trial:
     """The first batch in the whole model. absmax: of each observed layer. output: what the decoder returned.
 
-    blocks: name -> None if it returned one tensor, else the length of the tuple, in the order in which they ran. It is
-    empty if there is no list of modules that ran once each, one after the other.
+    blocks: name of each block in running order -> None if it returned one tensor, else the length of its tuple. Empty
+    if there is no list of modules that ran once each, one after the other.
     """
 
     absmax: Absmax
@@ -52,26 +51,25 @@ def try_whole(model: nn.Module, decoder: nn.Module, names: Sequence[str], batch:
     """Run `decoder` (the model or a part of it) on `batch`, int64 [samples, tokens], and observe the layers `names`."""
     blocks = decoder_blocks(model)
     order: list[str] = []
-    returned: dict[str, int | None] = {}
+    lengths: dict[str, int | None] = {}
 
     def hook(name: str, module: nn.Module, args: Any, output: Any) -> None:
         order.append(name)
-        returned[name] = len(output) if isinstance(output, tuple) else None
+        lengths[name] = len(output) if isinstance(output, tuple) else None
 
     handles = (block.register_forward_hook(partial(hook, name)) for name, block in blocks.items())
     with hooked(handles), fast_arithmetic(model), watching_absmax(model, names) as absmax:
         output = run(decoder, batch)
-    # The decoder's list of blocks is the one with most parameters.
     lists: dict[str, list[str]] = {}
     for name in blocks:
         lists.setdefault(name.rpartition(".")[0], []).append(name)
-    largest = max(lists.values(), key=lambda names: sum(_size(blocks[name]) for name in names), default=[])
+
+    def parameters(names: list[str]) -> int:
+        return sum(parameter.numel() for name in names for parameter in blocks[name].parameters())
+
+    largest = max(lists.values(), key=parameters, default=[])  # the decoder's list of blocks
     once = [name for name in order if name in largest] == largest
-    return Trial({n: t.clone() for n, t in absmax.items()}, output, {n: returned[n] for n in largest} if once else {})
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return Trial({n: t.clone() for n, t in absmax.items()}, output, {n: lengths[n] for n in largest} if once else {})
 
 
 def run(decoder: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
@@ -82,31 +80,28 @@ def run(decoder: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
 
 
 class Blocks:
-    """The blocks of `decoder` as `trial` recorded them. names: theirs, in order."""
+    """The blocks of `decoder` that `trial` recorded. names: of the blocks, in running order."""
 
     def __init__(self, model: nn.Module, decoder: nn.Module, trial: Trial) -> None:
-        """Errors (BlockNotIsolated): there is no such list."""
+        """Errors (BlockNotIsolated): `trial` recorded no list of blocks."""
         if not trial.blocks:
             raise BlockNotIsolated("no list of blocks runs once from its first to its last")
         self.model, self.decoder, self.trial = model, decoder, trial
         self.names = list(trial.blocks)
         self.modules = [model.get_submodule(name) for name in self.names]
-        self.around = decoder_of(model, self.names)  # without the head, which need not run for each block
+        self.body = decoder_of(model, self.names)  # without the head, which need not run for each block
 
-    def layers(self, index: int, names: Sequence[str]) -> list[str]:
-        """Those of `names` that are in block `index`; for the index after the last block, those that are in none."""
-
-        def block(name: str) -> int:
-            return next((i for i, b in enumerate(self.names) if name == b or name.startswith(f"{b}.")), len(self.names))
-
-        return [name for name in names if block(name) == index]
+    def layers(self, index: int, names: Iterable[str]) -> list[str]:
+        """The layers of `names` that are in block `index`; for the index after the last block, those in no block."""
+        prefixes = tuple(f"{block}." for block in self.names[index : index + 1] or self.names)
+        return [name for name in names if f"{name}.".startswith(prefixes) == (index < len(self.names))]
 
     @contextmanager
     def isolated(self, index: int) -> Iterator["IsolatedBlock"]:
-        """While open, passes run block `index` only; for the index after the last block, no block at all."""
+        """While open, a pass runs block `index` only; for the index after the last block, no block at all."""
         isolated = IsolatedBlock(self, index)
         block = self.modules[index] if index < len(self.modules) else nn.Module()
-        before = [module.__dict__.get("forward") for module in self.modules]
+        forwards = [module.__dict__.get("forward") for module in self.modules]
         try:
             for i, module in enumerate(self.modules):
                 if i != index:
@@ -119,14 +114,14 @@ class Blocks:
             ):
                 yield isolated
         finally:
-            for module, forward in zip(self.modules, before, strict=True):
+            for module, forward in zip(self.modules, forwards, strict=True):
                 module.__dict__.pop("forward", None)
                 if forward is not None:  # accelerate's, which moves tensors to the block's device
                     module.forward = forward
 
 
 class IsolatedBlock:
-    """One block, or what follows the last one, that can run on batch after batch."""
+    """One block, or what follows the last block; it can run on any number of batches."""
 
     def __init__(self, blocks: Blocks, index: int) -> None:
         self.blocks, self.index = blocks, index
@@ -134,13 +129,14 @@ class IsolatedBlock:
         self.output: torch.Tensor | None = None
 
     def __call__(self, batch: torch.Tensor, x: torch.Tensor | None) -> list[torch.Tensor]:
-        """What the block returns for `x`, the previous block's output for `batch`; x is None for the first block.
+        """What the block returns for `batch`; what the decoder returns after the last block.
 
-        After the last block it is what the decoder returns. Errors (BlockNotIsolated): it cannot run like this.
+        x: the previous block's output for `batch`, None for the first block.
+        Errors (BlockNotIsolated): the block cannot run isolated.
         """
         self.input, self.output = x, None
         try:
-            returned = run(self.blocks.decoder if self.after_last else self.blocks.around, batch)
+            returned = run(self.blocks.decoder if self.after_last else self.blocks.body, batch)
         except (TypeError, LookupError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -164,23 +160,24 @@ class IsolatedBlock:
         self.output = first if isinstance(first, torch.Tensor) else None
 
     def replay(self, length: int | None, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the previous block: what it returned when it ran."""
+        """The forward of the previous block: it returns its recorded output."""
         assert self.input is not None
         return _packed(self.input.to(_hidden(args, kwargs).device), length)
 
     def check(self, returned: list[torch.Tensor], absmax: Absmax) -> None:
         """BlockNotIsolated if the first batch gave anything else than in the whole model."""
-        for name, value in absmax.items():
-            if name not in self.blocks.trial.absmax or not torch.equal(value, self.blocks.trial.absmax[name]):
+        trial = self.blocks.trial
+        for name in (*absmax, *self.blocks.layers(self.index, trial.absmax)):
+            isolated, whole = absmax.get(name), trial.absmax.get(name)
+            if isolated is None or whole is None or not torch.equal(isolated, whole):
                 raise BlockNotIsolated(f"{self.name}: isolated, {name} gets another input")
-        whole = self.blocks.trial.output
-        same = len(returned) == len(whole) and all(torch.equal(a, b) for a, b in zip(returned, whole, strict=True))
+        same = len(returned) == len(trial.output) and all(map(torch.equal, returned, trial.output))
         if self.after_last and not same:
             raise BlockNotIsolated("block by block, the model returns another output")
 
 
 def bypass(length: int | None, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a block that must not run: its input."""
+    """The forward of a block that must not run: it returns its input."""
     return _packed(_hidden(args, kwargs), length)
 
 

@@ -1,4 +1,4 @@
-"""What calibration saw of a model: everything from which later stages decide."""
+"""The result of observing a model: all later stages decide from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ SEARCH_TOKENS = 4096
 class Observation:
     """The model, which layers read which tensor in it, and the ranges of those tensors.
 
-    graph: groups and linear layers. layers: those that become INT8, in the model's order. in_float: name -> reason of
+    graph: groups and linear layers. layers: those that become INT8, in the model's order. in_float: name -> reason for
     every linear layer or other matrix that stays in floating point. absmax: layer -> max|X_j| over all calibration
-    tokens, float32 [in] on the CPU, of `layers` and of every reader of a group. sinks: see sinks.py. passes: block by
-    block, or the reason why not. batch_size: samples that ran together.
+    tokens, float32 [in] on the CPU, of `layers` and of every reader of a group. sinks: see sinks.py. passes: "block by
+    block", or the reason why not. batch_size: samples that ran together.
     """
 
     source: Source

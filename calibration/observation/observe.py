@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_smoothquant.format.errors import SmoothQuantError
+
 from ..discovery.graph import Graph
 from ..inputs.model import Source
 from ..inputs.text import Samples
+from ..options import Options
 from ..running.modules import LINEAR_TYPES, decoder_of, output_head, weight_shape
 from ..running.precision import compute_dtype, fast_arithmetic
 from ..running.progress import Progress
@@ -24,10 +27,9 @@ from .absmax import checked, watching_absmax
 from .block_outputs import BlockOutputs
 from .blocks import BlockNotIsolated, Blocks, run, try_whole
 from .observation import Observation
-from .processes import Processes
 from .resume import ObservationStore
-from .saved import Absmax, load_observation, save_observation
-from .sinks import SAMPLES, first_readers, name_sinks, watching_peaks
+from .saved import START_OVER, Absmax, load_observation, save_observation
+from .sinks import SAMPLES, name_sinks, watching_peaks
 
 # Samples that run together. This decides the shapes of products and so their rounding: the manifest names it.
 BATCH_SIZE = 4
@@ -36,27 +38,33 @@ LIBRARIES = ("vllm-smoothquant", "torch", "transformers", "accelerate", "dataset
 
 
 def observe(
-    source: Source, samples: Samples, graph: Graph, layers: list[str], in_float: dict[str, str], *,
-    store: ObservationStore, processes: Processes, stats: str | None = None, save_stats: str | None = None,
-    quiet: bool = False,
+    options: Options, source: Source, samples: Samples, graph: Graph, layers: list[str], in_float: dict[str, str],
+    store: ObservationStore,
 ) -> Observation:  # fmt: skip
-    """What is needed of the inputs of `layers` and of every reader of a group in `graph`.
+    """The ranges of the inputs of `layers` and of every reader of a group in `graph`, over all `samples`.
 
-    store: what an interrupted run left, and where to keep what is done. stats: a file to take the observation from.
-    save_stats: a file to write it to. Errors (SmoothQuantError): a layer that no sample reached, a range that is not
+    options: stats is a file to take the ranges from, save_stats a file to write them to. store: what an interrupted run
+    observed; this run adds to it. Errors (SmoothQuantError): a layer that no sample reached, a range that is not
     finite, a store or file of other inputs.
     """
     key = observation_key(source, samples)
     needed = sorted({*layers, *(reader.name for group in graph.groups for reader in group.readers)})
-    if stats is not None:
-        absmax, findings = load_observation(Path(stats), needed, key)
+    if options.stats is not None:
+        where, fix = f"--stats {options.stats}", "observe again with --save-stats and the same model, data and seed"
+        absmax, findings = load_observation(Path(options.stats), key, where, fix)
+        if missing := [name for name in needed if name not in absmax]:
+            raise SmoothQuantError(where, f"the absmax of {missing[0]}", f"none of {len(missing)} layers", fix)
     else:
-        absmax, findings = _observe_in_store(source, samples, graph, layers, needed, key, store, processes, quiet)
-    if save_stats is not None and processes.first:
-        save_observation(Path(save_stats), absmax, key, findings)
+        absmax, findings = _observe_in_store(options.quiet, source, samples, graph, needed, key, store)
+    if options.save_stats is not None and store.processes.first:
+        save_observation(Path(options.save_stats), absmax, key, findings)
+    # What is saved names all layers, because a later run may have another --ignore.
+    sinks = [sink | {"layers": [name for name in sink["layers"] if name in layers]} for sink in findings["sinks"]]
+    findings["sinks"] = [sink for sink in sinks if sink["layers"]]
     # INT8 layers whose input nothing can smooth offline form groups of their own.
-    needed_absmax = {name: absmax[name] for name in needed}
-    return Observation(source, samples, graph.with_inputs(layers), layers, needed_absmax, in_float, **findings)
+    return Observation(
+        source, samples, graph.with_inputs(layers), layers, checked(needed, absmax), in_float, **findings
+    )
 
 
 def observation_key(source: Source, samples: Samples) -> dict[str, Any]:
@@ -75,24 +83,25 @@ def versions() -> dict[str, str]:
 
 
 def _observe_in_store(
-    source: Source, samples: Samples, graph: Graph, layers: list[str], needed: list[str], key: dict[str, Any],
-    store: ObservationStore, processes: Processes, quiet: bool,
+    quiet: bool, source: Source, samples: Samples, graph: Graph, needed: list[str], key: dict[str, Any],
+    store: ObservationStore,
 ) -> tuple[Absmax, dict[str, Any]]:  # fmt: skip
-    head = next((name for name, m in source.model.named_modules() if m is output_head(source.model)), None)
+    """(absmax of each layer that a sample reached, findings): `store` has them, or they are computed and recorded."""
+    model, head, processes = source.model, output_head(source.model), store.processes
     # All linear layers, so that another --ignore needs no new pass; the head only on request, because it is expensive.
-    linears = [name for name, m in source.model.named_modules() if isinstance(m, LINEAR_TYPES) and name != head]
+    linears = {name for name, m in model.named_modules() if isinstance(m, LINEAR_TYPES) and m is not head}
     observed = sorted({*linears, *needed})
-    store_key = {**key, "output_head": head in needed, "processes": processes.size, "versions": versions()}
-    if processes.first and store.open(store_key) and not quiet:
+    # Sums are rounded differently on another device.
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    with_head = any(model.get_submodule(name) is head for name in needed)
+    machine = {"device": device, "processes": processes.size, "versions": versions()}
+    if processes.first and store.open(key | machine | {"output_head": with_head}) and not quiet:
         print(f"{store.folder}: resuming an interrupted run", file=sys.stderr)
     processes.wait()
     if processes.any(processes.first and store.observation.exists()):
-        return load_observation(store.observation, needed, key)
-    readers = first_readers([name for name in names if name in layers] for names in graph.shared_input_groups)
-    absmax, peaks, passes = observe_samples(
-        source.model, observed, list(readers), samples.input_ids, store=store, processes=processes, quiet=quiet
-    )
-    checked(needed, absmax)
+        return load_observation(store.observation, key, str(store.observation), START_OVER)
+    readers = {names[0]: list(names) for names in graph.shared_input_groups}
+    absmax, peaks, passes = observe_samples(model, observed, list(readers), samples.input_ids, store, quiet=quiet)
     sinks = name_sinks(peaks, readers, samples.input_ids[:SAMPLES], source.tokenizer)
     findings = {"sinks": sinks, "passes": passes, "batch_size": BATCH_SIZE}
     if processes.first:
@@ -101,16 +110,15 @@ def _observe_in_store(
 
 
 def observe_samples(
-    model: nn.Module, names: Sequence[str], peaks_of: Sequence[str], input_ids: torch.Tensor, *,
-    store: ObservationStore, processes: Processes | None = None, quiet: bool = False,
+    model: nn.Module, names: Sequence[str], peaks_of: Sequence[str], input_ids: torch.Tensor, store: ObservationStore,
+    *, quiet: bool = False,
 ) -> tuple[Absmax, Mapping[str, torch.Tensor], str]:  # fmt: skip
     """(absmax, peaks, passes) of `input_ids` [samples, seq_len].
 
     absmax: layer -> float32 [in] on the CPU, of those of `names` that a sample reached. peaks: layer -> float32
     [samples, tokens], of `peaks_of` and the first SAMPLES samples. passes: BY_BLOCKS, or why the whole model ran.
     """
-    processes = processes or Processes()
-    quiet = quiet or not processes.first
+    quiet = quiet or not store.processes.first
     decoder = decoder_of(model, names)
     batches = input_ids.split(BATCH_SIZE)
     with torch.inference_mode():
@@ -118,29 +126,29 @@ def observe_samples(
             trial = try_whole(model, decoder, names, batches[0])
         checked(trial.absmax, trial.absmax)
         try:
-            absmax = _by_blocks(Blocks(model, decoder, trial), names, batches, store, processes, quiet)
+            absmax = _by_blocks(Blocks(model, decoder, trial), names, batches, store, quiet)
             passes = BY_BLOCKS
         except BlockNotIsolated as reason:
             passes = f"whole model: {reason}"
             if not quiet:
                 print(f"observe: not block by block but the {passes}", file=sys.stderr)
-            absmax = _by_passes(model, decoder, names, batches, store, processes, quiet)
+            absmax = _by_passes(model, decoder, names, batches, store, quiet)
     # Copied outside inference mode, because its tensors cannot be used everywhere.
     return checked(absmax, absmax), {name: peak.clone()[:SAMPLES] for name, peak in peaks.items()}, passes
 
 
 def _by_blocks(
-    blocks: Blocks, names: Sequence[str], batches: Sequence[torch.Tensor], store: ObservationStore,
-    processes: Processes, quiet: bool,
-) -> Absmax:  # fmt: skip
+    blocks: Blocks, names: Sequence[str], batches: Sequence[torch.Tensor], store: ObservationStore, quiet: bool
+) -> Absmax:
     absmax: Absmax = {}
+    processes = store.processes
     last = len(blocks.names)  # the index of what follows the last block
     first = 0
     while first <= last and (finished := store.load("block", first)) is not None:
         absmax |= finished
         first += 1
     own_batches = processes.share(batches)
-    outputs = BlockOutputs(store.outputs(processes.rank))
+    outputs = BlockOutputs(store.outputs)
     samples = sum(len(batch) for _, batch in own_batches)
     with Progress(last, samples, done=min(first, last), quiet=quiet) as progress:
         for index in range(first, last + 1):
@@ -161,7 +169,7 @@ def _by_blocks(
                     reason = error
             if processes.any(reason is not None):
                 raise reason or BlockNotIsolated("another process found that its blocks cannot run isolated")
-            reduced = processes.largest(maxima, {name: _channels(blocks.model, name) for name in inside})
+            reduced = processes.largest(maxima, _channels(blocks.model, inside))
             absmax |= reduced
             if processes.first:
                 store.save("block", index, reduced)
@@ -174,10 +182,10 @@ def _by_blocks(
 
 def _by_passes(
     model: nn.Module, decoder: nn.Module, names: Sequence[str], batches: Sequence[torch.Tensor],
-    store: ObservationStore, processes: Processes, quiet: bool,
+    store: ObservationStore, quiet: bool,
 ) -> Absmax:  # fmt: skip
     absmax: Absmax = {}
-    own_batches = processes.share(batches)
+    own_batches = store.processes.share(batches)
     with fast_arithmetic(model), Progress(len(own_batches), len(batches[0]), quiet=quiet, unit="batch") as progress:
         for b, batch in own_batches:
             maxima = store.load("pass", b)
@@ -185,11 +193,11 @@ def _by_passes(
                 with watching_absmax(model, names) as maxima:
                     run(decoder, batch)
                 store.save("pass", b, maxima)
-            for name, value in maxima.items():
-                absmax[name] = torch.maximum(absmax[name], value) if name in absmax else value
+            for name, value in maxima.items():  # on the CPU, where the stored ones are
+                absmax[name] = torch.maximum(absmax[name], value.cpu()) if name in absmax else value.cpu()
             progress.block()
-    return processes.largest(absmax, {name: _channels(model, name) for name in names})
+    return store.processes.largest(absmax, _channels(model, names))
 
 
-def _channels(model: nn.Module, name: str) -> int:
-    return weight_shape(model.get_submodule(name))[1]
+def _channels(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    return {name: weight_shape(model.get_submodule(name))[1] for name in names}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Processes:
-    """The rank of this process and the number of processes; without a launcher there is one."""
+    """The rank of this process and the number of processes, which is 1 without a launcher."""
 
     rank: int = 0
     size: int = 1
@@ -51,21 +51,19 @@ class Processes:
         return list(enumerate(batches))[self.rank :: self.size]
 
     def largest(self, absmax: Mapping[str, torch.Tensor], channels: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """The elementwise maximum over all processes. channels: layer -> number, of all layers that any may have."""
+        """The elementwise maximum over all processes. channels: each layer that any of them may have -> in_features."""
         if self.size == 1:
             return dict(absmax)
         device = _device()
         parts = [absmax.get(name, torch.full((n,), -1.0)).to(device) for name, n in channels.items()]
         joined = torch.cat(parts or [torch.zeros(0, device=device)])
-        nan = torch.isnan(joined).any().to(torch.int32)
+        joined[joined.isnan()] = torch.inf  # because a maximum over processes may lose a NaN
         dist.all_reduce(joined, dist.ReduceOp.MAX)
-        dist.all_reduce(nan, dist.ReduceOp.MAX)  # MAX may lose a NaN
         reduced = zip(channels, joined.split(list(channels.values())), strict=True)
-        largest = {name: part.clone() for name, part in reduced if not (part < 0).all()}
-        return {name: part.fill_(torch.nan) for name, part in largest.items()} if nan else largest
+        return {name: part.clone() for name, part in reduced if (part >= 0).all()}
 
     def any(self, here: bool) -> bool:
-        """Whether it is true in any process; all processes wait for the answer."""
+        """Whether `here` is true in any process. Each process waits until all have called this."""
         if self.size == 1:
             return here
         flag = torch.tensor([int(here)], device=_device())
@@ -73,7 +71,7 @@ class Processes:
         return bool(flag)
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
         self.any(False)
 
 

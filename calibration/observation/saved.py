@@ -1,4 +1,4 @@
-"""An observation in a file, and the key that says what it was observed on.
+"""An observation in a file, with the key of its inputs.
 
 The file is safetensors: the absmax of each layer under the layer's name, float32 [in]. Its metadata holds the key and
 the findings (sinks, passes, batch size) as JSON. It contains no text and no token.
@@ -9,18 +9,19 @@ Another alpha or scheme has the same key, therefore it needs no new forward pass
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 FORMAT = 2
 KEY = "smoothquant_observation"
+START_OVER = "remove the state folder to start over"
 
 Absmax = dict[str, torch.Tensor]
 
@@ -35,56 +36,52 @@ def save_observation(path: Path, absmax: Mapping[str, torch.Tensor], key: Mappin
         raise SmoothQuantError(str(path), "a file that can be written", error, "free some space") from error
 
 
-def load_observation(path: Path, layers: Iterable[str], key: Mapping[str, Any]) -> tuple[Absmax, dict[str, Any]]:
-    """(absmax of `layers`, findings) of the file `path`.
+def load_observation(path: Path, key: Mapping[str, Any], where: str, fix: str) -> tuple[Absmax, dict[str, Any]]:
+    """(absmax, findings) of the file `path`. where, fix: for the error text.
 
-    Errors (SmoothQuantError): no such file, another format, observed on something else, or a layer is missing.
+    Errors (SmoothQuantError): no such file, not an observation, or an observation with another key.
     """
     try:
         with safe_open(path, "pt") as file:
             record = json.loads((file.metadata() or {})[KEY])
+            stored, findings = {"format": record["format"], "key": record["key"]}, record["findings"]
             absmax = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise SmoothQuantError(
-            f"--stats {path}", "a file that --save-stats wrote", error, "observe again with --save-stats"
-        ) from None
-    expected = {"format": FORMAT, "key": json.loads(json.dumps(key))}
-    changes = differences({name: record.get(name) for name in expected}, expected)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise SmoothQuantError(where, "an observation that calibrate wrote", error, fix) from error
+    changes = differences(stored, {"format": FORMAT, "key": json.loads(json.dumps(key))})
     if changes:
-        raise SmoothQuantError(
-            f"--stats {path}", "an observation of this model on these samples", "; ".join(changes[:4]),
-            "give the same model, data and seed, or observe again with --save-stats",
-        )  # fmt: skip
-    missing = [name for name in layers if name not in absmax]
-    if missing:
-        raise SmoothQuantError(
-            f"--stats {path}", f"the absmax of {missing[0]}", f"none of {len(missing)} layers",
-            "observe again with --save-stats and the same options",
-        )  # fmt: skip
-    return {name: absmax[name] for name in layers}, record["findings"]
+        raise SmoothQuantError(where, "an observation of this model on these samples", "; ".join(changes[:4]), fix)
+    return absmax, findings
+
+
+def load_state(path: Path) -> Absmax:
+    """The tensors of a file in the state folder. Errors (SmoothQuantError): it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SmoothQuantError(str(path), "a file that the interrupted run wrote", error, START_OVER) from error
 
 
 def check_writable(path: Path) -> None:
-    """Refuse before the long work a path that cannot become a file. Nothing stays behind."""
-    probe = path.with_name(path.name + ".partial")
+    """Refuse a path that cannot become a file, before the long work. Only its parent folder is created."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(str(path))
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        _partial(path).touch()  # it may exist, because a killed run leaves it
+        _partial(path).unlink()
     except OSError as error:
         raise SmoothQuantError(
             f"--save-stats {path}", "a file that can be written", error, "choose another file"
         ) from error
 
 
-def differences(before: Any, now: Any, where: str = "") -> list[str]:
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """Each leaf in which two JSON values differ, with both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(before.keys() | now.keys())
-        return [line for k in keys for line in differences(before.get(k), now.get(k), f"{where}.{k}" if where else k)]
-    return [] if before == now else [f"{where} was {_short(before)}, is {_short(now)}"]
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for k in keys for line in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
+    return [] if old == new else [f"{where} was {_short(old)}, is {_short(new)}"]
 
 
 def _short(value: Any) -> str:
@@ -94,10 +91,14 @@ def _short(value: Any) -> str:
 
 def save_atomically(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file; `path` is either as before or complete, also after SIGKILL."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     try:
         # Clones, because layers that read one tensor share its absmax, and safetensors refuses shared memory.
         save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, partial, metadata=metadata)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")

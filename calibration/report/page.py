@@ -1,10 +1,10 @@
 """`smoothquant report`: one HTML page that shows a checkpoint. It loads nothing, and opens from disk, also on a phone.
 
-What it shows was measured by `calibrate` and lies in the checkpoint (smoothquant.json, channels.py's statistics), but
-for saturation, which is counted in the weights here. What was not measured is said to be so, and not made up.
+The shown values were measured by `calibrate` and are stored in the checkpoint (smoothquant.json, statistics.npz); only
+saturation is counted here, in the weights. Where a value was not measured, the page says so.
 
-Nothing that a checkpoint says is believed to be harmless: the template escapes every word of it, and the page's own
-policy forbids any script but ours and any load at all.
+The page assumes that any text of a checkpoint may be hostile: the template escapes all of it, and the page's security
+policy forbids every script except ours and every load.
 """
 
 import base64
@@ -27,23 +27,22 @@ from vllm_smoothquant.format.files import MANIFEST, read_json, read_tensors
 from ..checkpoint import channel_statistics as channel_file
 from ..checkpoint.channel_statistics import Channels
 from ..checkpoint.verify import SATURATED
-from ..evaluation.columns import COLUMNS
+from ..evaluation.columns import cells
 
 HERE = Path(__file__).parent
-PAGE = "report.html"
-# The page must open on a phone: bytes it may have, and of those the bytes of channels that it can draw anew.
+# The page must open on a phone: limits for its bytes, and for the bytes of the channel curves among them.
 MAX_BYTES = 5_000_000
 MAX_PROFILES = 1_200_000
-# The manifest is shown whole up to this length.
+# A longer manifest is truncated.
 MAX_MANIFEST = 500_000
 
 
 def report(
     checkpoint: str | Path, output: str | Path, *, png: str | Path | None = None, evaluation: str | Path | None = None
 ) -> dict[str, Any]:
-    """Write the page about `checkpoint` to the file `output`; with `png`, its figures into that folder as well.
+    """Write the page about `checkpoint` to the file `output`; with `png`, also its figures into that folder.
 
-    evaluation: what `smoothquant evaluate --json` printed of it, to be shown with it.
+    evaluation: a file with the output of `smoothquant evaluate --json`, which the page then shows.
     Returns {"output", "bytes", "figures"}. Errors (SmoothQuantError): no checkpoint, a damaged one, no matplotlib.
     """
     try:
@@ -56,58 +55,40 @@ def report(
     try:
         facts = gather(folder, manifest)
         facts["evaluation"] = None if evaluation is None else _rows(read_json(Path(evaluation)))
-        seen = channel_file.read(folder)
-        images = draw(facts, seen)
+        channels = channel_file.read(folder) or []
+        images = draw(facts, channels)
+    except SmoothQuantError:
+        raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        if isinstance(error, SmoothQuantError):
-            raise
-        raise SmoothQuantError(
-            f"{folder}/{MANIFEST}",
-            "what calibrate writes",
-            error,
-            f"see what `smoothquant verify {folder}` finds",
-        ) from error
+        fix = f"run `smoothquant verify {folder}` to see every fault"
+        raise SmoothQuantError(f"{folder}/{MANIFEST}", "what calibrate writes", error, fix) from error
     script = (HERE / "report.js").read_text()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"figure": _figure, "bytes": _bytes, "percent": lambda x: f"{x:.2%}"}
-    html = environment.get_template(PAGE).render(
-        facts, images={name: base64.b64encode(image).decode() for name, image in images.items()},
-        heat_maps=[name for name in images if name.startswith("channels-")], profiles=profiles(seen or []),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )  # fmt: skip
-    _write(target, html.encode())
+    environment.filters |= {"figure": _figure, "bytes": _bytes, "percent": "{:.2%}".format}
+    page = environment.get_template("report.html").render(
+        facts, images={name: _base64(image) for name, image in images.items()}, profiles=profiles(channels),
+        heat_maps=[name for name in images if name.startswith("channels-")], script=script,
+        script_hash=_base64(hashlib.sha256(script.encode()).digest()),
+    ).encode()  # fmt: skip
+    _write(target, page)
     if png is not None:
         Path(png).mkdir(parents=True, exist_ok=True)
         for name, image in images.items():
             _write(Path(png) / f"{name}.png", image)
-    return {"output": str(target), "bytes": len(html.encode()), "figures": sorted(images)}
+    return {"output": str(target), "bytes": len(page), "figures": sorted(images)}
 
 
 def gather(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything the page says in words and tables."""
+    """Everything that the page shows as text and in tables."""
     config = CheckpointConfig.from_dict(read_json(folder / "config.json").get("quantization_config"))
     weights = count_weights(folder)
     errors = {str(k): float(v) for k, v in manifest.get("errors", {}).items()}
     alphas = {str(k): None if v is None else float(v) for k, v in manifest.get("alphas", {}).items()}
-    fallen = {str(k): str(v) for k, v in manifest.get("fallen_back", {}).items()}
-    layers = [
-        {
-            "name": name,
-            "scheme": _scheme(config, name),
-            "error": errors.get(name),
-            "full": weights[name]["full"],
-            "saturated": weights[name]["worst"] > SATURATED,
-            "input_scale": weights[name]["input_scale"],
-            "fallen": fallen.get(name),
-        }
-        for name in weights
-    ]
+    fallbacks = {str(k): str(v) for k, v in manifest.get("fallen_back", {}).items()}
     int8_bytes = sum(w["bytes"] for w in weights.values())
-    files = sorted(folder.glob("*.safetensors"))
     calibration = dict(manifest["calibration"])
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     return {
@@ -116,12 +97,17 @@ def gather(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "calibration": calibration,
         "data": Path(str(calibration["dataset"])).name,
         "scheme": _scheme(config, ""),
-        "layers": layers,
+        "layers": [
+            {"name": name, "scheme": _scheme(config, name), "error": errors.get(name), "fallback": fallbacks.get(name)}
+            | counts
+            | {"saturated": counts["worst"] > SATURATED}
+            for name, counts in weights.items()
+        ],
         "errors": errors,
         "alphas": alphas,
         "groups": [dict(group, alpha=alphas.get(group["source"])) for group in manifest["groups"]],
-        "fallen": fallen,
-        "kept": {str(k): str(v) for k, v in dict(manifest["kept"]).items()},
+        "fallbacks": fallbacks,
+        "in_float": {str(k): str(v) for k, v in dict(manifest["kept"]).items()},
         "not_folded": list(map(str, manifest.get("not_folded", []))),
         "sinks": [
             {
@@ -135,15 +121,16 @@ def gather(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "perplexities": {str(k): float(v) for k, v in manifest.get("simulated_perplexity", {}).items()},
         "gate": float(manifest["gate"]["logits"]["change"]),
         "versions": dict(manifest["versions"]),
-        "sizes": {"disk": sum(f.stat().st_size for f in files), "int8": int8_bytes, "was": 2 * _weights(weights)},
-        "manifest": text[:MAX_MANIFEST] + ("\n... cut here" if len(text) > MAX_MANIFEST else ""),
+        "disk_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+        "int8_bytes": int8_bytes,
+        "manifest": text[:MAX_MANIFEST] + ("\n... truncated" if len(text) > MAX_MANIFEST else ""),
         "smoothed": sorted(config.smoothed),
     }
 
 
 def count_weights(folder: Path) -> dict[str, dict[str, Any]]:
     """Layer -> share of its integers at +-127 (`full`), of the fullest row (`worst`), bytes, input_scale or None."""
-    found: dict[str, dict[str, Any]] = {}
+    counts: dict[str, dict[str, Any]] = {}
     scales: dict[str, float] = {}
     for name, tensor in read_tensors(folder, (".weight", ".input_scale")):
         layer, _, suffix = name.rpartition(".")
@@ -151,20 +138,19 @@ def count_weights(folder: Path) -> dict[str, dict[str, Any]]:
             scales[layer] = float(tensor)
         elif tensor.dtype == torch.int8:
             ends = (tensor.to(torch.int16).abs() >= int8.QMAX).float()
-            found[layer] = {
-                "full": float(ends.mean()), "worst": float(ends.mean(1).max()), "bytes": tensor.numel()
-            }  # fmt: skip
-    return {name: entry | {"input_scale": scales.get(name)} for name, entry in found.items()}
+            shares = {"full": float(ends.mean()), "worst": float(ends.mean(1).max())}
+            counts[layer] = {**shares, "bytes": tensor.numel()}
+    return {name: {**entry, "input_scale": scales.get(name)} for name, entry in counts.items()}
 
 
-def draw(facts: Mapping[str, Any], seen: Sequence[Channels] | None) -> dict[str, bytes]:
-    """File name without ending -> PNG."""
+def draw(facts: Mapping[str, Any], channels: Sequence[Channels]) -> dict[str, bytes]:
+    """File name without suffix -> PNG."""
     from . import figures
 
     images = {}
-    if seen:
-        images["overview"] = figures.overview(seen)
-        for i, (kind, members) in enumerate(figures.by_kind(seen).items()):
+    if channels:
+        images["overview"] = figures.overview(channels)
+        for i, (kind, members) in enumerate(figures.by_kind(channels).items()):
             images[f"channels-{i}"] = figures.heat_maps(kind, members)
     if facts["errors"]:
         images["errors"] = figures.by_block("error of each layer as served", facts["errors"], log=True)
@@ -174,28 +160,26 @@ def draw(facts: Mapping[str, Any], seen: Sequence[Channels] | None) -> dict[str,
     return images
 
 
-def profiles(seen: Sequence[Channels]) -> list[dict[str, Any]]:
-    """What the page draws anew for one layer: four curves over the channels, as base64 of logarithmic 8-bit levels.
+def profiles(channels: Sequence[Channels]) -> list[dict[str, Any]]:
+    """What the page's script draws for one layer: four curves over the channels, as base64 of logarithmic 8-bit levels.
 
     value = low * (high / low) ** (level / 255)
     """
     from . import figures
 
-    columns = min(figures.COLUMNS, MAX_PROFILES // (4 * len(seen))) if seen else 0
+    columns = max(min(figures.COLUMNS, MAX_PROFILES // (4 * max(len(channels), 1))), 16)
     entries = []
-    for c in seen:
-        entry: dict[str, Any] = {"layers": list(c.layers), "channels": len(c.activations), "curves": {}}
+    for c in channels:
+        curves = {}
         for name, pair in (("X", (c.activations, c.smoothed_activations)), ("W", (c.weights, c.smoothed))):
-            values = figures.joined(np.stack(pair), max(columns, 16))
+            values = figures.joined(np.stack(pair), columns)
             high = max(float(values.max()), 1e-30)
             low = max(float(values[values > 0].min()) if (values > 0).any() else high, high * 1e-6)
             span = max(math.log(high / low), 1e-6)
             levels = np.round(np.log(np.maximum(values, low) / low) / span * 255).astype(np.uint8)
-            entry["curves"][name] = {
-                "low": low, "high": high, "before": base64.b64encode(levels[0].tobytes()).decode(),
-                "after": base64.b64encode(levels[1].tobytes()).decode(),
-            }  # fmt: skip
-        entries.append(entry)
+            before, after = (_base64(row.tobytes()) for row in levels)
+            curves[name] = {"low": low, "high": high, "before": before, "after": after}
+        entries.append({"layers": list(c.layers), "channels": len(c.activations), "curves": curves})
     return entries
 
 
@@ -203,38 +187,33 @@ def _scheme(config: CheckpointConfig, name: str) -> str:
     scheme = config.scheme(name)
     if scheme is None:
         return "floating point"
-    activations = scheme.input_activations
-    words = f"per_{activations.strategy} {'dynamic' if activations.dynamic else 'static'}"
-    return f"weights per_{scheme.weights.strategy}, activations {words}" + ", smoothed at run time" * (
-        name in config.smoothed
-    )
-
-
-def _weights(counted: Mapping[str, Mapping[str, Any]]) -> int:
-    return sum(int(w["bytes"]) for w in counted.values())
+    activations = f"per_{scheme.input_activations.strategy}"
+    activations += " dynamic" if scheme.input_activations.dynamic else " static"
+    smoothed = ", smoothed at run time" if name in config.smoothed else ""
+    return f"weights per_{scheme.weights.strategy}, activations {activations}{smoothed}"
 
 
 def _rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The models of an evaluation, every number as text; columns that none of them has are left out."""
-    rows = result["models"]
-    columns = [column for column in COLUMNS if any(column.key in row for row in rows)]
-    return [
-        {"model": Path(str(row["model"])).name}
-        | {c.long: c.format(float(row[c.key])) if c.key in row else "" for c in columns}
-        for row in rows
-    ]
+    """The models of an evaluation, every figure as text; a column is left out if no model has its figure."""
+    columns = {column.long: texts for column, texts in cells(result["models"]).items()}
+    names = [Path(str(row["model"])).name for row in result["models"]]
+    return [{"model": name} | {k: texts[i] for k, texts in columns.items()} for i, name in enumerate(names)]
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Beside, then renamed: no half a page."""
-    beside = path.with_name(f".{path.name}.partial")
+    """Write a temporary file next to `path` and rename it, so that `path` is never incomplete."""
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        partial.write_bytes(content)
+        os.replace(partial, path)
     except OSError as error:
         raise SmoothQuantError(str(path), "a file that can be written", error, "choose another -o") from error
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def _figure(value: float | None) -> str:

@@ -1,5 +1,5 @@
 "use strict";
-// The page's own behaviour: pictures open large and can be moved and zoomed; one layer's channels drawn anew.
+// Behaviour of the page: pictures open large and can be moved and zoomed; the channels of one layer are drawn.
 
 const data = JSON.parse(document.getElementById("profiles").textContent);
 
@@ -10,14 +10,14 @@ let view = { x: 0, y: 0, scale: 1 };
 const fingers = new Map();
 
 function show() {
-  large.style.imageRendering = view.scale > 2 ? "pixelated" : "auto"; // single channels, not a blur of them
+  large.style.imageRendering = view.scale > 2 ? "pixelated" : "auto"; // single channels without blur
   large.style.transform = `translate(${view.x}px, ${view.y}px) scale(${view.scale})`;
 }
 
 function zoom(factor, x, y) {
   const scale = Math.min(40, Math.max(0.2, view.scale * factor));
-  const real = scale / view.scale;
-  view = { x: x - (x - view.x) * real, y: y - (y - view.y) * real, scale };
+  const growth = scale / view.scale;
+  view = { x: x - (x - view.x) * growth, y: y - (y - view.y) * growth, scale };
   show();
 }
 
@@ -49,15 +49,16 @@ large.addEventListener("pointerdown", (event) => {
   fingers.set(event.pointerId, event);
 });
 large.addEventListener("pointermove", (event) => {
-  const before = fingers.get(event.pointerId);
-  if (!before) return;
-  const other = [...fingers.values()].find((f) => f.pointerId !== event.pointerId);
-  if (other) {
-    const apart = (a) => Math.hypot(a.clientX - other.clientX, a.clientY - other.clientY);
-    zoom(apart(event) / Math.max(1, apart(before)), (event.clientX + other.clientX) / 2, (event.clientY + other.clientY) / 2);
+  const last = fingers.get(event.pointerId);
+  if (!last) return;
+  const second = [...fingers.values()].find((f) => f.pointerId !== event.pointerId);
+  if (second) {
+    const distance = (a) => Math.hypot(a.clientX - second.clientX, a.clientY - second.clientY);
+    const [x, y] = [(event.clientX + second.clientX) / 2, (event.clientY + second.clientY) / 2];
+    zoom(distance(event) / Math.max(1, distance(last)), x, y);
   } else {
-    view.x += event.clientX - before.clientX;
-    view.y += event.clientY - before.clientY;
+    view.x += event.clientX - last.clientX;
+    view.y += event.clientY - last.clientY;
     show();
   }
   fingers.set(event.pointerId, event);
@@ -103,7 +104,6 @@ function draw(canvas, curve, channels) {
       context.fillRect(left + i * step, 8 + inner - tall, Math.max(step, 0.6), tall);
     });
   }
-  context.globalAlpha = 1;
   canvas.onpointermove = (event) => {
     const count = bars[0][0].length;
     const i = Math.floor(((event.offsetX - left) / (width - left)) * count);
@@ -117,25 +117,16 @@ function draw(canvas, curve, channels) {
 
 function drawLayer() {
   const entry = data[Number(select.value)];
-  if (!entry) return;
   for (const name of ["X", "W"]) draw(document.getElementById(`curve-${name}`), entry.curves[name], entry.channels);
 }
 
 if (select) {
-  data.forEach((entry, i) => {
-    const option = document.createElement("option");
-    option.value = String(i);
-    option.textContent = entry.layers.join(", ");
-    select.append(option);
+  // The layer with the largest ratio of its largest activation to its median activation is shown first.
+  const ratios = data.map(({ curves: { X } }) => {
+    const levels = bytes(X.before).sort();
+    return value(X, levels[levels.length - 1]) / value(X, levels[levels.length >> 1]);
   });
-  // The layer whose largest activation stands out most is shown first.
-  let worst = 0, found = 0;
-  data.forEach((entry, i) => {
-    const levels = [...bytes(entry.curves.X.before)].sort((a, b) => a - b);
-    const ratio = value(entry.curves.X, levels[levels.length - 1]) / value(entry.curves.X, levels[levels.length >> 1]);
-    if (ratio > worst) [worst, found] = [ratio, i];
-  });
-  select.value = String(found);
+  select.value = String(ratios.indexOf(Math.max(...ratios)));
   select.addEventListener("change", drawLayer);
   addEventListener("resize", drawLayer);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawLayer);

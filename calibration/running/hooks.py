@@ -1,4 +1,4 @@
-"""Hooks that are always removed again."""
+"""Hooks that are removed also after an error."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,7 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove `handles` when the block ends, also if registering one of them fails (pass a generator).
+    """Remove `handles` when the block ends. Pass a generator, so that they are removed if registering one fails, too.
 
     Example: with hooked(model.get_submodule(name).register_forward_hook(hook) for name in names): ...
     """

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -12,11 +12,11 @@ LINEAR_TYPES = (nn.Linear, Conv1D)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
-def decoder_of(model: torch.nn.Module, names: Iterable[str]) -> torch.nn.Module:
+def decoder_of(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """The smallest part of `model` that takes input_ids and contains the layers `names`: with or without its head."""
-    decoder: torch.nn.Module = getattr(model, "base_model", model)
-    inside = {id(m) for m in decoder.modules()}
-    return decoder if all(id(model.get_submodule(name)) in inside for name in names) else model
+    decoder: nn.Module = getattr(model, "base_model", model)
+    inside = set(decoder.modules())
+    return decoder if all(model.get_submodule(name) in inside for name in names) else model
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -31,7 +31,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def block_of(name: str) -> str:
-    """The decoder block that contains the module or tensor `name`: "model.layers.3"; "" if it is in none."""
+    """The decoder block that contains the module or tensor `name`: "model.layers.3"; "" if it is in no block."""
     match = re.match(r"(.*?\.\d+)\.", name)
     return match.group(1) if match else ""
 
@@ -43,17 +43,13 @@ def output_head(model: nn.Module) -> nn.Module | None:
 @contextmanager
 def plain_kernels(model: nn.Module) -> Iterator[None]:
     """Run attention and experts as plain matmuls and softmaxes, which a trace can read and float32 can run."""
-    names = ("_attn_implementation_internal", "_experts_implementation_internal")
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [(c, n, getattr(c, n)) for c in configs.values() for n in names if getattr(c, n, None) is not None]
-    try:
-        for config, name, _ in before:
-            setattr(config, name, "eager")
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            yield
-    finally:
-        for config, name, value in before:
-            setattr(config, name, value)
+    with ExitStack() as stack, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for config in (module.config for module in model.modules() if hasattr(module, "config")):
+            for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+                if (value := getattr(config, name, None)) is not None:
+                    stack.callback(setattr, config, name, value)
+                    setattr(config, name, "eager")
+        yield
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -62,7 +58,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def float_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
-    """own_parameters, floating-point ones in float32 (float32 parameters are not copied)."""
+    """own_parameters, the floating-point ones in float32; those that are in float32 already are not copied."""
     return {
         name: p.detach().to(torch.float32) if p.is_floating_point() else p.detach()
         for name, p in own_parameters(module).items()

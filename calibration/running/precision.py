@@ -1,10 +1,10 @@
-"""In which floating-point arithmetic a model runs, whatever dtype it is stored in.
+"""Run a model in another floating-point arithmetic than the dtype in which it is stored.
 
-Parameters become float32 one decoder block at a time, while it runs; afterwards the model is what it was, bit for bit.
+Parameters become float32 one decoder block at a time, while it runs; afterwards the model is the same, bit for bit.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ def is_native(dtype: torch.dtype, device: str) -> bool:
 
 
 def fast_arithmetic(model: nn.Module, without: Collection[nn.Module] = ()) -> AbstractContextManager[None]:
-    """While open, `model` computes in compute_dtype(model), but for the modules `without` and what is in them."""
+    """While open, `model` computes in compute_dtype(model), except for the modules `without` and their children."""
     if compute_dtype(model) == next(model.parameters()).dtype:
         return nullcontext()
     return in_float32(model, partial(plain_parameters, model), without)
@@ -44,18 +44,12 @@ def fast_arithmetic(model: nn.Module, without: Collection[nn.Module] = ()) -> Ab
 
 @contextmanager
 def fast_block(model: nn.Module, block: nn.Module) -> Iterator[None]:
-    """While open, `block` of `model` computes as fast_arithmetic has it: converted once for any number of runs."""
-    tensors: list[torch.Tensor] = []
-    if compute_dtype(model) != next(model.parameters()).dtype:
-        tensors = [t for t in (*block.parameters(), *block.buffers()) if t.is_floating_point()]
-    before = [tensor.data for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.float()
+    """fast_arithmetic for one `block` of `model`: its tensors are converted once for any number of runs."""
+    with ExitStack() as restore:
+        if compute_dtype(model) != next(model.parameters()).dtype:
+            for tensor in (*block.parameters(), *block.buffers()):
+                _replace(tensor, tensor.data.float() if tensor.is_floating_point() else tensor.data, restore)
         yield
-    finally:
-        for tensor, old in zip(tensors, before, strict=True):
-            tensor.data = old
 
 
 def plain_parameters(model: nn.Module, name: str) -> Parameters:
@@ -69,49 +63,39 @@ def in_float32(
 ) -> Iterator[None]:
     """While a module runs, its own parameters are `change(name)` and its own floating-point buffers float32.
 
-    What is in the modules `without` stays as it is. A table of embeddings stays as well, and what is looked up becomes
-    float32: the table can be larger than any block. A decoder block (an element of a ModuleList) changes as a whole:
-    code within it may look at its siblings' dtype.
+    The modules `without` and their children stay as they are. An embedding table stays as well, because it can be
+    larger than any block; its output becomes float32. A decoder block (an element of a ModuleList) changes as a whole,
+    because a module in it may look at the dtype of another one.
     """
-    swapped: list[tuple[torch.Tensor, torch.Tensor]] = []
-    active: set[str] = set()
-    calls: list[tuple[int, list[str]]] = []
+    changed: set[str] = set()
+    calls: list[ExitStack] = []  # of the running modules; closing one restores what its module changed
 
     def enter(inside: list[str], module: nn.Module, args: Any) -> None:
-        fresh = [name for name in inside if name not in active]
-        calls.append((len(swapped), fresh))
-        active.update(fresh)
-        for name in fresh:
-            owner = model.get_submodule(name)
-            new = change(name)
-            for parameter, tensor in own_parameters(owner).items():
-                swap(tensor, new[parameter])
+        restore = ExitStack()
+        calls.append(restore)
+        for name in inside:
+            if name in changed:
+                continue
+            changed.add(name)
+            restore.callback(changed.discard, name)
+            owner, parameters = model.get_submodule(name), change(name)
+            for key, parameter in own_parameters(owner).items():
+                _replace(parameter, parameters[key], restore)
             for buffer in owner.buffers(recurse=False):
-                swap(buffer, buffer.float() if buffer.is_floating_point() else buffer)
+                _replace(buffer, buffer.float() if buffer.is_floating_point() else buffer, restore)
 
-    def swap(tensor: torch.Tensor, new: torch.Tensor) -> None:
-        swapped.append((tensor, tensor.data))
-        tensor.data = new
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        mark, fresh = calls.pop()
-        active.difference_update(fresh)
-        undo(mark)
-
-    def undo(mark: int) -> None:
-        while len(swapped) > mark:
-            tensor, old = swapped.pop()
-            tensor.data = old
+    def leave(*_: Any) -> None:
+        calls.pop().close()
 
     def widen(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output.float()
 
-    untouched = {id(module) for root in without for module in root.modules()}
+    unchanged = {module for root in without for module in root.modules()}
 
     def handles() -> Iterator[RemovableHandle]:
         for name, inside in _units(model).items():
             module = model.get_submodule(name)
-            if id(module) in untouched:
+            if module in unchanged:
                 continue
             if type(module).forward is nn.Embedding.forward and module.max_norm is None:
                 yield module.register_forward_hook(widen, prepend=True)
@@ -123,7 +107,14 @@ def in_float32(
         with hooked(handles()):
             yield
     finally:
-        undo(0)
+        while calls:  # a module raised an error
+            leave()
+
+
+def _replace(tensor: torch.Tensor, new: torch.Tensor, restore: ExitStack) -> None:
+    """Let `tensor` have the data of `new` until `restore` is closed."""
+    restore.callback(setattr, tensor, "data", tensor.data)
+    tensor.data = new
 
 
 def _units(model: nn.Module) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What the user sees of a run: bars on a terminal, lines elsewhere, nothing if quiet; and the memory that it takes."""
+"""The progress of a run (bars on a terminal, lines elsewhere, nothing if quiet) and the memory that it takes."""
 
 import sys
 import threading
@@ -12,15 +12,15 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
-    """Progress over `blocks` blocks (or batches), each over `samples` samples."""
+    """Progress over `total` blocks (or batches), each over `samples` samples."""
 
-    def __init__(self, blocks: int, samples: int, *, done: int = 0, quiet: bool = False, unit: str = "block") -> None:
+    def __init__(self, total: int, samples: int, *, done: int = 0, quiet: bool = False, unit: str = "block") -> None:
         """done: blocks that an earlier run finished."""
-        self.unit, self.quiet, self.started, self.printed = unit, quiet, done, time.perf_counter()
+        self.total, self.done, self.earlier, self.quiet, self.unit = total, done, done, quiet, unit
+        self.start = self.printed = time.perf_counter()
         hidden = quiet or not sys.stderr.isatty()
-        self.blocks = tqdm(total=blocks, initial=done, desc="observe", unit=unit, position=0, disable=hidden)
+        self.blocks = tqdm(total=total, initial=done, desc="observe", unit=unit, position=0, disable=hidden)
         self.samples = tqdm(total=samples, desc=unit, unit="sample", position=1, leave=False, disable=hidden)
-        self.total, self.done, self.start = blocks, done, self.printed
 
     def sample(self, count: int) -> None:
         """`count` more samples passed the running block."""
@@ -35,9 +35,8 @@ class Progress:
         now = time.perf_counter()
         due = now - self.printed >= SECONDS_BETWEEN_LINES or self.done == self.total
         if self.blocks.disable and not self.quiet and due:
-            self.printed = now
-            elapsed = now - self.start
-            left = elapsed / (self.done - self.started) * (self.total - self.done)
+            self.printed, elapsed = now, now - self.start
+            left = elapsed / (self.done - self.earlier) * (self.total - self.done)
             times = f"{tqdm.format_interval(round(elapsed))} so far, {tqdm.format_interval(round(left))} left"
             print(f"observe: {self.unit} {self.done} of {self.total}, {times}, {memory_text()}", file=sys.stderr)
 
@@ -50,24 +49,23 @@ class Progress:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs (RssAnon); 0 where the system does not tell.
+    """Memory of this process that no file backs (RssAnon); 0 where the system does not report it.
 
-    Pages of memory-mapped weight files are not counted: the system takes them back when it needs room.
+    Pages of memory-mapped weight files are not counted, because the system takes them back when it needs room.
     """
     status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("RssAnon"))
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def memory_text() -> str:
-    """Memory in use now: this process's own, and a GPU's at most so far."""
+    """The memory of this process now, and the peak so far on the GPU."""
     text = f"{anonymous_bytes() / 1e9:.2f} GB"
     return text + (f", GPU {torch.cuda.max_memory_allocated() / 1e9:.2f} GB" if torch.cuda.is_available() else "")
 
 
 class PeakMemory(threading.Thread):
-    """While open, looks at anonymous_bytes() ten times a second; `bytes` is the most it saw."""
+    """While open, reads anonymous_bytes() ten times a second; `bytes` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

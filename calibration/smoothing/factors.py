@@ -1,14 +1,14 @@
-"""Smoothing factors, and the plan that folds them into a model's parameters.
+"""Smoothing factors, and the folding that writes them into a model's parameters.
 
     s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)                 one s for each channel j of a group's source
     (X diag(s)^-1) (diag(s) W) = X W                            source divided by s, readers' columns multiplied
 
 Source: Xiao et al., SmoothQuant (arXiv 2211.10438), eq. 3 and 4. Channels that are not foldable keep s = 1.
 
-A plan (`Smoothing`) holds only factors; smoothed parameters are computed in float32 on demand, one module at a time.
+A folding (`Smoothing`) holds only factors; smoothed parameters are computed in float32 on demand, one module at a time.
 
-Norms are stored in the model's own dtype, where w / s must be rounded. The rounding is not lost: the factor is read
-back from what is stored, s' = w / stored, and it is s' that multiplies the readers' columns. bfloat16 costs nothing.
+Norms are stored in the model's own dtype, where w / s must be rounded. This rounding changes no output, because the
+factor is computed again from the stored value, s' = w / stored, and s' multiplies the readers' columns.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,53 +23,45 @@ from ..discovery.graph import Graph, Group
 from ..discovery.probe import NORM_RULES
 from ..running.modules import float_parameters, own_parameters
 
-# The reference's lower clamp; beyond it a channel that was all but silent in calibration would drown all others once it
-# speaks. The upper one is its mirror image.
+Tensors = Mapping[str, torch.Tensor]
+
+# The lower bound is the reference implementation's: a channel near zero during calibration would dominate as soon as it
+# is not. The upper bound is its mirror image.
 FACTOR_RANGE = (1e-5, 1e5)
 
 # The factor that parameter p of a norm carries after its value became q: the inverse of NORM_RULES.
-FACTOR_OF = {
-    "p": lambda p, q: p / q,
-    "1+p": lambda p, q: (1 + p) / (1 + q),
-}
+FACTOR_OF = {"p": lambda p, q: p / q, "1+p": lambda p, q: (1 + p) / (1 + q)}
 
 
 def smoothing_factors(
-    group: Group, absmax: Mapping[str, torch.Tensor], model: nn.Module, alpha: float, *, power_of_two: bool = False
+    group: Group, absmax: Tensors, model: nn.Module, alpha: float, *, power_of_two: bool = False
 ) -> torch.Tensor:
     """s of `group`, float32 [channels]: the source's output is divided by it (eq. 4).
 
     absmax: max|X_j| of each reader's input, [in_features]. All readers' columns that come from one channel share
-    its s: both maxima are taken over all of them. Readers kept in floating point follow but have no vote.
+    its s: both maxima are taken over all of them. Readers kept in floating point are rescaled, but do not influence s.
     A channel whose activation or weight maximum is 0 has no range to balance: s = 1.
     power_of_two rounds s (in the logarithm), so that folding is exact in any floating-point dtype.
-    Non-finite maxima are a SmoothQuantError that names the layer.
+    Errors (SmoothQuantError): a reader without a maximum, or a maximum that is not finite; they name the layer.
     """
-    activation, weight = torch.zeros(2, group.channels)
+    maxima = {"activation": torch.zeros(group.channels), "weight": torch.zeros(group.channels)}
     for reader in group.readers:
         if not reader.quantized:
             continue
         if reader.name not in absmax:
-            raise SmoothQuantError(
-                reader.name, "an activation maximum", "none", "observe every reader that is quantised"
-            )
-        own = {
-            "activation": absmax[reader.name],
-            "weight": _column_absmax(model.get_submodule(reader.name), reader.transposed),
-        }
+            raise SmoothQuantError(reader.name, "an activation maximum", "none", "observe every quantised reader")
+        matrix = own_parameters(model.get_submodule(reader.name))["weight"]
+        columns = {"activation": absmax[reader.name], "weight": matrix.abs().amax(dim=1 if reader.transposed else 0)}
         mapped = reader.channel_of >= 0
-        for total, (what, values) in zip((activation, weight), own.items(), strict=True):
+        for operand, values in columns.items():
             values = values.detach().to("cpu", torch.float32)[mapped]
-            if not torch.isfinite(values).all():
-                raise SmoothQuantError(
-                    reader.name,
-                    f"finite {what} maxima",
-                    f"{int((~torch.isfinite(values)).sum())} that are not",
-                    "check the model for overflow: load it in bfloat16 or float32",
-                )
-            # An input that is divided by s ** power asks for the power-th root.
+            if bad := int((~torch.isfinite(values)).sum()):
+                fix = "check the model for overflow: load it in bfloat16 or float32"
+                raise SmoothQuantError(reader.name, f"finite {operand} maxima", f"{bad} that are not", fix)
+            # An input that is divided by s ** power needs the power-th root.
             values = values ** (1 / reader.power[mapped])
-            total.scatter_reduce_(0, reader.channel_of[mapped], values, "amax")
+            maxima[operand].scatter_reduce_(0, reader.channel_of[mapped], values, "amax")
+    activation, weight = maxima["activation"], maxima["weight"]
     balanced = activation.double() ** alpha / weight.double() ** (1 - alpha)
     usable = group.foldable & (activation > 0) & (weight > 0)
     s = torch.where(usable, balanced.clamp(*FACTOR_RANGE), 1.0)
@@ -78,24 +70,10 @@ def smoothing_factors(
     return s.to(torch.float32)
 
 
-def _column_absmax(module: nn.Module, transposed: bool) -> torch.Tensor:
-    """max|W_j| for each input channel j, [in_features]."""
-    return own_parameters(module)["weight"].abs().amax(dim=1 if transposed else 0)
-
-
 def smooth_groups(
-    model: nn.Module,
-    graph: Graph,
-    absmax: Mapping[str, torch.Tensor],
-    alpha: float | Mapping[str, float] | None,
-    *,
-    power_of_two: bool = False,
+    model: nn.Module, graph: Graph, absmax: Tensors, alphas: Mapping[str, float], *, power_of_two: bool = False
 ) -> "Smoothing":
-    """The plan for every group of `graph`.
-
-    alpha: one for all; or one for each source, those left out not being smoothed; or None for no smoothing at all.
-    """
-    alphas = alpha if isinstance(alpha, Mapping) else {} if alpha is None else {g.source: alpha for g in graph.groups}
+    """The folding of `graph`, with alphas: source -> alpha. A group without an alpha is not smoothed."""
     factors = {
         group.source: smoothing_factors(group, absmax, model, alphas[group.source], power_of_two=power_of_two)
         for group in graph.groups
@@ -105,18 +83,18 @@ def smooth_groups(
 
 
 class Smoothing:
-    """A plan: which parameters are divided and multiplied by what. Building it modifies nothing; apply_ does.
+    """A folding: which parameters are divided and multiplied by what. Building it modifies nothing; apply_ does.
 
     factors: source -> float32 [channels], what the source's output is divided by, the norms' rounding included.
     modules: names of all modules whose parameters change. transposed: linear layer -> whether its weight is [in, out].
     runtime: linear layer -> float32 [in], what it must divide its input by itself, because nothing before it does.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, factors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, factors: Tensors) -> None:
         """factors: source -> s, [channels], positive and finite, 1 where the group is not foldable."""
         self.model, self.graph = model, graph
         self.factors: dict[str, torch.Tensor] = {}
-        self._norms: dict[str, dict[str, torch.Tensor]] = {}
+        self._norms: dict[str, Tensors] = {}
         self._inputs: dict[str, torch.Tensor] = {}
         self._outputs: dict[str, torch.Tensor] = {}
         self.runtime: dict[str, torch.Tensor] = {}
@@ -130,12 +108,9 @@ class Smoothing:
         s = s.detach().to("cpu", torch.float32)
         fits = s.shape == (group.channels,) and bool((torch.isfinite(s) & (s > 0)).all())
         if not fits or bool((s[~group.foldable] != 1).any()):
-            raise SmoothQuantError(
-                group.source,
-                f"[{group.channels}] positive finite factors, 1 where nothing can be folded",
-                f"{list(s.shape)} from {s.min():.3g} to {s.max():.3g}" if s.numel() else "none",
-                "compute them with smoothing_factors",
-            )
+            expected = f"[{group.channels}] positive finite factors, 1 where nothing can be folded"
+            got = f"{list(s.shape)} from {s.min():.3g} to {s.max():.3g}" if s.numel() else "none"
+            raise SmoothQuantError(group.source, expected, got, "compute them with smoothing_factors")
         if group.kind == "norm":
             s, self._norms[group.source] = _fold_norm(self.model.get_submodule(group.source), group.rules, s)
         elif group.kind == "linear":
@@ -144,10 +119,9 @@ class Smoothing:
             self.runtime |= dict.fromkeys((reader.name for reader in group.readers), s)
         self.factors[group.source] = s
         for reader in group.readers:
-            columns = reader.columns(s)
-            known = self._inputs.get(reader.name)
             # Two sources may feed one layer, each its own columns.
-            self._inputs[reader.name] = columns if known is None else known * columns
+            columns, others = reader.columns(s), self._inputs.get(reader.name)
+            self._inputs[reader.name] = columns if others is None else others * columns
 
     def input_factor(self, name: str) -> torch.Tensor | None:
         """float32 [in_features]: columns of linear layer `name` are multiplied by it; its input arrives divided."""
@@ -158,18 +132,17 @@ class Smoothing:
         return self._outputs.get(name)
 
     def parameters(self, name: str) -> dict[str, torch.Tensor]:
-        """All parameters of module `name` itself in float32, smoothed where the plan says so. New tensors."""
+        """All parameters of module `name` itself in float32, smoothed where the folding says so. New tensors."""
         params = float_parameters(self.model.get_submodule(name))
         for parameter, value in self._norms.get(name, {}).items():
             params[parameter] = value.to(params[parameter].device)
         columns, rows = self._inputs.get(name), self._outputs.get(name)
-        in_dim = 0 if self.transposed.get(name) else 1
-        if columns is not None:
-            params["weight"] = params["weight"] * _along(columns, in_dim, params["weight"])
-        if rows is not None:
-            params["weight"] = params["weight"] / _along(rows, 1 - in_dim, params["weight"])
-            if "bias" in params:
-                params["bias"] = params["bias"] / rows.to(params["bias"].device)
+        if columns is not None or rows is not None:
+            transposed = self.transposed[name]
+            weight = fold_weight(params["weight"].t() if transposed else params["weight"], columns, rows)
+            params["weight"] = weight.t() if transposed else weight
+        if rows is not None and "bias" in params:
+            params["bias"] = params["bias"] / rows.to(params["bias"].device)
         return params
 
     def apply_(self) -> None:
@@ -183,25 +156,22 @@ class Smoothing:
                 for parameter, value in self.parameters(name).items():
                     stored = value.to(owned[parameter].dtype)
                     if not torch.isfinite(stored).all():
-                        raise SmoothQuantError(
-                            f"{name}.{parameter}",
-                            f"finite values in {stored.dtype}",
-                            "overflow after smoothing",
-                            "load the model in bfloat16 or choose a smaller alpha",
-                        )
+                        expected = f"finite values in {stored.dtype}"
+                        fix = "load the model in bfloat16 or choose a smaller alpha"
+                        raise SmoothQuantError(f"{name}.{parameter}", expected, "overflow after smoothing", fix)
                     if write:
                         owned[parameter].data.copy_(stored)
 
     def folded(self) -> "Smoothing":
-        """The part of this plan that is done before the model runs."""
+        """The part of this folding that is done before the model runs."""
         return self.only({group.source for group in self.graph.groups if group.kind != "input"})
 
     def only(self, sources: Collection[str]) -> "Smoothing":
-        """The part of this plan that belongs to `sources`."""
+        """The part of this folding that belongs to `sources`."""
         return Smoothing(self.model, self.graph, {s: f for s, f in self.factors.items() if s in sources})
 
     def describe(self, group: Group) -> dict[str, Any]:
-        """What the manifest says of `group`: names, how many channels, the range of its factors."""
+        """The manifest's entry of `group`: names, how many channels, the range of its factors."""
         factors = self.factors.get(group.source)
         folded = torch.ones(1) if factors is None else factors[group.foldable]
         return {
@@ -215,18 +185,18 @@ class Smoothing:
         }
 
 
-def _along(factor: torch.Tensor, dim: int, weight: torch.Tensor) -> torch.Tensor:
-    """`factor` on weight's device, shaped to broadcast along `dim` of a matrix."""
-    return factor.to(weight.device).unsqueeze(1 - dim)
+def fold_weight(weight: torch.Tensor, columns: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
+    """diag(1/rows) W diag(columns) of W float32 [out, in], columns [in] and rows [out]; None is all ones."""
+    if columns is not None:
+        weight = weight * columns.to(weight.device)
+    return weight if rows is None else weight / rows.to(weight.device)[:, None]
 
 
-def _fold_norm(
-    module: nn.Module, rules: Mapping[str, str], s: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _fold_norm(module: nn.Module, rules: Mapping[str, str], s: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
     """The factors that a norm carries exactly, near `s`, and its float32 parameters that carry them.
 
-    The first parameter that follows a rule is rounded to its stored dtype, and the factor is read back from it; the
-    others (the bias) divide by that factor. A channel whose parameter is 0, or becomes it, keeps s = 1.
+    The first parameter that follows a rule is rounded to its stored dtype, and the factor is computed from it; the
+    others (the bias) are divided by that factor. A channel whose parameter is 0, or becomes 0, keeps s = 1.
     """
     params = {name: p.detach().to("cpu") for name, p in own_parameters(module).items()}
     first = next(name for name in params if rules[name] != "fixed")

@@ -1,41 +1,41 @@
-"""The gate: nothing is written unless the smoothed model computes the same function, in float32, on several batches.
+"""The gate: no checkpoint is written unless the smoothed model computes the same function as the original.
 
-Compared are the logits and the output of every reader of every group, each relative to its own largest value. The
-bound is not tuned. An exact fold changes rounding and nothing else: (a) every product it touches sees at most ROUNDINGS
-more roundings of unit u = 2**-24, and (b) sums of rows that are divided by s are rounded on another grid, so that their
-errors are drawn anew. So the original model is run once more with both done to every parameter that the plan touches,
-in a way that needs no graph to be right: (a) times 1 +- ROUNDINGS * u, (b) rows of linear layers times c, 1 <= c < 2,
-and their output divided by c at once. What that changes is the floor: how far rounding alone moves this number.
+What is compared. Original and smoothed model run in float32 on several batches. The change of an output is its largest
+difference, relative to the original's largest value. It is measured on the logits and on every reader of every group.
 
-    allowed = MARGIN * floor + 2 u
+The bound is measured, not tuned. An exact fold changes rounding and nothing else: (a) each product that it touches gets
+at most ROUNDINGS more roundings of unit u = 2**-24, and (b) sums of rows that are divided by s are rounded on another
+grid. The original model therefore runs again with both done to every parameter that the folding touches, in a way that
+needs no graph to be right: (a) times 1 +- ROUNDINGS * u; (b) rows of linear layers times c, 1 <= c < 2, and their
+output divided by c at once. The change that this causes is the floor: how far rounding alone moves the output.
 
-ROUNDINGS = 5: the norm's factor read back (w / stored), its power behind a squared ReLU, the column's product (W * s),
-    the row's quotient (W / s), and the product of activation and weight, which rounds anew.
-MARGIN = 8, FLOORS = 16: change and floor are draws of one error, the floor's of a wider one, since 5 u at every weight
-    is the worst case and an exact fold the average. At worst that error has a single direction (one channel that dwarfs
-    all others) and a draw is one normal number a. Before it refuses, the gate takes the largest of FLOORS floors; that
-    |a| exceeds MARGIN of it has probability E[(2 Phi(|a| / 8) - 1)**16], about 2e-10. It also settles choices that hang
-    on the last bit (two experts tie in a router), which rounding flips in one run and not in another.
-2 u: both outputs are themselves rounded once.
-A wrong fold moves logits by the factor it got wrong, percents at least; the floor is about 1e-6.
+    allowed = MARGIN * floor + 2 u               2 u, because both outputs are themselves rounded once
 
-Parameters become float32 one decoder block at a time, while it runs; the model is left as it was, bit for bit.
+Before the gate refuses, it takes the largest of FLOORS floors. docs/method.md ("The bound of the gate") derives the
+three numbers, and the probability of 1e-10 that an exact fold is refused.
+
+Example (numbers invented). Rounding alone moves the logits by 1.0e-6, so 8.1e-6 is allowed. An exact fold moves them by
+0.7e-6 and passes. A fold that forgets one reader moves that reader's output by 0.03: the gate refuses, and the error
+names the group and the reader.
+
+Memory. Parameters become float32 one decoder block at a time, while it runs; the model is left as it was, bit for bit.
 """
 
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
+from ..discovery.trace import tensors_of
 from ..running.hooks import hooked
 from ..running.modules import float_parameters, own_parameters, plain_kernels
 from ..running.precision import Parameters, in_float32, plain_parameters
@@ -45,26 +45,25 @@ UNIT = 2.0**-24
 ROUNDINGS = 5
 MARGIN = 8
 FLOORS = 16
-ROWS = 128  # of every reader's output that are compared: memory, on big models
+ROWS = 128  # rows of every reader's output that are compared; more would need much memory on big models
 LOGITS = "logits"
-
-Outputs = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Change:
+class Comparison:
     """Largest change of one tensor, relative to its largest value, and the bound for it."""
 
-    measured: float
+    change: float
     allowed: float
 
     @property
     def within(self) -> bool:
-        return self.measured <= self.allowed
+        return self.change <= self.allowed
 
-    def worse(self, other: "Change") -> "Change":
-        """Whichever uses more of its bound."""
-        return max(self, other, key=lambda c: c.measured / c.allowed)
+    @property
+    def share(self) -> float:
+        """How much of the bound the change uses."""
+        return self.change / self.allowed
 
 
 def check_equivalence(smoothing: Smoothing, batches: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -76,129 +75,152 @@ def check_equivalence(smoothing: Smoothing, batches: Sequence[torch.Tensor]) -> 
     """
     groups = [group for group in smoothing.graph.groups if group.source in smoothing.factors]
     readers = {reader.name for group in groups for reader in group.readers}
-    worst: dict[str, Change] = {}
+    worst: dict[str, Comparison] = {}
     with _settled(smoothing.model):
         for batch in batches if groups else ():
-            changes = _compare(smoothing, batch, readers)
-            if not all(change.within for change in changes.values()):
-                raise _refusal(smoothing, batch, changes)
-            worst = {name: worst[name].worse(c) if name in worst else c for name, c in changes.items()}
-    nearest = {
-        group.source: max((worst[r.name] for r in group.readers), key=lambda c: c.measured / c.allowed)
-        for group in groups
-        if worst
-    }
+            comparisons = _compare(smoothing, batch, readers)
+            if not all(c.within for c in comparisons.values()):
+                raise _refusal(smoothing, batch, comparisons)
+            worst = {name: max(worst.get(name, c), c, key=lambda c: c.share) for name, c in comparisons.items()}
+    nearest = {g.source: max((worst[r.name] for r in g.readers), key=lambda c: c.share) for g in groups if worst}
     return {
         "batches": len(batches),
-        "logits": _entry(worst.get(LOGITS, Change(0.0, 0.0))),
-        "groups": {source: _entry(change) for source, change in nearest.items()},
+        "logits": asdict(worst.get(LOGITS, Comparison(0.0, 0.0))),
+        "groups": {source: asdict(comparison) for source, comparison in nearest.items()},
     }
-
-
-def _entry(change: Change) -> dict[str, float]:
-    return {"change": change.measured, "allowed": change.allowed}
 
 
 def _compare(
     smoothing: Smoothing, batch: torch.Tensor, layers: Iterable[str], floors: int = FLOORS
-) -> dict[str, Change]:
+) -> dict[str, Comparison]:
     """Change of the logits and of the output of each of `layers` under `smoothing`, with its bound."""
-    model = smoothing.model
-    plain = _run(model, batch, set(layers), partial(plain_parameters, model))
-    for name, value in plain.items():
-        if torch.isnan(value).any() or not torch.isfinite(value).any():
-            raise SmoothQuantError(name, "finite output of the original model", "NaN or infinity", "check the model")
-    measured = _change(model, batch, plain, smoothing.parameters, factor=smoothing.output_factor)
-    floor = dict.fromkeys(measured, 0.0)
+    original = _Original(smoothing.model, batch, layers)
+    changes = original.change(smoothing.parameters, factor=smoothing.output_factor)
+    floor = dict.fromkeys(changes, 0.0)
     for seed in range(floors):
-        rounded = _Rounded(model, smoothing.modules, smoothing.transposed, seed)
-        moved = _change(model, batch, plain, rounded.parameters, rounded.hooks)
-        floor = {name: max(floor[name], change) for name, change in moved.items()}
-        changes = {name: Change(measured[name], MARGIN * floor[name] + 2 * UNIT) for name in measured}
-        if all(change.within for change in changes.values()):
+        rounded = _Rounded(smoothing.model, smoothing.modules, smoothing.transposed, seed)
+        rounding = original.change(rounded.parameters, rounded.hooks())
+        floor = {name: max(floor[name], change) for name, change in rounding.items()}
+        comparisons = {name: Comparison(c, MARGIN * floor[name] + 2 * UNIT) for name, c in changes.items()}
+        if all(comparison.within for comparison in comparisons.values()):
             break
-    return changes
+    return comparisons
 
 
-def _change(
-    model: nn.Module,
-    batch: torch.Tensor,
-    plain: Outputs,
-    change: Callable[[str], Parameters],
-    correct: Callable[[], list[RemovableHandle]] = list,
-    factor: Callable[[str], torch.Tensor | None] = lambda name: None,
-) -> dict[str, float]:
-    """max|other - plain| / max|plain| by name, where `other` is what _run gives, times `factor`.
-
-    Infinite where `other` is not finite and `plain` is. Each output is compared as it comes: of the two runs' outputs
-    only those of `plain` are held.
-    """
-    compared = dict.fromkeys(plain, 0)  # rows so far: a module may run twice
-    largest = dict.fromkeys(plain, 0.0)
-
-    def compare(name: str, rows: torch.Tensor) -> None:
-        by = factor(name)
-        b = rows if by is None else rows * by.to(rows.device)
-        a = plain[name][compared[name] : compared[name] + len(b)]
-        compared[name] += len(b)
-        if a.shape != b.shape:
-            largest[name] = torch.inf
-            return
-        # Equal infinities (masked logits) agree; NaN agrees with nothing.
-        moved = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf).max()
-        largest[name] = max(largest[name], float(moved))
-
-    _run(model, batch, plain.keys() - {LOGITS}, change, correct, compare)
-    result = {}
-    for name, a in plain.items():
-        finite = float(a[torch.isfinite(a)].abs().max())
-        moved = largest[name] if compared[name] == len(a) else torch.inf
-        result[name] = moved / finite if finite > 0 else (0.0 if moved == 0 else torch.inf)
-    return result
-
-
-def _refusal(smoothing: Smoothing, batch: torch.Tensor, changes: dict[str, Change]) -> SmoothQuantError:
+def _refusal(smoothing: Smoothing, batch: torch.Tensor, comparisons: dict[str, Comparison]) -> SmoothQuantError:
     """Find the group to blame: the shortest run of groups, from the first, that changes the function ends with it."""
     graph = smoothing.graph
     sources = [group.source for group in graph.groups if group.source in smoothing.factors]
-    readers = {group.source: [r.name for r in group.readers] for group in graph.groups}
+    readers = {group.source: [reader.name for reader in group.readers] for group in graph.groups}
     all_readers = {name for source in sources for name in readers[source]}
 
-    def violations(some: Sequence[str], layers: Iterable[str]) -> dict[str, Change]:
-        changes = _compare(smoothing.only(some), batch, layers, floors=1)
-        return {name: change for name, change in changes.items() if not change.within}
+    def violations(some: Sequence[str], layers: Iterable[str]) -> dict[str, Comparison]:
+        return {n: c for n, c in _compare(smoothing.only(some), batch, layers, floors=1).items() if not c.within}
 
-    good, bad = 0, len(sources)
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (good, middle) if violations(sources[:middle], all_readers) else (middle, bad)
-    source = sources[bad - 1]
+    counts = range(1, len(sources))
+    source = sources[bisect_left(counts, True, key=lambda count: bool(violations(sources[:count], all_readers)))]
     linears = [linear.name for linear in graph.linears]
-    # Alone it should show as well; where only the whole plan does, what was measured first has to do.
-    wrong = violations([source], linears) or {name: c for name, c in changes.items() if not c.within}
+    # This group without the others should violate a bound as well. If it does not, the first comparison is reported.
+    wrong = violations([source], linears) or {name: c for name, c in comparisons.items() if not c.within}
     first = next(name for name in (*linears, LOGITS) if name in wrong)
-    change = wrong[first]
     at = "one of its readers" if first in readers[source] else "it is not known to read the source"
     return SmoothQuantError(
         f"smoothing of {source} (read by {', '.join(readers[source])})",
-        f"the same function: {first} may change by {change.allowed:.1e} of its largest value",
-        f"{change.measured:.1e} at {first} ({at})",
-        "nothing was written; this model reads that tensor in a way we did not see: calibrate it without smoothing",
+        f"the same function: {first} may change by {wrong[first].allowed:.1e} of its largest value",
+        f"{wrong[first].change:.1e} at {first} ({at})",
+        "nothing was written; the trace did not see how the model reads that tensor: calibrate it without smoothing",
     )
 
 
 # --- Running in float32 ---
 
 
-def _signs(size: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
+class _Original:
+    """The original model in float32 on `batch`: its outputs, and how far other parameters move them.
+
+    outputs: name -> float32 [rows, features] for each time that the module ran, of `layers` and LOGITS.
+    """
+
+    def __init__(self, model: nn.Module, batch: torch.Tensor, layers: Iterable[str]) -> None:
+        self.model, self.batch = model, batch
+        self.outputs: dict[str, list[torch.Tensor]] = {}
+
+        def store(name: str, rows: torch.Tensor) -> None:
+            self.outputs.setdefault(name, []).append(rows.clone())
+
+        self._run(set(layers), store, partial(plain_parameters, model))
+        for name, runs in self.outputs.items():
+            if any(rows.isnan().any() for rows in runs) or not any(rows.isfinite().any() for rows in runs):
+                expected = "finite output of the original model"
+                raise SmoothQuantError(name, expected, "NaN or infinity", "check the model")
+
+    def change(
+        self,
+        parameters: Callable[[str], Parameters],
+        hooks: Iterable[RemovableHandle] = (),
+        factor: Callable[[str], torch.Tensor | None] = lambda name: None,
+    ) -> dict[str, float]:
+        """max|other - original| / max|original| by name; other: the output under `parameters`, times `factor`.
+
+        Infinite where other is not finite and the original is. Each output is compared when it is computed, so that
+        only the original's are in memory.
+        """
+        uncompared = {name: list(runs) for name, runs in self.outputs.items()}
+        largest = dict.fromkeys(self.outputs, 0.0)
+
+        def compare(name: str, rows: torch.Tensor) -> None:
+            scale = factor(name)
+            b = rows if scale is None else rows * scale.to(rows.device)
+            a = uncompared[name].pop(0) if uncompared[name] else None
+            if a is None or a.shape != b.shape:
+                largest[name] = torch.inf
+                return
+            # Equal infinities (masked logits) agree; NaN agrees with nothing.
+            difference = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf).max()
+            largest[name] = max(largest[name], float(difference))
+
+        self._run(self.outputs.keys() - {LOGITS}, compare, parameters, hooks)
+        changes = {}
+        for name, runs in self.outputs.items():
+            difference = torch.inf if uncompared[name] else largest[name]
+            size = max(float(rows[rows.isfinite()].abs().max()) for rows in runs if rows.isfinite().any())
+            changes[name] = difference / size if size > 0 else (0.0 if difference == 0 else torch.inf)
+        return changes
+
+    def _run(
+        self,
+        layers: Iterable[str],
+        receive: Callable[[str, torch.Tensor], None],
+        parameters: Callable[[str], Parameters],
+        hooks: Iterable[RemovableHandle] = (),
+    ) -> None:
+        """Run the model under `parameters` and `hooks`; `receive` gets the outputs of `layers`, then LOGITS."""
+
+        def record(name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            rows = output.detach().float().reshape(-1, output.shape[-1])
+            receive(name, rows[:: max(1, -(-len(rows) // ROWS))])
+
+        modules = {name: self.model.get_submodule(name) for name in layers}
+        recorders = (m.register_forward_hook(partial(record, name), prepend=True) for name, m in modules.items())
+        try:
+            with hooked(recorders), hooked(hooks), in_float32(self.model, parameters):
+                output = self.model(input_ids=self.batch.to(next(self.model.parameters()).device), use_cache=False)
+        except RuntimeError as error:
+            if "dtype" not in str(error):
+                raise
+            fix = "load the model in float32"
+            raise SmoothQuantError("gate", "a model whose blocks run in float32", error, fix) from error
+        logits = next(tensor for tensor in tensors_of(output) if tensor.is_floating_point())
+        receive(LOGITS, logits.float().reshape(-1, logits.shape[-1]))
 
 
 class _Rounded:
-    """The original model with its roundings drawn anew in `modules` (module docstring, a and b)."""
+    """The original model with other roundings in `modules` (module docstring, a and b), random by `seed`.
+
+    transposed: linear layer -> whether its weight is [in, out].
+    """
 
     def __init__(self, model: nn.Module, modules: Collection[str], transposed: Mapping[str, bool], seed: int) -> None:
-        """transposed: linear layer -> whether its weight is [in, out]."""
         self.model, self.modules, self.transposed, self.seed = model, modules, transposed, seed
 
     def parameters(self, name: str) -> Parameters:
@@ -211,32 +233,26 @@ class _Rounded:
             # The signs are an outer product, which costs one multiplication; within a row they are independent.
             step: torch.Tensor | float = ROUNDINGS * UNIT
             for dim, size in enumerate(value.shape):
-                shape = [-1 if d == dim else 1 for d in range(value.dim())]
-                step = step * _signs(size, generator).to(value).reshape(shape)
+                signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
+                step = step * signs.to(value).reshape([-1 if d == dim else 1 for d in range(value.dim())])
             params[parameter] = value * (1 + step)
         if name in self.transposed:
-            c = self._grid(name).to(params["weight"].device)
-            params = {
-                p: v * (c.unsqueeze(1) if v.dim() == 2 and not self.transposed[name] else c) for p, v in params.items()
-            }
+            c = self._row_factors(name).to(params["weight"].device)
+            rows = c if self.transposed[name] else c[:, None]
+            params = {p: value * (rows if value.dim() == 2 else c) for p, value in params.items()}
         return params
 
-    def hooks(self) -> list[RemovableHandle]:
+    def hooks(self) -> Iterator[RemovableHandle]:
         """Divide the output of linear layers by c, before anything reads it."""
-
-        def divide(c: torch.Tensor, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            return output / c.to(output.device)
-
-        return [
-            self.model.get_submodule(name).register_forward_hook(partial(divide, self._grid(name)), prepend=True)
-            for name in self.modules
-            if name in self.transposed
-        ]
+        for name in self.modules & self.transposed.keys():
+            hook = partial(lambda c, module, args, output: output / c.to(output.device), self._row_factors(name))
+            yield self.model.get_submodule(name).register_forward_hook(hook, prepend=True)
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(name.encode()) + self.seed)
 
-    def _grid(self, name: str) -> torch.Tensor:
+    def _row_factors(self, name: str) -> torch.Tensor:
+        """c of linear layer `name`, float32 [out]."""
         weight = own_parameters(self.model.get_submodule(name))["weight"]
         return 1 + torch.rand(weight.shape[1 if self.transposed[name] else 0], generator=self._generator(name))
 
@@ -253,47 +269,3 @@ def _settled(model: nn.Module) -> Iterator[None]:
     finally:
         model.train(training)
         torch.set_float32_matmul_precision(precision)
-
-
-def _run(
-    model: nn.Module,
-    batch: torch.Tensor,
-    layers: Iterable[str],
-    change: Callable[[str], Parameters],
-    correct: Callable[[], list[RemovableHandle]] = list,
-    compare: Callable[[str, torch.Tensor], None] | None = None,
-) -> Outputs:
-    """Logits and the outputs of `layers`, float32 [rows, features], with the parameters that `change` gives.
-
-    compare: gets each output instead, and nothing is returned.
-    """
-    outputs: Outputs = {}
-
-    def record(name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        rows = output.detach().float().reshape(-1, output.shape[-1])
-        rows = rows[:: max(1, -(-len(rows) // ROWS))]
-        if compare is not None:
-            compare(name, rows)
-            return
-        # A module that runs twice is compared in both runs.
-        outputs[name] = torch.cat([outputs[name], rows]) if name in outputs else rows.clone()
-
-    recorders = (
-        model.get_submodule(name).register_forward_hook(partial(record, name), prepend=True) for name in layers
-    )
-    try:
-        with hooked(recorders), hooked(correct()), in_float32(model, change):
-            result = model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
-    except RuntimeError as error:
-        if "dtype" not in str(error):
-            raise
-        raise SmoothQuantError(
-            "gate", "a model whose blocks run in float32", error, "load the model in float32"
-        ) from error
-    leaves = tree_leaves(dict(result) if isinstance(result, dict) else result)
-    logits = next(t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point())
-    logits = logits.float().reshape(-1, logits.shape[-1])
-    if compare is not None:
-        compare(LOGITS, logits)
-        return {}
-    return outputs | {LOGITS: logits}

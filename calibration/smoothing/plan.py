@@ -9,8 +9,9 @@ Layers whose error stays too large may fall back: from static to per-token scale
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm_smoothquant.format.config import Scheme
 from vllm_smoothquant.format.errors import SmoothQuantError
@@ -20,7 +21,7 @@ from ..options import Options
 from . import fallback, simulate
 from .factors import Smoothing, smooth_groups
 from .fallback import Fallback
-from .search import GRID, Alpha, SearchResult, search
+from .search import GRID, Alpha, SearchResult, search_alphas
 from .simulate import LayerScheme
 
 
@@ -39,28 +40,34 @@ class Plan:
     input_ranges: Mapping[str, float]
     fallbacks: Mapping[str, str] = field(default_factory=dict)
     search: SearchResult | None = None
-    perplexities: dict[str, float] = field(default_factory=dict)
+    perplexities: Mapping[str, float] = field(default_factory=dict)
 
     def layers(self) -> dict[str, LayerScheme]:
         """What each quantised layer will compute."""
-        return simulate.layer_schemes(self.schemes, self.smoothing, self.input_ranges)
+        columns, rows, transposed = self.smoothing.input_factor, self.smoothing.output_factor, self.smoothing.transposed
+        return {
+            name: LayerScheme(scheme, columns(name), rows(name), self.input_ranges[name], transposed.get(name, False))
+            for name, scheme in self.schemes.items()
+        }
 
 
 def make_plan(observation: Observation, options: Options) -> Plan:
-    """How to serve the observed model as `options` ask. The same inputs give the same plan.
+    """How to serve the observed model under `options`. The same inputs give the same plan.
 
     Errors (SmoothQuantError): a budget that no number of fallbacks can meet.
     """
     alpha: Alpha | str = None if options.no_smoothing else options.alpha
     perplexities: dict[str, float] = {}
     if alpha == "grid":
-        alpha, perplexities = best_single_alpha(observation, options.scheme)
+        losses = {a: perplexity(observation, _plan(observation, options, (a,))) for a in GRID if a is not None}
+        alpha = min(losses, key=losses.__getitem__)
+        perplexities = {f"alpha {a}": value for a, value in losses.items()}
     grid = GRID if isinstance(alpha, str) else (alpha,)
 
-    def plan(fallbacks: tuple[Fallback, ...]) -> Plan:
-        return _plan(observation, options.scheme, grid, fallbacks, perplexities, quiet=options.quiet)
+    def plan(fallbacks: tuple[Fallback, ...] = ()) -> Plan:
+        return replace(_plan(observation, options, grid, fallbacks), perplexities=perplexities)
 
-    first = plan(())
+    first = plan()
     if not options.max_fallback:
         return first
     most = int(options.max_fallback * len(observation.layers))
@@ -68,15 +75,6 @@ def make_plan(observation: Observation, options: Options) -> Plan:
     if options.budget_ppl is None:
         return plan(fallbacks)
     return _fewest(observation, lambda count: plan(fallbacks[:count]), len(fallbacks), options.budget_ppl)
-
-
-def best_single_alpha(observation: Observation, scheme: Scheme) -> tuple[float, dict[str, float]]:
-    """(the number in GRID with the smallest simulated perplexity as the alpha of every group, all perplexities)."""
-    perplexities = {
-        alpha: perplexity(observation, _plan(observation, scheme, (alpha,))) for alpha in GRID if alpha is not None
-    }
-    best = min(perplexities, key=perplexities.__getitem__)
-    return best, {f"alpha {alpha}": value for alpha, value in perplexities.items()}
 
 
 def perplexity(observation: Observation, plan: Plan | None = None) -> float:
@@ -91,43 +89,39 @@ def _fewest(observation: Observation, plan: Callable[[int], Plan], most: int, bu
     plans: dict[int, Plan] = {}
 
     def within_budget(count: int) -> bool:
-        plans[count] = plan(count)
-        simulated = perplexity(observation, plans[count])
-        plans[count].perplexities.update({"floating point": original, "as served": simulated})
+        candidate = plan(count)
+        simulated = perplexity(observation, candidate)
+        decisive = {"floating point": original, "as served": simulated}
+        plans[count] = replace(candidate, perplexities={**candidate.perplexities, **decisive})
         return simulated <= (1 + budget) * original
 
     if not within_budget(most):
         change = plans[most].perplexities["as served"] / original - 1
-        raise SmoothQuantError(
-            "--budget-ppl", f"at most {budget:+.2%} perplexity over floating point",
-            f"{change:+.2%} with {len(plans[most].fallbacks)} layers fallen back",
-            "raise --max-fallback, or the budget, or use --activations token",
-        )  # fmt: skip
-    low, high = 0, most  # high is within the budget
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if within_budget(middle) else (middle + 1, high)
-    return plans[high]
+        expected = f"at most {budget:+.2%} perplexity over floating point"
+        got = f"{change:+.2%} with {len(plans[most].fallbacks)} layers that fell back"
+        fix = "raise --max-fallback, or the budget, or use --activations token"
+        raise SmoothQuantError("--budget-ppl", expected, got, fix)
+    return plans[bisect_left(range(most), True, key=within_budget)]
 
 
 def _plan(
-    observation: Observation, scheme: Scheme, grid: tuple[Alpha, ...], fallbacks: tuple[Fallback, ...] = (),
-    perplexities: Mapping[str, float] | None = None, *, quiet: bool = True,
-) -> Plan:  # fmt: skip
+    observation: Observation, options: Options, grid: tuple[Alpha, ...], fallbacks: tuple[Fallback, ...] = ()
+) -> Plan:
     """The plan after `fallbacks`. The alphas of a grid are compared under the schemes that the fallbacks leave."""
-    fallen = {name: item.to for item in fallbacks for name in item.names}
-    per_token = Scheme(scheme.weights, fallback.PER_TOKEN)
+    scheme = options.scheme
+    target = {name: item.to for item in fallbacks for name in item.names}
     schemes = {
-        name: per_token if fallen.get(name) == fallback.TOKEN else scheme
+        name: fallback.per_token(scheme) if target.get(name) == fallback.TOKEN else scheme
         for name in observation.layers
-        if fallen.get(name) != fallback.FLOAT
+        if target.get(name) != fallback.FLOAT
     }
-    result = search(observation, schemes, grid, quiet=quiet) if len(grid) > 1 or fallbacks else None
-    # Division at run time is chosen by the search alone.
+    # Only the search chooses a division at run time.
     alphas = {group.source: None if group.kind == "input" else grid[0] for group in observation.graph.groups}
-    alphas |= {} if result is None else result.alphas
-    smoothing = smooth_groups(
-        observation.model, observation.graph, observation.absmax, {g: a for g, a in alphas.items() if a is not None}
-    )
+    result = None
+    if len(grid) > 1 or fallbacks:
+        result = search_alphas(observation, schemes, grid, quiet=options.quiet)
+        alphas |= result.alphas
+    fixed = {source: alpha for source, alpha in alphas.items() if alpha is not None}
+    smoothing = smooth_groups(observation.model, observation.graph, observation.absmax, fixed)
     ranges = {name: input_range(observation.absmax[name], smoothing.input_factor(name)) for name in schemes}
-    return Plan(scheme, schemes, smoothing, alphas, ranges, fallen, result, dict(perplexities or {}))
+    return Plan(scheme, schemes, smoothing, alphas, ranges, target, result)

@@ -5,9 +5,9 @@
 y = x W^T without bias; y^ is the same as it will be served (simulate.py).
 
 How. One forward pass over a few calibration samples is enough. When the first reader of a group gets its input, every
-alpha of the grid is tried on that input, under the scheme that the readers will be served with, and the best is taken.
-Each layer then returns what it will return as served, so that later layers are decided on what they will really get. No
-activations are kept except those of the running layer.
+alpha of the grid is tried on that input, under the scheme of the readers, and the best is taken. Each layer then
+returns its output as served, so that later layers are decided on the inputs that they will get. No activations are
+stored except those of the running layer.
 
 Why this error. It weighs a token by the size of its output. With the plain squared error, a few sink tokens, which are
 thousands of times larger than the rest, decide alone. The relative error ignores sink tokens, although all others
@@ -30,7 +30,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from vllm_smoothquant.format import int8
 from vllm_smoothquant.format.config import Scheme
 
 from ..discovery.graph import Group
@@ -44,7 +43,7 @@ from .simulate import LayerScheme
 
 Alpha = float | None  # None: the group is not smoothed
 
-# 0.5 is the paper's choice, 0.75 to 0.9 what it takes for harder models.
+# 0.5 is the paper's choice; for harder models the paper takes 0.75 to 0.9.
 GRID: tuple[Alpha, ...] = (None, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Tokens on which each alpha is tried, spread evenly over all samples: a mean over tokens converges early.
 ROWS = 1024
@@ -65,7 +64,7 @@ class SearchResult:
     errors: dict[str, float] = field(default_factory=dict)
 
 
-def search(
+def search_alphas(
     observation: Observation, schemes: Mapping[str, Scheme], grid: Sequence[Alpha] = GRID, *, quiet: bool = True
 ) -> SearchResult:
     """The best alpha of every group when the layers `schemes` are served by their scheme.
@@ -74,19 +73,19 @@ def search(
     """
     model, ids = observation.model, observation.search_ids
     bar = tqdm(total=len(schemes), desc="search", unit="layer", disable=True if quiet else None)
-    state = _Search(observation, schemes, grid, len(ids), bar)
+    search = _Search(observation, schemes, grid, bar)
     decoder = decoder_of(model, schemes)
-    with bar, torch.no_grad(), fast_arithmetic(model), hooked(state.hooks()):
+    with bar, torch.no_grad(), fast_arithmetic(model), hooked(search.hooks()):
         decoder(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
-    return state.result
+    return search.result
 
 
 class _Search:
     def __init__(
-        self, observation: Observation, schemes: Mapping[str, Scheme], grid: Sequence[Alpha], samples: int, bar: tqdm
+        self, observation: Observation, schemes: Mapping[str, Scheme], grid: Sequence[Alpha], bar: tqdm
     ) -> None:
         self.model, self.absmax, graph = observation.model, observation.absmax, observation.graph
-        self.schemes, self.grid, self.samples, self.bar = schemes, grid, samples, bar
+        self.schemes, self.grid, self.bar, self.samples = schemes, grid, bar, len(observation.search_ids)
         self.result = SearchResult()
         self.factors: dict[str, torch.Tensor] = {}
         self.head = output_head(self.model)
@@ -115,26 +114,25 @@ class _Search:
         if name in self.sources and layer.scheme.weights.strategy == "tensor":
             self.source_inputs[name] = _rows(x)
         # The output of the head is large, and no layer reads it.
-        return y if module is self.head else simulate.output(module, x, layer).reshape(y.shape).to(y.dtype)
+        return y if module is self.head else simulate.in_place_of(y, module, x, layer, self.samples)
 
     def choose(self, group: Group, first: str, x: torch.Tensor) -> None:
         """Try every alpha of the grid on the readers of `group` that read `x` as layer `first` does."""
-        # Without alphas to compare, nothing shows that a division at run time pays: then there is none.
+        # A grid of one alpha compares nothing: no error shows that a division at run time is worth its cost.
         grid = self.grid if group.kind != "input" or len(self.grid) > 1 else (None,)
-        pattern = next(r for r in group.readers if r.name == first)
-        names = [
-            r.name
-            for r in group.readers
-            if r.name in self.schemes
-            and torch.equal(r.channel_of, pattern.channel_of)
-            and torch.equal(r.power, pattern.power)
-        ]
-        y = {n: self.exact(n, x) for n in names}
+        pattern = next(reader for reader in group.readers if reader.name == first)
+        outputs = {
+            reader.name: self.exact(reader.name, x)
+            for reader in group.readers
+            if reader.name in self.schemes
+            and torch.equal(reader.channel_of, pattern.channel_of)
+            and torch.equal(reader.power, pattern.power)
+        }
         trials = self.result.trials.setdefault(group.source, {})
         for alpha in grid:
             self.set_alpha(group, alpha)
             if len(grid) > 1:
-                errors = sum(self.error(n, x, y[n], self.layer_scheme(n)) for n in names)
+                errors = sum(self.error(name, x, y, self.layer_scheme(name)) for name, y in outputs.items())
                 trials[alpha] = errors + self.source_error(group)
         if trials:
             best = min(trials, key=lambda alpha: trials[alpha])
@@ -143,9 +141,8 @@ class _Search:
 
     def set_alpha(self, group: Group, alpha: Alpha) -> None:
         self.result.alphas[group.source] = alpha
-        self.factors[group.source] = (
-            torch.ones(group.channels) if alpha is None else smoothing_factors(group, self.absmax, self.model, alpha)
-        )
+        s = torch.ones(group.channels) if alpha is None else smoothing_factors(group, self.absmax, self.model, alpha)
+        self.factors[group.source] = s
 
     def source_error(self, group: Group) -> float:
         """The error that dividing the rows of a group's source adds to the source, if it is a layer with one scale."""
@@ -167,28 +164,22 @@ class _Search:
             if group.source in self.factors:
                 columns = next(r for r in group.readers if r.name == name).columns(self.factors[group.source])
                 factor = columns if factor is None else factor * columns
-        return LayerScheme(
-            self.schemes[name],
-            input_factor=factor,
-            input_range=input_range(self.absmax[name], factor),
-            transposed=self.transposed[name],
-        )
+        range_ = input_range(self.absmax[name], factor)
+        return LayerScheme(self.schemes[name], factor, input_range=range_, transposed=self.transposed[name])
 
     def error(self, name: str, x: torch.Tensor, y: torch.Tensor, layer: LayerScheme) -> float:
         """relative_error of layer `name` on the rows of `x`; y: their exact output."""
         activations = layer.scheme.input_activations
         rows = simulate.divided_input(_rows(x), layer)
         # Only a dynamic per_tensor scale depends on the rows that are left out here.
-        coupled = activations.dynamic and activations.strategy == "tensor"
-        scale = simulate.input_scale(simulate.divided_input(x, layer) if coupled else rows, layer)
-        weight = simulate.weight_matrix(self.model.get_submodule(name), layer)
-        integers, weight_scale = int8.quantize_weight(weight, layer.scheme.weights.strategy)
-        return relative_error(y, simulate.multiply(rows, scale, integers, weight_scale, layer))
+        depends = activations.dynamic and activations.strategy == "tensor"
+        scale = simulate.input_scale(simulate.divided_input(x, layer) if depends else rows, layer)
+        return relative_error(y, simulate.multiply(rows, scale, self.model.get_submodule(name), layer))
 
 
-def relative_error(y: torch.Tensor, other: torch.Tensor) -> float:
-    """Sum over rows t of |y_t - other_t|^2 / |y_t|, divided by the sum of |y_t|; rows that are 0 are left out."""
-    squared, size = (y - other).square().sum(dim=-1), y.norm(dim=-1)
+def relative_error(exact: torch.Tensor, rounded: torch.Tensor) -> float:
+    """Sum over rows t of |exact_t - rounded_t|^2 / |exact_t|, over the sum of |exact_t|; rows of 0 are left out."""
+    squared, size = (exact - rounded).square().sum(dim=-1), exact.norm(dim=-1)
     some = size > 0
     return float((squared[some] / size[some]).double().sum() / size.double().sum()) if bool(some.any()) else 0.0
 

@@ -2,7 +2,7 @@
 
     y^ = (q(x / s) @ q(diag(1/r) W diag(s))^T) * input_scale * weight_scale * r + bias
 
-s divides the layer's input, r its output. Both are folded into other layers in the checkpoint; here they are undone, so
+s divides the layer's input, r its output. In the checkpoint both are folded into other layers. Here they are undone, so
 that the other layers see the original scale. The integers are those of vllm_smoothquant/format/int8.py; sums are
 float32's. A dynamic per_tensor scale is taken over one sample at a time, as for one request that is served alone.
 """
@@ -22,7 +22,7 @@ from vllm_smoothquant.format.config import Scheme
 
 from ..running.hooks import hooked
 from ..running.precision import fast_arithmetic
-from .factors import Smoothing
+from .factors import fold_weight
 
 
 @dataclass(frozen=True)
@@ -40,31 +40,10 @@ class LayerScheme:
     transposed: bool = False
 
 
-def layer_schemes(
-    schemes: Mapping[str, Scheme], smoothing: Smoothing, input_ranges: Mapping[str, float]
-) -> dict[str, LayerScheme]:
-    """What each of the quantised layers of `schemes` will do under `smoothing`."""
-    return {
-        name: LayerScheme(
-            scheme,
-            smoothing.input_factor(name),
-            smoothing.output_factor(name),
-            input_ranges.get(name),
-            smoothing.transposed.get(name, False),
-        )
-        for name, scheme in schemes.items()
-    }
-
-
 def weight_matrix(module: nn.Module, layer: LayerScheme) -> torch.Tensor:
     """diag(1/r) W diag(s), float32 [out, in]."""
     weight = module.get_parameter("weight").detach().float()
-    weight = weight.t() if layer.transposed else weight
-    if layer.input_factor is not None:
-        weight = weight * layer.input_factor.to(weight.device)
-    if layer.output_factor is not None:
-        weight = weight / layer.output_factor.to(weight.device)[:, None]
-    return weight
+    return fold_weight(weight.t() if layer.transposed else weight, layer.input_factor, layer.output_factor)
 
 
 def by_sample(x: torch.Tensor, samples: int) -> torch.Tensor:
@@ -88,15 +67,13 @@ def input_scale(x: torch.Tensor, layer: LayerScheme) -> torch.Tensor:
     if not activations.dynamic:
         assert layer.input_range is not None
         return int8.absmax_scale(torch.tensor([layer.input_range], device=x.device))
-    if activations.strategy == "token":
-        return int8.input_scale(x, "token")
-    return int8.absmax_scale(x.abs().amax(dim=tuple(range(1, x.dim())), keepdim=True))
+    shared = -1 if activations.strategy == "token" else tuple(range(1, x.dim()))
+    return int8.absmax_scale(x.abs().amax(dim=shared, keepdim=True))
 
 
-def multiply(
-    x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, layer: LayerScheme
-) -> torch.Tensor:
-    """y^ without bias, of smoothed float32 x under `scale` and int8 `weight` [out, in] under `weight_scale`."""
+def multiply(x: torch.Tensor, scale: torch.Tensor, module: nn.Module, layer: LayerScheme) -> torch.Tensor:
+    """y^ without bias, float32, of the linear layer `module` for smoothed float32 x under `scale`."""
+    weight, weight_scale = int8.quantize_weight(weight_matrix(module, layer), layer.scheme.weights.strategy)
     y = int8.quantize(x, scale).float() @ weight.float().t() * scale * weight_scale.reshape(-1)
     return y if layer.output_factor is None else y * layer.output_factor.to(y.device)
 
@@ -104,14 +81,13 @@ def multiply(
 def output(module: nn.Module, x: torch.Tensor, layer: LayerScheme) -> torch.Tensor:
     """y^ with bias, float32, of the linear layer `module` for x [samples, tokens, in] (the original's, not divided)."""
     x = divided_input(x, layer)
-    integers, weight_scale = int8.quantize_weight(weight_matrix(module, layer), layer.scheme.weights.strategy)
-    y = multiply(x, input_scale(x, layer), integers, weight_scale, layer)
+    y = multiply(x, input_scale(x, layer), module, layer)
     bias = getattr(module, "bias", None)
     return y if bias is None else y + bias.float()
 
 
 def in_place_of(y: torch.Tensor, module: nn.Module, x: torch.Tensor, layer: LayerScheme, samples: int) -> torch.Tensor:
-    """What replaces y, the output of the linear layer `module` for x, when it is served; in y's shape and dtype."""
+    """The served layer's output for x, in the shape and dtype of y, which the linear layer `module` computed."""
     return output(module, by_sample(x, samples), layer).reshape(y.shape).to(y.dtype)
 
 
@@ -120,17 +96,17 @@ def as_served(model: nn.Module, layers: Mapping[str, LayerScheme]) -> Iterator[N
     """While open, the linear layers `layers` of `model(input_ids=...)` compute as they will be served."""
     samples = 0
 
-    def before(module: nn.Module, args: tuple[()], kwargs: dict[str, torch.Tensor]) -> None:
+    def count_samples(module: nn.Module, args: tuple[()], kwargs: dict[str, torch.Tensor]) -> None:
         nonlocal samples
         samples = len(kwargs["input_ids"])
 
-    def after(layer: LayerScheme, module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor:
+    def replace_output(layer: LayerScheme, module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor:
         return in_place_of(y, module, args[0], layer, samples)
 
     def handles() -> Iterator[RemovableHandle]:
-        yield model.register_forward_pre_hook(before, with_kwargs=True)
+        yield model.register_forward_pre_hook(count_samples, with_kwargs=True)
         for name, layer in layers.items():
-            yield model.get_submodule(name).register_forward_hook(partial(after, layer))
+            yield model.get_submodule(name).register_forward_hook(partial(replace_output, layer))
 
     with hooked(handles()):
         yield
@@ -145,4 +121,4 @@ def loss(
         for batch in input_ids.to(next(model.parameters()).device).split(batch_size):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
             total += float(nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
-    return total / (input_ids[:, 1:].numel())
+    return total / input_ids[:, 1:].numel()

@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-// What int8_linear.cpp needs of a C library and of threads.
+// The parts of a C library and of threads that int8_linear.cpp needs.
 static unsigned char heap[16 << 20] __attribute__((aligned(64)));
 static size_t used;
 
@@ -36,7 +36,7 @@ constexpr long MOST_TOKENS = 67, MOST_IN = 576, MOST_OUT = 13;
 constexpr float STATIC_SCALE = 0.011f;
 constexpr double FLOAT_ROUNDING = 1.0 / (1 << 24), BFLOAT16_ROUNDING = 1.0 / (1 << 8);
 
-// Bochs prints what is written to this port.
+// Bochs prints the bytes that are written to this port.
 void put(char c) { asm volatile("outb %0, %1" ::"a"(c), "Nd"(uint16_t{0xE9})); }
 
 void say(const char* text) {
@@ -50,7 +50,7 @@ void say(long n) {
 
 uint32_t state = 1;
 
-// Marsaglia's xorshift: -limit to limit.
+// Marsaglia's xorshift; returns -limit to limit.
 int random(int limit) {
   state ^= state << 13;
   state ^= state >> 17;
@@ -77,7 +77,7 @@ float absmax(const Real* x, long n) {
   return most;
 }
 
-// The number of outputs whose error exceeds rounding. strategy: 0 a scale for each token, 1 one for all, 2 a static one.
+// The number of outputs whose error exceeds rounding. strategy: 0 for a scale per token, 1 for one scale, 2 for static.
 template <class Real>
 long wrong(Data<Real>& d, long tokens, long in, long out, int strategy, bool with_bias) {
   for (long k = 0; k < tokens * in; k++) store(random(10000) * 3e-4f, d.x + k);
@@ -93,7 +93,7 @@ long wrong(Data<Real>& d, long tokens, long in, long out, int strategy, bool wit
   const bool done = smoothquant_int8_linear(
       sizeof(Real) == 2, d.x, weight, weight_scale, weight_sum, with_bias ? d.bias : nullptr,
       strategy == 2 ? &STATIC_SCALE : nullptr, strategy == 0, d.y, tokens, in, out);
-  long found = done ? 0 : tokens * out;
+  long count = done ? 0 : tokens * out;
   for (long m = 0; done && m < tokens; m++) {
     const float most = strategy == 0 ? absmax(d.x + m * in, in) : absmax(d.x, tokens * in);
     const float scale = strategy == 2 ? STATIC_SCALE : most / 127.0f;
@@ -106,10 +106,10 @@ long wrong(Data<Real>& d, long tokens, long in, long out, int strategy, bool wit
       const double product = double(sum) * scale * weight_scale[j], bias = with_bias ? real(d.bias[j]) : 0;
       const double rounding = 4 * FLOAT_ROUNDING * (size_of(product) + size_of(bias)) +
                               (sizeof(Real) == 2 ? BFLOAT16_ROUNDING * size_of(product + bias) : 0);
-      found += !(size_of(real(d.y[m * out + j]) - (product + bias)) <= rounding);
+      count += !(size_of(real(d.y[m * out + j]) - (product + bias)) <= rounding);
     }
   }
-  return found;
+  return count;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""These tests need a CUDA device; without one each of them is skipped, and says so. How to run them: docs/cuda.md."""
+"""These tests need a CUDA device; without one each test is skipped with a reason. How to run them: docs/cuda.md."""
 
 from pathlib import Path
 

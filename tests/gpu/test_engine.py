@@ -1,4 +1,4 @@
-"""Whole models through vLLM on a GPU: every scheme, with overrides and smoothed layers, in three ways of running."""
+"""Whole models through vLLM on a GPU: every scheme, with overrides and smoothed layers, in three modes."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ MODES: dict[str, dict[str, Any]] = {
     "graphs": {"enforce_eager": False},
 }
 
-# To compile costs half a minute each: every kind of activations, both of weights.
+# Compiling takes half a minute per model, so this has each kind of activations and of weights, not each combination.
 COMPILED = [("channel", "token"), ("tensor", "tensor"), ("channel", "static")]
 
 ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
@@ -24,10 +24,10 @@ LLM = {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_engine_is_as_good_as_bfloat16(tmp_path: Path, mode: str) -> None:
-    """No further from the float32 reference than the reference's own bfloat16 is, but for a quarter of chance.
+    """At most 1.25 times as far from the float32 reference as the reference in bfloat16; 0.25 is for chance.
 
-    handmade's models have smoothed layers, an overridden and an ignored one. One engine each, in one process. One
-    absmax couples a batch: the prompt is alone in its batch, and vLLM pads it where it replays graphs (60 to 64).
+    The models of handmade_checkpoint have smoothed layers, an overridden layer and an ignored one. One engine per model
+    in one process. One absmax couples a batch, so the only prompt is the batch; vLLM pads it from 60 to 64 for graphs.
     """
     from tests.helpers import handmade_checkpoint
     from tests.test_served_models import distance, prompts, reference
@@ -65,8 +65,8 @@ def test_two_ranks_serve_the_reference(tmp_path: Path) -> None:
 def test_a_real_model_loses_no_more_than_its_reference(smollm2_int8: Path, cache: str) -> None:
     """SmolLM2 in the default scheme: log-probabilities of plain text, 0.05 nats a token from the reference at most.
 
-    Rounding weights and activations costs this model 0.014 (README); a wrong scale costs whole nats. INT8 keys and
-    values come on top in the second case.
+    Rounding weights and activations costs this model 0.014 (README); a wrong scale costs whole nats. The second case
+    adds INT8 keys and values.
     """
     from tests.helpers.reference import load_reference
 

@@ -1,4 +1,4 @@
-"""Every scheme's layer on a GPU against the plain reference; what CUDA graphs and compilation make of it."""
+"""Layers of every scheme on a GPU against the plain reference: eager, compiled and in CUDA graphs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +15,13 @@ ACTIVATIONS = {
     "static": InputActivations("tensor", dynamic=False),
 }
 
-# [out, in]: CUTLASS's, and two it does not take.
+# [out, in]: two sizes that CUTLASS supports, and two that it does not.
 SHAPES = {"cutlass": (4096, 4096), "small": (48, 64), "odd out": (40, 64), "odd in": (48, 1000)}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """vLLM's layers ask for their place among the ranks: the only one."""
+    """Initialise one rank, because vLLM's layers need the distributed groups."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import (
         cleanup_dist_env_and_memory,
@@ -52,27 +52,27 @@ def in_context(function, x: torch.Tensor, slots: torch.Tensor | None = None) -> 
         return function(x)
 
 
-def check(scheme: Scheme, found: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> None:
-    from tests.helpers.vllm_layers import allowed
+def check(scheme: Scheme, tensors: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> None:
+    from tests.helpers.vllm_layers import tolerance
 
     reference = int8.linear_reference(
         x,
-        found["weight"],
-        found["weight_scale"],
+        tensors["weight"],
+        tensors["weight_scale"],
         strategy=scheme.input_activations.strategy,
-        input_scale_static=found.get("input_scale"),
-        smoothing_factor=found.get("smoothing_factor"),
-        bias=found["bias"],
+        input_scale_static=tensors.get("input_scale"),
+        smoothing_factor=tensors.get("smoothing_factor"),
+        bias=tensors["bias"],
     )
-    one = found | {"weight_scale": found["weight_scale"].reshape(-1, 1).expand(len(found["weight"]), 1)}
-    room = allowed(x, one, scheme.input_activations.strategy, reference)
+    per_channel = tensors | {"weight_scale": tensors["weight_scale"].reshape(-1, 1).expand(len(tensors["weight"]), 1)}
+    bound = tolerance(x, per_channel, scheme.input_activations.strategy, reference)
     # vLLM 0.26's Triton GEMM adds the bias after rounding to 16 bits.
-    room = room + torch.finfo(x.dtype).eps * found["bias"].float().abs()
+    bound = bound + torch.finfo(x.dtype).eps * tensors["bias"].float().abs()
     error = (y.cpu().float() - reference.float()).abs()
-    assert (error <= room).all(), f"off by {(error - room).max():.3g} more than rounding explains"
+    assert (error <= bound).all(), f"the error exceeds that of rounding by {(error - bound).max():.3g}"
 
 
-# To compile costs some seconds each: where a half of the choices says nothing new, it is left out.
+# Compiling takes some seconds per case, so cases that test nothing new are not compiled.
 CASES = [
     (weights, activations, shape, smoothed, dtype, compiled)
     for weights in ("channel", "tensor")
@@ -92,7 +92,7 @@ def test_a_layer_is_the_reference(
     from tests.helpers.cuda_stubs import layer_of
 
     scheme = Scheme(Weights(weights), ACTIVATIONS[activations])
-    layer, found = layer_of(scheme, smoothed, SHAPES[shape], dtype, "cuda")
+    layer, tensors = layer_of(scheme, smoothed, SHAPES[shape], dtype, "cuda")
     kernel = layer.quant_method.kernel.name
     if shape.startswith("odd") or torch.cuda.get_device_capability() >= (10, 0):
         assert kernel == "triton"
@@ -102,18 +102,18 @@ def test_a_layer_is_the_reference(
     function = torch.compile(layer, fullgraph=True, dynamic=True) if compiled else layer
     for rows in (1, 16, 33, 300):
         x = tokens(rows, SHAPES[shape][1], dtype)
-        check(scheme, found, x, in_context(function, x.cuda()))
+        check(scheme, tensors, x, in_context(function, x.cuda()))
 
 
 @pytest.mark.parametrize("smoothed", [False, True], ids=["folded", "smoothed"])
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("shape", ["small", "odd out"])
-def test_a_cuda_graph_replays_it_and_ignores_its_padding(shape: str, activations: str, smoothed: bool) -> None:
-    """Captured with every row padding, as vLLM does; replayed with fewer tokens than rows, and stale rows behind."""
+def test_a_cuda_graph_replays_a_layer_and_ignores_padding(shape: str, activations: str, smoothed: bool) -> None:
+    """Capture with padding in every row, as vLLM does; replay with fewer tokens than rows and NaN in the other rows."""
     from tests.helpers.cuda_stubs import layer_of
 
     scheme = Scheme(Weights("channel"), ACTIVATIONS[activations])
-    layer, found = layer_of(scheme, smoothed, SHAPES[shape], device="cuda")
+    layer, tensors = layer_of(scheme, smoothed, SHAPES[shape], device="cuda")
     rows, columns = 16, SHAPES[shape][1]
     x = torch.zeros(rows, columns, dtype=torch.bfloat16, device="cuda")
     slots = torch.full((rows,), -1, device="cuda")
@@ -133,7 +133,7 @@ def test_a_cuda_graph_replays_it_and_ignores_its_padding(shape: str, activations
         slots.fill_(-1)
         slots[:real] = torch.arange(real, device="cuda")
         graph.replay()
-        check(scheme, found, batch, y[:real])
+        check(scheme, tensors, batch, y[:real])
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
@@ -152,7 +152,7 @@ def test_nothing_waits_for_the_device(activations: str) -> None:
 
 
 @pytest.mark.parametrize("activations", ["token", "static"])
-def test_inductor_makes_the_quantisation_a_part_of_the_norm(activations: str) -> None:
+def test_inductor_fuses_the_quantisation_with_the_norm(activations: str) -> None:
     from torch._inductor.utils import run_and_get_code
 
     from tests.test_cuda import norm
@@ -169,20 +169,20 @@ def test_inductor_makes_the_quantisation_a_part_of_the_norm(activations: str) ->
     assert "".join(sources).count("async_compile.triton(") == 1
 
 
-def test_the_triton_kernel_is_the_reference_bit_for_bit() -> None:
+def test_the_triton_kernel_equals_the_reference_bit_for_bit() -> None:
     from vllm_smoothquant.kernels import ops
 
     for rows, columns, dtype in ((3, 64, torch.bfloat16), (33, 1000, torch.float16), (5, 14336, torch.bfloat16)):
         x = tokens(rows, columns, dtype).cuda()
         inverse = torch.rand(columns, device="cuda") + 0.1
         integers, scale = ops.quantize_per_token(x, inverse)
-        # The reference on the CPU, whose float32 division is IEEE's.
+        # The reference runs on the CPU, because its float32 division is that of IEEE 754.
         expected_scale = int8.input_scale(x.cpu().float() * inverse.cpu(), "token")
         assert torch.equal(scale.cpu(), expected_scale)
         assert torch.equal(integers.cpu(), int8.quantize(x.cpu().float() * inverse.cpu(), expected_scale))
 
 
-def test_operators_keep_their_word() -> None:
+def test_operators_pass_opcheck() -> None:
     from vllm_smoothquant.kernels import ops
 
     x = tokens(5, 48, torch.bfloat16).cuda()
@@ -201,7 +201,7 @@ def test_operators_keep_their_word() -> None:
         assert set(results.values()) == {"SUCCESS"}, (operator, results)
 
 
-def test_the_check_of_vllm_holds_here() -> None:
+def test_the_installed_vllm_has_what_we_use() -> None:
     from tests.test_cuda import run
 
     done = run(str(Path("packaging", "check_vllm.py")), "--installed")

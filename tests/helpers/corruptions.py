@@ -1,9 +1,9 @@
-"""Ways to spoil a checkpoint, drawn by hypothesis, and what of a folder still means the same.
+"""Random damage to a checkpoint, drawn by hypothesis, and the meaning of a folder to a reader of the format.
 
-    spoil(folder, data)       one mutation of the folder's files, its description as the answer
-    meaning(folder)           what a reader of the format takes from the folder; None where nothing can be read
+    damage(folder, draw)      damage the folder's files; returns descriptions of the changes
+    meaning(folder)           the configuration and tensors that a reader gets; None if the folder cannot be read
 
-The checkpoint has two shards and an index (`shard`), so that there is something to point elsewhere.
+The checkpoint has two shards and an index (`shard`), so that the index can be damaged, too.
 """
 
 import contextlib
@@ -29,10 +29,11 @@ State = dict[str, torch.Tensor]
 Draw = Callable[[st.SearchStrategy], Any]
 
 INDEX = "model.safetensors.index.json"
+REGENERATED = "manifest regenerated"
 
 
 def shard(folder: Path) -> None:
-    """Rewrite a checkpoint of one file as two with an index; its manifest follows."""
+    """Rewrite a checkpoint of one file as two files with an index, and its manifest."""
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     size = sum(t.numel() * t.element_size() for t in state.values())
@@ -41,29 +42,29 @@ def shard(folder: Path) -> None:
 
 
 def rehash(folder: Path) -> None:
-    """A manifest made anew, as whoever spoils a checkpoint on purpose would; where it still can be."""
+    """Regenerate the manifest, as a deliberate attacker would, if the damaged files allow it."""
     if any(path.is_fifo() for path in folder.iterdir()):
-        return  # reading it would wait for ever
+        return  # reading a pipe would block
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         tiny_checkpoints.rehash(folder)
 
 
 def meaning(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...], bytes]]] | None:
-    """(config.json with its quantization_config resolved layer by layer, tensors as bytes)."""
+    """(config.json with its quantization_config resolved layer by layer, name -> (dtype, shape, bytes) of tensors)."""
     if any(path.is_fifo() for path in folder.iterdir()):
         return None
     try:
         config = json.loads((folder / "config.json").read_text())
-        said = CheckpointConfig.from_dict(config.pop("quantization_config"))
-        config.pop("transformers_version", None)  # which wrote it; nobody reads it
+        quantization = CheckpointConfig.from_dict(config.pop("quantization_config"))
+        config.pop("transformers_version", None)  # the writer's version, which has no effect
         tensors = {}
         for name, tensor in read_tensors(folder):
             raw = bytes(tensor.contiguous().view(torch.uint8).flatten().tolist()) if tensor.numel() else b""
             tensors[name] = (str(tensor.dtype), tuple(tensor.shape), raw)
         layers = [name.removesuffix(".weight") for name, entry in tensors.items() if entry[0] == "torch.int8"]
-        config["layers"] = {name: (str(said.scheme(name)), name in said.smoothed) for name in layers}
+        config["layers"] = {name: (str(quantization.scheme(name)), name in quantization.smoothed) for name in layers}
         return config, tensors
-    except Exception:  # of a spoilt folder any library may raise anything; then it means nothing
+    except Exception:  # any library may raise any exception for a damaged folder
         return None
 
 
@@ -71,14 +72,14 @@ def meaning(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[in
 
 
 def _tensors(change: Callable[[State, Draw], str]) -> Callable[[Path, Draw], str]:
-    """Rewrite one shard after `change`."""
+    """A function that applies `change` to the tensors of one shard."""
 
     def apply(folder: Path, draw: Draw) -> str:
         path = draw(st.sampled_from(sorted(folder.glob("model-*.safetensors"))))
         state = load_file(path)
-        what = change(state, draw)
+        description = change(state, draw)
         save_file({k: v.clone().contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
-        return what
+        return description
 
     return apply
 
@@ -119,10 +120,10 @@ def _retype(state: State, draw: Draw) -> str:
 
 def _reshape(state: State, draw: Draw) -> str:
     name = _pick(state, draw)
-    way = draw(st.sampled_from(["cut", "flat", "turned", "doubled", "empty", "extra dimension"]))
+    way = draw(st.sampled_from(["cut", "flat", "transposed", "doubled", "empty", "extra dimension"]))
     tensor = state[name]
     state[name] = {
-        "cut": lambda: tensor[: max(1, len(tensor) // 2)], "flat": tensor.flatten, "turned": tensor.t,
+        "cut": lambda: tensor[: max(1, len(tensor) // 2)], "flat": tensor.flatten, "transposed": tensor.t,
         "doubled": lambda: torch.cat([tensor, tensor]), "empty": lambda: tensor[:0],
         "extra dimension": lambda: tensor[None],
     }[way if tensor.dim() in (1, 2) else "extra dimension"]()  # fmt: skip
@@ -156,7 +157,7 @@ def _swap(state: State, draw: Draw) -> str:
 
 
 def _header(folder: Path, draw: Draw) -> str:
-    """What no library would write: the JSON before the tensors, or its length."""
+    """Change the JSON header before the tensors, or its length, in ways that no library would write."""
     path = draw(st.sampled_from(sorted(folder.glob("model-*.safetensors"))))
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
@@ -165,7 +166,7 @@ def _header(folder: Path, draw: Draw) -> str:
     name = draw(st.sampled_from(names))
     way = draw(
         st.sampled_from(
-            ["long", "short", "deep", "twice", "twice otherwise", "moved", "overlap", "dtype", "shape", "negative",
+            ["long", "short", "deep", "twice", "twice, different", "moved", "overlap", "dtype", "shape", "negative",
              "metadata", "no object", "key missing", "trailing bytes"]
         )
     )  # fmt: skip
@@ -181,9 +182,9 @@ def _header(folder: Path, draw: Draw) -> str:
         text = '{"a":' + "[" * draw(st.sampled_from([1000, 200_000])) + "}"
     elif way == "twice":
         text = text[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}"
-    elif way == "twice otherwise":
-        other = header[draw(st.sampled_from(names))]
-        text = text[:-1] + f", {json.dumps(name)}: {json.dumps(other)}}}"
+    elif way == "twice, different":
+        entry2 = header[draw(st.sampled_from(names))]
+        text = text[:-1] + f", {json.dumps(name)}: {json.dumps(entry2)}}}"
     elif way == "no object":
         text = draw(st.sampled_from(["[]", "null", "{}", "1e999", '{"__metadata__": {}}']))
     elif way == "trailing bytes":
@@ -208,13 +209,13 @@ def _header(folder: Path, draw: Draw) -> str:
 
 
 def _flip(folder: Path, draw: Draw) -> str:
-    """One to eight bits of one file."""
+    """Flip one to eight bits of one file."""
     path = draw(st.sampled_from([*sorted(folder.glob("model-*.safetensors")), folder / "config.json", folder / INDEX]))
     data = bytearray(path.read_bytes())
     for _ in range(draw(st.integers(1, 8))):
-        # The head of a file is its structure: half of the flips go there.
-        top = draw(st.sampled_from([min(len(data), 4096), len(data)]))
-        data[draw(st.integers(0, top - 1))] ^= 1 << draw(st.integers(0, 7))
+        # Half of the flips are in the first bytes, because these hold the file's structure.
+        limit = draw(st.sampled_from([min(len(data), 4096), len(data)]))
+        data[draw(st.integers(0, limit - 1))] ^= 1 << draw(st.integers(0, 7))
     path.write_bytes(bytes(data))
     return f"{path.name}: bits flipped"
 
@@ -227,13 +228,13 @@ ODD = st.one_of(
 )  # fmt: skip
 
 
-def _paths(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def _paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path for key, item in items for path in ((*here, key), *_paths(item, (*here, key)))]
+    return [path for key, item in items for path in ((*prefix, key), *_paths(item, (*prefix, key)))]
 
 
 def _config(folder: Path, draw: Draw) -> str:
-    """A key of config.json dropped, added, retyped or made absurd, at any depth."""
+    """Drop, add or replace a key of config.json, at any depth."""
     config = json.loads((folder / "config.json").read_text())
     path = draw(st.sampled_from(_paths(config)))
     parent = config
@@ -251,7 +252,7 @@ def _config(folder: Path, draw: Draw) -> str:
 
 
 def _absurd(folder: Path, draw: Draw) -> str:
-    """A size in config.json that would build a giant."""
+    """Set a size in config.json for which a library would build a gigantic model."""
     config = json.loads((folder / "config.json").read_text())
     key = draw(st.sampled_from(sorted(k for k, v in config.items() if type(v) is int and v > 1)))
     config[key] = draw(st.sampled_from([10**6, 10**9, 2**31 - 1, 2**40, 10**18, 10**25]))
@@ -260,9 +261,9 @@ def _absurd(folder: Path, draw: Draw) -> str:
 
 
 def _other_config(folder: Path, draw: Draw) -> str:
-    """The config of another model, under our quantization_config."""
+    """Change config.json to another model with our quantization_config."""
     config = json.loads((folder / "config.json").read_text())
-    other = draw(
+    changes = draw(
         st.sampled_from(
             [{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 2},
              {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
@@ -271,8 +272,8 @@ def _other_config(folder: Path, draw: Draw) -> str:
              {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}]
         )
     )  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config | other))
-    return f"config.json: {other}"
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return f"config.json: {changes}"
 
 
 def _no_json(folder: Path, draw: Draw) -> str:
@@ -286,10 +287,10 @@ def _no_json(folder: Path, draw: Draw) -> str:
 
 
 def _index(folder: Path, draw: Draw) -> str:
-    """An index that leads elsewhere, or says what is not so."""
+    """Make the index point outside the folder, or contradict the files."""
     index = json.loads((folder / INDEX).read_text())
     names = sorted(index["weight_map"])
-    name, other = draw(st.sampled_from(names)), draw(st.sampled_from(names))
+    name, name2 = draw(st.sampled_from(names)), draw(st.sampled_from(names))
     way = draw(st.sampled_from(["outside", "absolute", "none", "swapped", "dropped", "added", "no map", "odd", "gone"]))
     outside = folder.parent / "outside.safetensors"
     if way in ("outside", "absolute"):
@@ -298,7 +299,7 @@ def _index(folder: Path, draw: Draw) -> str:
     elif way == "none":
         index["weight_map"][name] = "model-00009-of-00009.safetensors"
     elif way == "swapped":
-        index["weight_map"][name], index["weight_map"][other] = index["weight_map"][other], index["weight_map"][name]
+        index["weight_map"][name], index["weight_map"][name2] = index["weight_map"][name2], index["weight_map"][name]
     elif way == "dropped":
         del index["weight_map"][name]
     elif way == "added":
@@ -317,7 +318,7 @@ def _index(folder: Path, draw: Draw) -> str:
 
 
 def _files(folder: Path, draw: Draw) -> str:
-    """Files that are gone, cut, doubled, links, pipes, folders, pickles."""
+    """Remove, truncate or copy a file, replace it by a link, pipe or folder, or add a pickle."""
     path = draw(st.sampled_from([*sorted(folder.glob("model-*.safetensors")), folder / "config.json", folder / INDEX]))
     ways = ["gone", "cut", "empty", "twice", "link outside", "loop", "dangling", "pipe", "folder", "pickle", "odd name"]
     way = draw(st.sampled_from(ways))
@@ -353,20 +354,20 @@ WAYS: tuple[Callable[[Path, Draw], str], ...] = (
 )  # fmt: skip
 
 
-def spoil(folder: Path, draw: Draw) -> list[str]:
-    """One mutation, sometimes two, and sometimes a manifest made anew; what was done, in words."""
-    done = []
+def damage(folder: Path, draw: Draw) -> list[str]:
+    """Apply one change, sometimes two, and sometimes regenerate the manifest; returns descriptions of the changes."""
+    changes = []
     for _ in range(draw(st.sampled_from([1, 1, 1, 2]))):
         if any(path.is_fifo() for path in folder.iterdir()):
             break
         way = draw(st.sampled_from(WAYS))
         try:
-            done.append(way(folder, draw))
-        except Exception:  # of what the first has left, libraries may raise anything: then one is enough
-            if not done:
+            changes.append(way(folder, draw))
+        except Exception:  # after a first change, libraries may raise any exception; one change is enough
+            if not changes:
                 raise
             break
     if draw(st.booleans()):
         rehash(folder)
-        done.append("manifest made anew")
-    return done
+        changes.append(REGENERATED)
+    return changes

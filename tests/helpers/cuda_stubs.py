@@ -1,14 +1,14 @@
-"""The plugin's CUDA code, run on a CPU: vLLM's own Python for CUDA, with stand-ins for what is compiled.
+"""Run the plugin's CUDA code on a CPU, with vLLM's Python code for CUDA and stubs for the compiled operators.
 
-    python tests/helpers/cuda_stubs.py                  the vLLM that Python finds; PYTHONPATH=FOLDER puts another
-    before it python tests/helpers/cuda_stubs.py --quick          weights per channel only
+    python tests/helpers/cuda_stubs.py            the installed vLLM; PYTHONPATH=FOLDER selects another
+    python tests/helpers/cuda_stubs.py --quick    weights per channel only
 
-vLLM is told that it runs on a GPU of compute capability 9.0. Its compiled modules are empty, and the five operators our
-code reaches are written out below in plain torch, by the rounding of int8.py. So what is seen is that all imports are
-there, that vLLM's layers, parameters, loaders and kernel classes take our calls and lay tensors out as we expect, and
-that every scheme gives the reference's result, compiled and eager. What is not seen: anything a GPU does.
+vLLM runs as on a GPU of compute capability 9.0. Its compiled modules are empty, and the five operators that our code
+calls are plain torch with the rounding of int8.py. This checks that all imports exist, that vLLM's layers, parameters,
+loaders and kernel classes take our calls and use the layouts that we expect, and that every scheme gives the
+reference's result, compiled and eager. It checks nothing that a GPU does.
 
-Prints one line a fact; the exit status is 1 where one does not hold. tests/test_cuda.py runs it against the installed
+Prints one line per fact. The exit status is 1 if a fact does not hold. tests/test_cuda.py runs it against the installed
 vLLM, packaging/check_vllm.py against CUDA wheels.
 """
 
@@ -42,8 +42,8 @@ class CompiledModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def stand_in_for_compiled_code() -> list[torch.library.Library]:
-    """Register the operators; whoever calls keeps what is returned. Before vLLM is imported, and instead of its own."""
+def register_stubs() -> list[torch.library.Library]:
+    """Register the operators, before vLLM is imported. They exist as long as the returned libraries."""
     from vllm_smoothquant.format import int8
     from vllm_smoothquant.kernels import ops
 
@@ -57,7 +57,7 @@ def stand_in_for_compiled_code() -> list[torch.library.Library]:
     def multiply(
         out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sa: torch.Tensor, sb: torch.Tensor, bias: Any
     ) -> None:
-        # What the CUDA source asserts of its arguments.
+        # The assertions of the CUDA source.
         assert a.stride(1) == 1, a.stride()
         assert b.stride(0) == 1, b.stride()
         assert b.shape[0] % 16 == 0, b.shape
@@ -86,7 +86,7 @@ def stand_in_for_compiled_code() -> list[torch.library.Library]:
         compiled.impl(name, function, "CPU")
         compiled.impl(name, lambda *_: None, "Meta")
     for name in ("fp8", "block_fp8", "fp4"):
-        # Asked while vLLM is imported; of no concern to us.
+        # vLLM calls these when it is imported.
         compiled.define(f"cutlass_scaled_mm_supports_{name}(int capability) -> bool")
         compiled.impl(f"cutlass_scaled_mm_supports_{name}", lambda _: False, "CompositeExplicitAutograd")
     ours = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
@@ -116,7 +116,7 @@ def pretend_cuda(capability: tuple[int, int] = (9, 0)) -> None:
 def layer_of(
     scheme: Any, smoothed: bool, shape: tuple[int, int], dtype: torch.dtype = DTYPE, device: str = "cpu"
 ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """vLLM's linear layer "l" [out, in] on `device` with random weights loaded, and what was loaded, on the CPU."""
+    """vLLM's linear layer "l" [out, in] on `device` with random weights, and its checkpoint tensors on the CPU."""
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
     from vllm_smoothquant.config import SmoothQuantVllmConfig
@@ -128,11 +128,12 @@ def layer_of(
     names = frozenset(["l"]) if smoothed else frozenset()
     config = SmoothQuantVllmConfig(CheckpointConfig(scheme.weights, scheme.input_activations, smoothed=names))
     weight, scale = int8.quantize_weight(torch.randn(shape, generator=generator), scheme.weights.strategy)
-    found = {"weight": weight, "weight_scale": scale, "bias": torch.randn(out_features, generator=generator).to(dtype)}
+    bias = torch.randn(out_features, generator=generator).to(dtype)
+    tensors = {"weight": weight, "weight_scale": scale, "bias": bias}
     if not scheme.input_activations.dynamic:
-        found["input_scale"] = torch.tensor([0.03])
+        tensors["input_scale"] = torch.tensor([0.03])
     if smoothed:
-        found["smoothing_factor"] = torch.rand(in_features, generator=generator) * 3 + 0.3
+        tensors["smoothing_factor"] = torch.rand(in_features, generator=generator) * 3 + 0.3
     torch.set_default_dtype(dtype)  # as vLLM does while it builds and loads a model
     try:
         with torch.device(device):
@@ -145,12 +146,12 @@ def layer_of(
                 prefix="l",
                 return_bias=False,
             )
-        for name, value in found.items():
+        for name, value in tensors.items():
             getattr(layer, name).weight_loader(getattr(layer, name), value)
         layer.quant_method.process_weights_after_loading(layer)
     finally:
         torch.set_default_dtype(torch.float32)
-    return layer, found
+    return layer, tensors
 
 
 def check(failures: list[str], fact: str, holds: bool, detail: str = "") -> None:
@@ -173,47 +174,47 @@ def run_schemes(failures: list[str], strategies: tuple[str, ...]) -> None:
     }
     x = torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(1)).to(DTYPE)
     x[2] = 0
-    # The last two rows are a CUDA graph's padding: whatever was there before.
+    # The last two rows are padding of a CUDA graph, which holds arbitrary old values.
     padded = torch.cat([x, torch.full((1, 64), float("nan"), dtype=DTYPE), torch.full((1, 64), 3e38, dtype=DTYPE)])
     slots = torch.cat([torch.arange(TOKENS), torch.full((2,), -1)])
     for (label, activation), weights, smoothed, shape in itertools.product(
         activations.items(), strategies, (False, True), ((48, 64), (40, 64))
     ):
         scheme = Scheme(Weights(weights), activation)
-        layer, found = layer_of(scheme, smoothed, shape)
+        layer, tensors = layer_of(scheme, smoothed, shape)
         kernel = layer.quant_method.kernel
         expected = "triton" if shape[0] % 16 else "cutlass-tensor" if label == "per_tensor" else "vllm"
         reference = int8.linear_reference(
             x,
-            found["weight"],
-            found["weight_scale"],
+            tensors["weight"],
+            tensors["weight_scale"],
             strategy=activation.strategy,
-            input_scale_static=found.get("input_scale"),
-            smoothing_factor=found.get("smoothing_factor"),
-            bias=found["bias"],
+            input_scale_static=tensors.get("input_scale"),
+            smoothing_factor=tensors.get("smoothing_factor"),
+            bias=tensors["bias"],
         ).float()
         torch.compiler.reset()
         compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
-        for way, function in (("eager", layer), ("compiled", compiled)):
+        for mode, function in (("eager", layer), ("compiled", compiled)):
             with (
                 torch.no_grad(),
                 set_forward_context(None, VllmConfig(), num_tokens=len(padded), slot_mapping={"attention": slots}),
             ):
                 y = function(padded)[:TOKENS].float()
             error = ((y - reference).abs().max() / reference.abs().max()).item()
-            # bfloat16 rounds by 2**-9; x * (1 / f) is within 2**-23 of x / f, which may move an integer by one step.
+            # bfloat16 rounds by 2**-9; x * (1 / f) is within 2**-23 of x / f, which may change an integer by one step.
             check(
                 failures,
-                f"{label}, weights per {weights}, {'smoothed' if smoothed else 'folded'}, {list(shape)}, {way}",
+                f"{label}, weights per {weights}, {'smoothed' if smoothed else 'folded'}, {list(shape)}, {mode}",
                 error < 2**-7 and kernel.name == expected,
-                f"{kernel.name}, off by {error:.1e}",
+                f"{kernel.name}, error {error:.1e}",
             )
 
 
 def main() -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     sys.meta_path.append(CompiledModules())
-    libraries = stand_in_for_compiled_code()
+    libraries = register_stubs()
     import vllm
 
     pretend_cuda()
@@ -229,7 +230,7 @@ def main() -> int:
 
     failures: list[str] = []
     print(f"vLLM {vllm.__version__}, {vllm.__file__}")
-    check(failures, "register() makes smoothquant known", "smoothquant" in QUANTIZATION_METHODS)
+    check(failures, "register() registers smoothquant", "smoothquant" in QUANTIZATION_METHODS)
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, backend="gloo")
         ensure_model_parallel_initialized(1, 1)

@@ -1,8 +1,8 @@
-"""Run vLLM on a checkpoint in a process of its own and bring back log-probabilities, for tests that need an engine.
+"""Run vLLM on a checkpoint in a new process and return log-probabilities, for tests that need an engine.
 
     logprobs(folder, [[1, 2, 3], ...], enforce_eager=True, dtype="float32")  ->  one float32 tensor per prompt
 
-A fresh process frees everything at its end and shows a refusal as a user sees it. A token list needs no tokenizer.
+A new process frees all memory at its end and shows a refusal as a user sees it. A token list needs no tokenizer.
 """
 
 import gc
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-# One engine for one comparison: 20 s eager, 90 s compiled on two cores. Ten times that means it hangs.
+# One engine for one comparison takes 20 s eager and 90 s compiled on two cores. Ten times that means that it hangs.
 TIMEOUT_S = 900
 
 DEFAULTS = {
@@ -31,11 +31,11 @@ DEFAULTS = {
 
 
 class EngineFailedError(RuntimeError):
-    """vLLM did not start or did not answer; str() is everything it wrote."""
+    """vLLM did not start or did not answer; str() is its whole output."""
 
 
 def small_engine() -> dict[str, str]:
-    """The environment a small engine wants here: all our cores, 1 GiB of cache, no network, no second process."""
+    """The environment of a small engine: all cores of this process, 1 GiB of cache, no network, no second process."""
     cores = sorted(os.sched_getaffinity(0))
     return {
         **os.environ,
@@ -55,10 +55,10 @@ def logprobs(
     environment: dict[str, str] | None = None,
     **engine_args: Any,
 ) -> list[torch.Tensor]:
-    """Log-probabilities of `prompts` under `checkpoint`, one tensor a prompt of n tokens.
+    """Log-probabilities of `prompts` under `checkpoint`, one tensor per prompt of n tokens.
 
-    [n - 1] for the tokens that came, at positions 1..n-1; with vocabulary=True [n - 1, vocabulary] for all that could.
-    engine_args go to vllm.LLM over DEFAULTS, environment over small_engine(). Raises EngineFailedError.
+    [n - 1] for the prompt's tokens at positions 1..n-1; with vocabulary=True [n - 1, vocabulary] for all tokens.
+    engine_args override DEFAULTS and go to vllm.LLM; environment overrides small_engine(). Raises EngineFailedError.
     """
     return logprobs_of([checkpoint], prompts, vocabulary=vocabulary, environment=environment, **engine_args)[0]
 
@@ -71,7 +71,7 @@ def logprobs_of(
     environment: dict[str, str] | None = None,
     **engine_args: Any,
 ) -> list[list[torch.Tensor]]:
-    """`logprobs` of each of `checkpoints`, one engine after the other in one process: importing vLLM is half of it."""
+    """`logprobs` of each of `checkpoints`, in one process because importing vLLM is half of an engine's start."""
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.pt")
         request.write_text(
@@ -98,18 +98,21 @@ def logprobs_of(
         return torch.load(answer)
 
 
-def generate(llm_args: dict[str, Any], prompts: list[list[int]], *, vocabulary: bool = False) -> list[torch.Tensor]:
-    """What `logprobs` returns, by an engine in this process; `small_engine()` should hold here."""
+def logprobs_here(
+    llm_args: dict[str, Any], prompts: list[list[int]], *, vocabulary: bool = False
+) -> list[torch.Tensor]:
+    """The result of `logprobs` by an engine in this process, whose environment should be that of `small_engine()`."""
     from vllm import LLM
 
-    return ask(LLM(**llm_args, **({"max_logprobs": -1} if vocabulary else {})), prompts, vocabulary=vocabulary)
+    llm = LLM(**llm_args, **({"max_logprobs": -1} if vocabulary else {}))
+    return logprobs_by(llm, prompts, vocabulary=vocabulary)
 
 
-def ask(llm: Any, prompts: list[list[int]], *, vocabulary: bool = False) -> list[torch.Tensor]:
-    """What `logprobs` returns, by `llm`."""
+def logprobs_by(llm: Any, prompts: list[list[int]], *, vocabulary: bool = False) -> list[torch.Tensor]:
+    """The result of `logprobs` by `llm`."""
     from vllm import SamplingParams
 
-    # 0 asks for the token that came and no other.
+    # 0 requests only the prompt's own tokens.
     sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=-1 if vocabulary else 0, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
     answer = []
@@ -126,7 +129,7 @@ def ask(llm: Any, prompts: list[list[int]], *, vocabulary: bool = False) -> list
 def _main(request: dict[str, Any]) -> None:
     answers = []
     for llm in request["llms"]:
-        answers.append(generate(llm, request["prompts"], vocabulary=request["vocabulary"]))
+        answers.append(logprobs_here(llm, request["prompts"], vocabulary=request["vocabulary"]))
         gc.collect()
     torch.save(answers, request["answer"])
 

@@ -1,4 +1,4 @@
-"""A tiny Llama checkpoint written by hand: every feature of the format, independent of the calibration pipeline."""
+"""A tiny Llama checkpoint with every feature of the format, written without the calibration pipeline."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ MODEL_CONFIG = {
     "eos_token_id": 2,
 }
 
-# What is quantised, with [out, in]. o_proj and down_proj are what smoothing often cannot be folded away from.
+# The quantised layers, with [out, in]. Smoothing often cannot be folded away from o_proj and down_proj.
 LINEARS = {
     "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
     "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
@@ -55,24 +55,24 @@ LINEARS = {
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
 
-# Layers with one input and, in vLLM, one multiplication: one input_scale and one smoothing_factor each.
+# Layer -> group of layers with one input and, in vLLM, one multiplication: a group has one input_scale and one factor.
 INPUT_OF = {"q_proj": "attn", "k_proj": "attn", "v_proj": "attn", "gate_proj": "mlp", "up_proj": "mlp"}
 
 
 def config(weights: str, activations: str) -> CheckpointConfig:
-    """Layer 0 plain but for two smoothed layers; in layer 1 an ignored, an overridden and three smoothed ones."""
-    # Overridden by what the rest is not, so that an override without effect would show.
-    other = ACTIVATIONS["static" if activations == "token" else "token"]
-    one = "model.layers.1."
+    """Block 0 has two smoothed layers; block 1 has an ignored, an overridden and three smoothed layers."""
+    # The override differs from all other layers, so that an override without effect is visible.
+    override = ACTIVATIONS["static" if activations == "token" else "token"]
+    block = "model.layers.1."
     return CheckpointConfig(
         weights=Weights(weights),
         input_activations=ACTIVATIONS[activations],
-        overrides={one + "mlp.down_proj": other},
+        overrides={block + "mlp.down_proj": override},
         smoothed=frozenset(
             ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"]
-            + [f"{one}self_attn.{which}_proj" for which in "qkv"]
+            + [f"{block}self_attn.{letter}_proj" for letter in "qkv"]
         ),
-        ignore=frozenset([one + "self_attn.o_proj", "lm_head"]),
+        ignore=frozenset([block + "self_attn.o_proj", "lm_head"]),
     )
 
 
@@ -83,58 +83,60 @@ def tensors(quantization: CheckpointConfig, seed: int = 0) -> dict[str, torch.Te
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * scale
 
-    found = {"model.embed_tokens.weight": random(VOCABULARY, HIDDEN)}
+    values = {"model.embed_tokens.weight": random(VOCABULARY, HIDDEN)}
     shared: dict[str, torch.Tensor] = {}
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             weight = 1 + random(HIDDEN, scale=0.1)
             weight[[7, 77]] = 12.0
-            found[f"{prefix}.{norm}.weight"] = weight
+            values[f"{prefix}.{norm}.weight"] = weight
         for linear, (rows, columns) in LINEARS.items():
             name = f"{prefix}.{linear}"
             weight = random(rows, columns, scale=columns**-0.5)
-            # The outlier channels' weights are small, as in trained models: nothing saturates the softmax.
+            # Weights of outlier channels are small, as in trained models, so that the softmax does not saturate.
             weight[:, [7, 77]] *= 0.1
             if linear.startswith("self_attn"):
-                found[f"{name}.bias"] = random(rows, scale=0.1)
+                values[f"{name}.bias"] = random(rows, scale=0.1)
             scheme = quantization.scheme(name)
             if scheme is None:
-                found[f"{name}.weight"] = weight
+                values[f"{name}.weight"] = weight
                 continue
             short = linear.rpartition(".")[2]
             group = f"{prefix}.{INPUT_OF.get(short, short)}"
             if name in quantization.smoothed:
                 if f"{group}.factor" not in shared:
                     shared[f"{group}.factor"] = torch.rand(columns, generator=generator) * 3 + 0.5
-                found[f"{name}.smoothing_factor"] = shared[f"{group}.factor"].clone()
+                values[f"{name}.smoothing_factor"] = shared[f"{group}.factor"].clone()
                 weight = weight * shared[f"{group}.factor"]
-            found[f"{name}.weight"], found[f"{name}.weight_scale"] = int8.quantize_weight(
+            values[f"{name}.weight"], values[f"{name}.weight_scale"] = int8.quantize_weight(
                 weight, scheme.weights.strategy
             )
             if not scheme.input_activations.dynamic:
                 if f"{group}.scale" not in shared:
-                    # 127 steps reach 6.3 to 12.7: ordinary values fit and the outliers clip, which must agree, too.
+                    # 127 steps reach 6.3 to 12.7, so that ordinary values fit and outliers test clipping.
                     shared[f"{group}.scale"] = torch.rand(1, generator=generator) * 0.05 + 0.05
-                found[f"{name}.input_scale"] = shared[f"{group}.scale"].clone()
-    found["model.norm.weight"] = 1 + random(HIDDEN, scale=0.1)
-    found["lm_head.weight"] = random(VOCABULARY, HIDDEN, scale=0.2)
-    return found
+                values[f"{name}.input_scale"] = shared[f"{group}.scale"].clone()
+    values["model.norm.weight"] = 1 + random(HIDDEN, scale=0.1)
+    values["lm_head.weight"] = random(VOCABULARY, HIDDEN, scale=0.2)
+    return values
 
 
-def write(folder: Path, quantization: CheckpointConfig | None, found: dict[str, torch.Tensor], shards: int = 1) -> Path:
+def write(
+    folder: Path, quantization: CheckpointConfig | None, values: dict[str, torch.Tensor], shards: int = 1
+) -> Path:
     """Write a checkpoint folder; quantization None leaves `quantization_config` out."""
     folder.mkdir(parents=True, exist_ok=True)
     extra = {} if quantization is None else {"quantization_config": quantization.to_dict()}
     (folder / "config.json").write_text(json.dumps({**MODEL_CONFIG, **extra}, indent=2))
-    names = sorted(found)
+    names = sorted(values)
     files = (
         [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
         if shards > 1
         else ["model.safetensors"]
     )
     for i, file in enumerate(files):
-        save_file({n: found[n].contiguous() for n in names[i::shards]}, folder / file, metadata={"format": "pt"})
+        save_file({n: values[n].contiguous() for n in names[i::shards]}, folder / file, metadata={"format": "pt"})
     if shards > 1:
         weight_map = {n: files[i] for i in range(shards) for n in names[i::shards]}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -142,13 +144,13 @@ def write(folder: Path, quantization: CheckpointConfig | None, found: dict[str, 
 
 
 def checkpoint(folder: Path, weights: str, activations: str, **changes: object) -> Path:
-    """A whole checkpoint of one scheme; `changes` replace fields of its QuantizationConfig."""
+    """A whole checkpoint of one scheme; `changes` replace fields of its CheckpointConfig."""
     quantization = dataclasses.replace(config(weights, activations), **changes)
     return write(folder, quantization, tensors(quantization), shards=2)
 
 
 def from_model(folder: Path, model: PreTrainedModel, weights: str, activations: str) -> Path:
-    """`model` with every linear layer but the output head quantised in the plainest way, and static scales of 0.05."""
+    """`model` with every linear layer except the output head quantised without smoothing; static scales are 0.05."""
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -159,17 +161,17 @@ def from_model(folder: Path, model: PreTrainedModel, weights: str, activations: 
     )
     model.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
-    found = dict(model.state_dict())
+    values = dict(model.state_dict())
     if model.config.tie_word_embeddings:
-        del found["lm_head.weight"]
+        del values["lm_head.weight"]
     for name, module in layers.items():
         conv = isinstance(module, Conv1D)
         weight = module.weight.data.t() if conv else module.weight.data
-        integers, found[f"{name}.weight_scale"] = int8.quantize_weight(weight, weights)
-        found[f"{name}.weight"] = integers.t() if conv else integers
+        integers, values[f"{name}.weight_scale"] = int8.quantize_weight(weight, weights)
+        values[f"{name}.weight"] = integers.t() if conv else integers
         if activations == "static":
-            found[f"{name}.input_scale"] = torch.tensor([0.05])
-    save_file({n: t.contiguous() for n, t in found.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+            values[f"{name}.input_scale"] = torch.tensor([0.05])
+    save_file({n: t.contiguous() for n, t in values.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     written = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**written, "quantization_config": quantization.to_dict()}))
     return folder

@@ -1,11 +1,11 @@
-"""Tiny random models of every architecture we test on, with outlier channels where real models have them.
+"""Tiny random models of every architecture under test, with outlier channels where real models have them.
 
 `build(name)` gives a float32 model of two decoder layers, hidden size 128, head size 64 (32 where the architecture ties
 it to something else) and 256 tokens, small enough for vLLM's CPU backend to serve. Norm weights and biases get a few
-channels that are many times larger than the rest, and every linear bias is random: a fold that forgets a bias, a reader
+channels that are many times larger than the rest, and every linear bias is random: a fold that omits a bias, a reader
 or a `1 +` moves the logits by percents.
 
-A new entry is one line: config class, what differs from the common sizes.
+A new entry is one line: the config class, and the sizes that differ from the common ones.
 """
 
 import inspect
@@ -143,7 +143,7 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config(name: str) -> Any:
-    """The tiny transformers config of zoo entry `name`."""
+    """The tiny transformers config of `name` in ZOO."""
     kind, overrides = ZOO[name]
     config_class = getattr(transformers, kind)
     aliases = config_class.attribute_map
@@ -159,14 +159,14 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTr
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config(name)).eval()
-    roughen(model, generator)
+    add_outliers(model, generator)
     return model.to(dtype)
 
 
-def roughen(model: nn.Module, generator: torch.Generator) -> None:
+def add_outliers(model: nn.Module, generator: torch.Generator) -> None:
     """Outliers into norms (in every eighth channel, up to 16 times), random biases into linear layers."""
     with torch.no_grad():
-        for owner, parameter, value in _own(model):
+        for owner, parameter, value in _parameters(model):
             if value.dim() != 1 or not value.is_floating_point():
                 continue
             noise = torch.randn(value.shape, generator=generator)
@@ -184,7 +184,7 @@ def tokens(seed: int = 1, batch: int = 2, length: int = 16) -> torch.Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _own(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
     for owner in model.modules():
         for parameter, value in owner.named_parameters(recurse=False):
             yield owner, parameter, value

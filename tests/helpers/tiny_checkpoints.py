@@ -1,4 +1,4 @@
-"""Tiny models on disk, with a byte tokenizer and text, to test the whole way from folder to checkpoint."""
+"""Tiny models on disk, with a byte tokenizer and text, to test calibration from model folder to checkpoint."""
 
 import json
 import random
@@ -21,7 +21,7 @@ SAMPLES = 8
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """256 tokens, one for each byte: no training, no download, every text can be written in it."""
+    """256 tokens, one for each byte: it needs no training and no download, and encodes every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,14 +30,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """The zoo's model `name` as a Hugging Face folder."""
+    """Write the model `name` of tiny_architectures as a Hugging Face folder."""
     tiny_architectures.build(name).to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
 
 def save_text(path: Path, documents: int = 12, characters: int = 200) -> Path:
-    """A JSONL file of random documents."""
+    """Write a JSONL file of random documents."""
     rng = random.Random(0)
     texts = ["".join(rng.choices(string.ascii_letters + " ", k=characters)) for _ in range(documents)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -45,16 +45,18 @@ def save_text(path: Path, documents: int = 12, characters: int = 200) -> Path:
 
 
 def checkpoints(root: Path, dtype: torch.dtype = torch.float32, **defaults: object) -> Callable[..., Path]:
-    """get(name, **options) -> a checkpoint of the zoo's model `name`, made when first asked for; `source(folder)` is
-    the model it was made of. Options are calibrate's, over `defaults`."""
+    """get(name, **options) -> a checkpoint of the model `name` of tiny_architectures, made by its first call.
+
+    options: of calibrate; they override `defaults`. `source(folder)` is the model that was calibrated.
+    """
     text = save_text(root / "text.jsonl")
 
     def get(name: str, **options: object) -> Path:
         folder = root / "-".join([name, *(f"{key}={value}" for key, value in options.items())])
         if not folder.exists():
             model = save(name, source(folder), dtype)
-            said = {"dataset": str(text), "samples": SAMPLES, "seq_len": SEQ_LEN, "quiet": True} | defaults | options
-            calibrate(str(model), folder, **said)
+            common = {"dataset": str(text), "samples": SAMPLES, "seq_len": SEQ_LEN, "quiet": True}
+            calibrate(str(model), folder, **(common | defaults | options))
         return folder
 
     return get
@@ -65,7 +67,7 @@ def source(checkpoint: Path) -> Path:
 
 
 def rehash(folder: Path) -> None:
-    """The manifest made anew, as whoever changes a checkpoint on purpose would, so that hashes tell nothing."""
+    """Update the hashes in the manifest, as an attacker would after changing a checkpoint, so that hashes match."""
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["quantization_config"] = json.loads((folder / "config.json").read_text())["quantization_config"]
     manifest["files"] = export.file_hashes(folder)

@@ -1,4 +1,4 @@
-"""One hand-made decoder block whose readers of the norm's output a test can choose."""
+"""A small decoder block to which a test can add a reader of the norm's output."""
 
 from collections.abc import Callable
 

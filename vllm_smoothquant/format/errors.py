@@ -1,4 +1,4 @@
-"""The one error of both packages: where, what was expected, what was found, what to do."""
+"""The one error class of both packages."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class SmoothQuantError(ValueError):
         super().__init__(f"{self.where}: expected {self.expected}, got {self.got}; {self.fix}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # vLLM's workers pickle their exceptions for the parent; by default only the message would be passed on.
+        # vLLM's workers pickle their exceptions for the parent process; by default pickle passes only the message.
         return type(self), (self.where, self.expected, self.got, self.fix)
 
     def to_dict(self) -> dict[str, str]:

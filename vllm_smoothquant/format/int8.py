@@ -1,14 +1,14 @@
-"""The one rounding rule, and the integer GEMM that every fast path is compared with.
+"""The one rounding rule, and the integer product with which every fast kernel is compared.
 
     q = clamp(round(x / scale), -128, 127)      int8, round half to even, symmetric (no zero point)
     scale = absmax / 127                        so real = q * scale
     y = (q_x @ q_w^T) * scale_x * scale_w^T     summed as integers, scaled once
 
-Shapes: x [tokens, in], weight [out, in]. A scale multiplies integers to give reals; its shape is what it is shared by:
-per_tensor [1]; per_token [tokens, 1] for activations; per_channel [out, 1] for weights. Because absmax maps to 127,
--128 appears only where a static scale clips.
+Shapes: x [tokens, in], weight [out, in]. A scale multiplies integers to give reals. Scales are per_tensor [1],
+per_token [tokens, 1] for activations, or per_channel [out, 1] for weights. Because absmax maps to 127, -128 appears
+only if a static scale clips.
 
-Pure torch: the calibration host, the tests and the runtime's fallbacks all read this file.
+Plain torch, because calibration, the tests and the fallback kernels use it on any device.
 Source: Xiao et al., SmoothQuant (arXiv 2211.10438), eq. 1 and section 2.
 """
 
@@ -21,22 +21,22 @@ QMIN = -128
 def absmax_scale(absmax: torch.Tensor) -> torch.Tensor:
     """float32 scale that maps `absmax` (any shape, >= 0) to 127.
 
-    An all-zero row has no range to keep; its scale is 1 so that it stays finite, positive and decodes to zeros. So is
-    that of a row too small for a normal float32 scale, whose reciprocal would be infinite. NaN stays NaN, to be found.
+    An absmax of 0 gives the scale 1, because a scale must be finite and positive. An absmax too small for a normal
+    float32 scale also gives 1, because the reciprocal would be infinite. NaN stays NaN, so that later checks see it.
     """
     scale = absmax.to(torch.float32) / QMAX
     return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """int8 integers of `x` under `scale` (broadcast against x). Computed in float32 whatever x's dtype."""
+    """int8 integers of `x` under `scale` (broadcast against x), computed in float32 for every dtype of x."""
     return torch.round(x.to(torch.float32) / scale).clamp_(QMIN, QMAX).to(torch.int8)
 
 
 def quantize_weight(weight: torch.Tensor, strategy: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Round `weight` [out, in]; returns int8 [out, in] and its float32 scale.
 
-    strategy "channel" gives a scale of [out, 1] (one for each output channel), "tensor" one of [1].
+    strategy "channel" gives a scale of [out, 1] (one per output channel), "tensor" a scale of [1].
     """
     if strategy == "channel":
         scale = absmax_scale(weight.abs().amax(dim=1, keepdim=True))
@@ -59,7 +59,7 @@ def input_scale(x: torch.Tensor, strategy: str) -> torch.Tensor:
 def int8_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Exact integer product of int8 x [tokens, in] and int8 weight [out, in], as float64 [tokens, out].
 
-    float64 holds every integer below 2**53, and |sum| <= 2**14 * in; so this is integer arithmetic on any device.
+    This is integer arithmetic on any device, because float64 holds every integer below 2**53 and |sum| <= 2**14 * in.
     """
     return x.to(torch.float64) @ weight.to(torch.float64).t()
 
@@ -74,10 +74,10 @@ def linear_reference(
     smoothing_factor: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a quantised linear layer must compute: x [..., in] to [..., out] in x's dtype.
+    """The output of a quantised linear layer: x [..., in] to [..., out] in x's dtype.
 
-    weight int8 [out, in]; weight_scale [out, 1] or [1]; strategy "token" or "tensor" says how activations are scaled
-    when `input_scale_static` ([1]) is None; smoothing_factor [in] divides x first; bias [out] is added last.
+    weight int8 [out, in]; weight_scale [out, 1] or [1]; strategy "token" or "tensor" selects the dynamic scale of the
+    activations if `input_scale_static` ([1]) is None; smoothing_factor [in] divides x first; bias [out] is added last.
     """
     tokens = x.reshape(-1, x.shape[-1])
     if smoothing_factor is not None:

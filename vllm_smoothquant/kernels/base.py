@@ -1,4 +1,4 @@
-"""The interface of a kernel: what a layer asks for, and what computes it.
+"""The interface of a kernel: the request of a layer, and the class that serves it.
 
     y = (q_x @ q_w^T) * s_x * s_w^T + bias          an integer product, scaled once at the end
 
@@ -9,9 +9,9 @@ Shapes and dtypes: x [tokens, in] in the model's dtype; q_w int8 [out, in]; s_w 
 may change the layout of the weight, but it never keeps two copies. `apply` computes y for a two-dimensional x.
 """
 
-import dataclasses
 import logging
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from ..format.config import Scheme
 logger = logging.getLogger("vllm.smoothquant")  # a child of "vllm", so that VLLM_LOGGING_LEVEL and its handler apply
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Request:
     """What a layer needs from a kernel.
 
@@ -58,11 +58,15 @@ def request_here(
     return Request(layer, scheme, channelwise, dtype, platform, capability.to_int() if capability else None, aligned)
 
 
+def frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
 class Kernel(ABC):
     """One way to compute y. `name` identifies it in explain_kernels and in the debug log.
 
     smooths: `apply` divides x by the layer's smoothing_factor itself; otherwise linear.py divides before the call.
-    only_if_faster: select.py takes this kernel only where it measures it faster than the next candidate.
+    only_if_faster: select.py takes this kernel only if it measures it faster than the next candidate.
     """
 
     name: ClassVar[str]
@@ -74,8 +78,9 @@ class Kernel(ABC):
     def rejects(request: Request) -> str | None:
         """The reason why this kernel cannot serve `request`; None if it can."""
 
-    @abstractmethod
-    def __init__(self, request: Request) -> None: ...
+    def __init__(self, request: Request) -> None:
+        self.activations = request.scheme.input_activations
+        self.dtype = request.dtype
 
     @abstractmethod
     def prepare(self, layer: Any) -> None:

@@ -1,6 +1,6 @@
-"""int8_linear.cpp, compiled once on the machine that runs it and kept below vLLM's cache folder.
+"""Compile int8_linear.cpp once on the machine that runs it; the library stays below vLLM's cache folder.
 
-torch.compile on a CPU, which is how vLLM runs, needs a C++ compiler for what Inductor writes; this asks for no more.
+vLLM on a CPU needs a C++ compiler anyway, because torch.compile writes C++ there.
 """
 
 import ctypes
@@ -18,18 +18,17 @@ import torch
 SOURCE = Path(__file__).with_name("int8_linear.cpp")
 SOURCES = (SOURCE, SOURCE.with_name("int8_tile.h"))
 FLAGS = ("-O3", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
-# Instructions that int8_tile.h knows, best first -> what tells the compiler of them.
+# Instruction sets that int8_tile.h supports, best first -> the compiler flags that enable them.
 TARGETS = {
     "vnni": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"),
     "avx2": ("-mavx2", "-mfma"),
 }
-# Inputs of a layer: int32 holds the sum of 2**31 / (255 * 128) products. The widest layer we know of has 53,248 inputs
-# (Llama 405B).
+# int32 holds the sum of 2**31 / (255 * 128) products. The widest layer that we know of has 53,248 inputs (Llama 405B).
 MAX_IN_FEATURES = 2**16
 
 
 def target() -> str | None:
-    """The best of TARGETS that this CPU can run; None where it can run none."""
+    """The best of TARGETS that this CPU can run; None if it can run none."""
     if torch.cpu._is_vnni_supported():
         return "vnni"
     return "avx2" if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else None
@@ -37,15 +36,14 @@ def target() -> str | None:
 
 @functools.cache
 def int8_linear() -> Callable[..., bool] | str:
-    """smoothquant_int8_linear of int8_linear.cpp for `target()`, or why it cannot be had here."""
-    found = target()
-    if found is None:
+    """smoothquant_int8_linear of int8_linear.cpp for `target()`, or the reason why it is not available here."""
+    best = target()
+    if best is None:
         return "needs an x86 CPU with AVX2"
     try:
-        library = ctypes.CDLL(str(build(found)))
+        library = ctypes.CDLL(str(build(best)))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        return f"could not compile {SOURCE.name}: {said}"
+        return f"could not compile {SOURCE.name}: {getattr(error, 'stderr', None) or error}"
     function = library.smoothquant_int8_linear
     pointer, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_bool
     function.argtypes = [flag, *[pointer] * 6, flag, pointer, *[number] * 3]
@@ -54,7 +52,10 @@ def int8_linear() -> Callable[..., bool] | str:
 
 
 def build(target: str) -> Path:
-    """The library of these sources, compiler and flags, written beside, then renamed: workers start at once."""
+    """The path of the compiled library. Its name has a hash of the sources, the compiler and the flags.
+
+    It is written to a temporary folder and then renamed, because several workers may start at the same time.
+    """
     from vllm import envs
 
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -67,8 +68,8 @@ def build(target: str) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder, path.name)
-            command = [compiler, *flags, str(SOURCE), "-o", str(built)]
+            temporary = Path(folder, path.name)
+            command = [compiler, *flags, str(SOURCE), "-o", str(temporary)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            built.rename(path)
+            temporary.rename(path)
     return path

@@ -7,14 +7,14 @@ import torch
 from ..format import int8
 from ..format.config import InputActivations
 from ..format.errors import SmoothQuantError
-from .base import Kernel, Request
+from .base import Kernel, Request, frozen
 from .ops import quantize_per_token, real_rows, triton_int8_mm
 
 
 class CutlassTensor(Kernel):
-    """Dynamic per_tensor on CUDA: absmax of the batch, quantise, CUTLASS; nothing waits for the host.
+    """Dynamic per_tensor on CUDA: absmax of the batch, quantise, CUTLASS. Nothing waits for the device.
 
-    One absmax couples all requests of a batch: that is what the scheme means, and why per_token is the default.
+    One absmax couples all requests of a batch. This is the meaning of the scheme, and why per_token is the default.
     """
 
     name = "cutlass-tensor"
@@ -31,14 +31,14 @@ class CutlassTensor(Kernel):
     def __init__(self, request: Request) -> None:
         from vllm import _custom_ops as vllm_ops
 
-        _refuse_context_parallel(request)
-        self.activations = request.scheme.input_activations
+        super().__init__(request)
+        if request.dynamic and not request.per_token:
+            _refuse_context_parallel(request)
         self.multiply = vllm_ops.cutlass_scaled_mm
 
     def prepare(self, layer: Any) -> None:
-        # [in, out], column-major, as both GEMMs want it: a view of the same storage.
-        layer.weight = torch.nn.Parameter(layer.weight.data.t(), requires_grad=False)
-        layer.weight_scale = torch.nn.Parameter(layer.weight_scale.data, requires_grad=False)
+        layer.weight = frozen(layer.weight.data.t())  # a view [in, out], column-major, as both GEMMs expect it
+        layer.weight_scale = frozen(layer.weight_scale.data)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         integers, scale = quantize_on_cuda(layer, x, self.activations)
@@ -46,7 +46,7 @@ class CutlassTensor(Kernel):
 
 
 class Triton(CutlassTensor):
-    """vLLM's Triton GEMM, for all schemes: compute capability 10.0 and above, or sizes CUTLASS does not take."""
+    """vLLM's Triton GEMM, for all schemes: compute capability 10.0 and above, or sizes that CUTLASS does not take."""
 
     name = "triton"
 
@@ -55,41 +55,34 @@ class Triton(CutlassTensor):
         return None
 
     def __init__(self, request: Request) -> None:
-        if request.dynamic and not request.per_token:
-            _refuse_context_parallel(request)
-        self.activations = request.scheme.input_activations
+        super().__init__(request)
         self.multiply = triton_int8_mm
 
 
 def no_cutlass(request: Request) -> str | None:
-    """Why vLLM's CUTLASS INT8 GEMM cannot serve `request`; its `is_supported` says yes to all of these."""
+    """The reason why vLLM's CUTLASS INT8 GEMM cannot serve `request`, although its `is_supported` returns true."""
     if (request.capability or 0) >= 100:
         return "CUTLASS's INT8 kernels stop below compute capability 10.0"
-    if not request.aligned:
-        return "CUTLASS wants in and out to be multiples of 16"
-    return None
+    return None if request.aligned else "CUTLASS needs in and out to be multiples of 16"
 
 
 def _refuse_context_parallel(request: Request) -> None:
-    """Ranks that share a sequence see slots for their own tokens only: real_rows would take the rest for padding."""
+    """Ranks that share a sequence see only the slots of their own tokens: real_rows would take others for padding."""
     from vllm.config import get_current_vllm_config
 
     parallel = get_current_vllm_config().parallel_config
     ranks = parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size
     if ranks > 1:
-        raise SmoothQuantError(
-            request.layer,
-            "1 rank of context parallelism with dynamic per_tensor activations",
-            str(ranks),
-            "serve without context parallelism, or calibrate with a scale per token",
-        )
+        expected = "1 rank of context parallelism with dynamic per_tensor activations"
+        fix = "serve without context parallelism, or calibrate with a scale per token"
+        raise SmoothQuantError(request.layer, expected, str(ranks), fix)
 
 
 def quantize_on_cuda(layer: Any, x: torch.Tensor, activations: InputActivations) -> tuple[torch.Tensor, torch.Tensor]:
     """x [tokens, in] / smoothing_factor, rounded: int8 [tokens, in] and its float32 scale, [tokens, 1] or one element.
 
-    Compiled, it is plain torch: Inductor makes it part of the norm or the activation function before it, where an
-    operator would be a kernel of its own that reads and writes x once more. Eager, it is the fewest kernels there are.
+    Compiled, it is plain torch, because Inductor fuses that with the norm or the activation function before it. An
+    operator would be a kernel of its own that reads and writes x once more. Eager, it uses the fewest kernels possible.
     """
     from vllm import _custom_ops as vllm_ops
 
@@ -104,7 +97,7 @@ def quantize_on_cuda(layer: Any, x: torch.Tensor, activations: InputActivations)
     if not activations.dynamic:
         scale = layer.input_scale
     elif not per_token:
-        # Padding rows of a CUDA graph hold whatever was there; NaN in a real row must reach the scale.
+        # Padding rows of a CUDA graph hold old values and must not count, but NaN in a real row must reach the scale.
         rows = torch.where(real_rows(layer.weight_scale, x.shape[0]), x.abs().amax(dim=1), 0)
         scale = int8.absmax_scale(rows.amax().reshape(1))
     elif compiling:

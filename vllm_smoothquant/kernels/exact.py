@@ -1,4 +1,4 @@
-"""Checks, made once on the CPU that serves, that an integer product gives exact sums."""
+"""Checks that integer products are exact, computed once on the CPU that serves."""
 
 import functools
 
@@ -11,15 +11,15 @@ INEXACT = "oneDNN's INT8 GEMM saturates on this CPU (no VNNI) and would silently
 
 @functools.cache
 def onednn_is_exact() -> bool:
-    """Whether vLLM's oneDNN INT8 GEMM adds up correctly on this CPU: measured, once.
+    """Whether vLLM's oneDNN INT8 GEMM gives exact sums on this CPU, measured with extreme values of both operands.
 
-    Without VNNI, x86 adds pairs of products in 16 bits and clips them: any |weight| above 64 may be lost, without a
-    word from oneDNN or vLLM. The extremes of both operands, once for a single token and once for several, show it.
+    Without VNNI, x86 adds pairs of products in 16 bits and clips them: sums with any |weight| above 64 may be wrong,
+    and neither oneDNN nor vLLM reports it. One token and several tokens are tested.
     """
     from vllm import _custom_ops as vllm_ops
 
     n = k = 64
-    # dtypes and device said: vLLM's defaults are the model's while it builds layers.
+    # Pass dtype and device explicitly: vLLM changes torch's defaults while it builds a model.
     one = torch.ones(1, dtype=torch.float32, device="cpu")
     for tokens in (1, 16):
         weight = torch.full((n, k), -127, dtype=torch.int8, device="cpu")
@@ -35,11 +35,11 @@ def onednn_is_exact() -> bool:
 
 @functools.cache
 def compiled_is_exact() -> bool:
-    """Whether Compiled adds up correctly on this CPU: measured, once, on extremes and on the remainders of tiles."""
-    tokens, out_features, in_features = 7, 7, 100
-    number = torch.arange(out_features, device="cpu").reshape(-1, 1)
+    """Whether Compiled gives exact sums on this CPU, measured with extreme values and sizes that no tile divides."""
+    n, in_features = 7, 100  # n tokens and n outputs
+    number = torch.arange(n, device="cpu").reshape(-1, 1)
     weight = torch.where(number % 2 == 0, -128, 127 - number).expand(-1, in_features).to(torch.int8).contiguous()
-    x = torch.where(torch.arange(tokens, device="cpu").reshape(-1, 1) % 2 == 0, -128.0, 127.0).expand(-1, in_features)
-    one = torch.ones(out_features, dtype=torch.float32, device="cpu")
+    x = torch.where(number % 2 == 0, -128.0, 127.0).expand(-1, in_features)
+    one = torch.ones(n, dtype=torch.float32, device="cpu")
     y = int8_linear(x.to(torch.float32), weight, one, weight.sum(1, dtype=torch.int32), one[:1], None, False)
     return torch.equal(y.double(), x.double() @ weight.double().t())

@@ -1,6 +1,6 @@
-// y = (q_x @ q_w^T) * s_x * s_w + bias, exact in integers, on x86; int8.linear_reference says the same slowly.
+// y = (q_x @ q_w^T) * s_x * s_w + bias, exact in integers, on x86; int8.linear_reference is the plain version of it.
 //
-// Activations are quantised once, to the integers that the tile (int8_tile.h) multiplies; weights stay as loaded.
+// Activations are quantised once, to the integers that the tile (int8_tile.h) multiplies. Weights stay as loaded.
 
 #include "int8_tile.h"
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr long CHUNK = 64;  // rows of activations that stay in the second-level cache while the weights go by
+constexpr long CHUNK = 64;  // rows of activations that stay in the second-level cache while all weights are read
 
 using Tile = void (*)(const Integer*, const int8_t*, int32_t (&)[ROWS][COLUMNS], long);
 template <int M, bool FETCH>
@@ -42,28 +42,28 @@ float real(BFloat16 x) {
 
 void store(float value, float* y) { *y = value; }
 
-// To the nearest, and of two to the even one; NaN stays NaN.
+// Rounds to nearest even; NaN stays NaN.
 void store(float value, BFloat16* y) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   y->bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Bits of |x| order as |x| does, and NaN's are above infinity's: the largest of integers loses no NaN.
+// The bits of |x| have the order of |x|, and those of NaN are above infinity's, so the largest integer loses no NaN.
 template <class Real>
 uint32_t absmax_bits(const Real* x, long n) {
-  uint32_t most = 0;
+  uint32_t largest = 0;
   for (long k = 0; k < n; k++) {
     const float value = real(x[k]);
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     bits &= 0x7fffffffu;
-    most = bits > most ? bits : most;
+    largest = bits > largest ? bits : largest;
   }
-  return most;
+  return largest;
 }
 
-// int8.absmax_scale
+// As int8.absmax_scale.
 float scale_of(uint32_t bits) {
   float absmax;
   std::memcpy(&absmax, &bits, sizeof absmax);
@@ -71,7 +71,7 @@ float scale_of(uint32_t bits) {
   return scale < std::numeric_limits<float>::min() ? 1.0f : scale;
 }
 
-// int8.quantize. Returns the scale, or NaN where x has one: a static scale would hide it.
+// As int8.quantize. Returns the scale, or NaN if x has a NaN, because integers with a static scale would hide it.
 template <class Real>
 float quantize(const Real* x, float scale, Integer* integers, long n) {
   int nans = 0;
@@ -85,20 +85,21 @@ float quantize(const Real* x, float scale, Integer* integers, long n) {
   return nans ? std::numeric_limits<float>::quiet_NaN() : scale;
 }
 
-// At least `bytes`, of this thread, kept for the next call: a fresh page costs more than what is computed in it.
-void* room(size_t bytes) {
-  struct Kept {
-    void* at = nullptr;
+// At least `bytes` of memory of this thread; null if there is none. The next call uses it again, because page faults of
+// new memory take longer than the computation in it.
+void* scratch(size_t bytes) {
+  struct Memory {
+    void* data = nullptr;
     size_t bytes = 0;
-    ~Kept() { std::free(at); }
+    ~Memory() { std::free(data); }
   };
-  static thread_local Kept kept;
-  if (kept.bytes < bytes) {
-    std::free(kept.at);
-    kept.at = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    kept.bytes = kept.at ? bytes : 0;
+  static thread_local Memory memory;
+  if (memory.bytes < bytes) {
+    std::free(memory.data);
+    memory.data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    memory.bytes = memory.data ? bytes : 0;
   }
-  return kept.at;
+  return memory.data;
 }
 
 template <class Real>
@@ -106,7 +107,7 @@ bool linear(const Real* x, const int8_t* weight, const float* weight_scale, cons
             const float* input_scale, bool per_token, Real* y, long tokens, long in, long out) {
   const long blocks = (out + COLUMNS - 1) / COLUMNS;
   const size_t integers_bytes = (tokens * in * sizeof(Integer) + 63) / 64 * 64;
-  char* bytes = static_cast<char*>(room(integers_bytes + tokens * (sizeof(uint32_t) + sizeof(float))));
+  char* bytes = static_cast<char*>(scratch(integers_bytes + tokens * (sizeof(uint32_t) + sizeof(float))));
   if (!bytes) return false;
   Integer* integers = reinterpret_cast<Integer*>(bytes);
   uint32_t* absmax = reinterpret_cast<uint32_t*>(bytes + integers_bytes);
@@ -144,9 +145,10 @@ bool linear(const Real* x, const int8_t* weight, const float* weight_scale, cons
           const Tile tile = m == top ? tile_of<true>(height, width) : tile_of<false>(height, width);
           tile(integers + m * in, weight + n * in, total, in);
           for (long i = 0; i < height; i++) {
-            float found[COLUMNS];  // whole, also where a tile is not: four at once is what compilers make of it
-            for (long j = 0; j < COLUMNS; j++) found[j] = (total[i][j] - offset[j]) * scale[m + i] * step[j] + plus[j];
-            for (long j = 0; j < width; j++) store(found[j], y + (m + i) * out + n + j);
+            // Always COLUMNS wide so that the compiler vectorises it; the tail is discarded below.
+            float row[COLUMNS];
+            for (long j = 0; j < COLUMNS; j++) row[j] = (total[i][j] - offset[j]) * scale[m + i] * step[j] + plus[j];
+            for (long j = 0; j < width; j++) store(row[j], y + (m + i) * out + n + j);
           }
         }
       }
@@ -157,9 +159,16 @@ bool linear(const Real* x, const int8_t* weight, const float* weight_scale, cons
 
 }  // namespace
 
-// x [tokens, in], weight [out, in], weight_scale [out], weight_sum [out]: the sum of each row of weight, bias [out] or
-// null, input_scale [1] or null to measure it: one for each token, or one for all. y [tokens, out]. x, bias and y are
-// float, or bfloat16 where `narrow`. False where there is no memory.
+// narrow: x, bias and y are bfloat16; otherwise they are float.
+// x: activations of shape (tokens, in).
+// weight: integers of shape (out, in), row-major, as the checkpoint stores them.
+// weight_scale: of shape (out); real = integer * scale.
+// weight_sum: of shape (out), the sum of each row of weight, because x's integers have an OFFSET (int8_tile.h).
+// bias: of shape (out), or null for none.
+// input_scale: the static scale of x, one number, or null to measure it as absmax / 127.
+// per_token: a measured scale is one per token; otherwise it is one for all tokens.
+// y: the result, of shape (tokens, out).
+// Returns false if there is no memory.
 extern "C" bool smoothquant_int8_linear(
     bool narrow, const void* x, const int8_t* weight, const float* weight_scale, const int32_t* weight_sum,
     const void* bias, const float* input_scale, bool per_token, void* y, long tokens, long in, long out) {

@@ -1,4 +1,4 @@
-"""The candidates of each platform in order, and why a candidate was not selected.
+"""The candidates of each platform in order, and the reasons why a candidate was not selected.
 
 To add a kernel: write a `Kernel` (base.py) in a file of its own and add it to CANDIDATES. Nothing else refers to it.
 
@@ -20,7 +20,7 @@ CANDIDATES: dict[str, tuple[type[Kernel], ...]] = {
 
 
 def explain_kernels(request: Request) -> list[tuple[str, str | None]]:
-    """(name, reason) of every candidate of the request's platform in order; the reason is None where it can serve."""
+    """(name, reason) of every candidate of the request's platform in order; the reason is None if it can serve."""
     candidates = CANDIDATES.get(request.platform, ())
     return [(kernel.name, _reason(request, kernel, candidates[i + 1 :])) for i, kernel in enumerate(candidates)]
 

@@ -10,9 +10,9 @@ from .cuda import no_cutlass, quantize_on_cuda
 
 
 class VllmChoice(Kernel):
-    """vLLM's own INT8 kernels through its own chooser: per_token everywhere, static per_tensor on CUDA.
+    """vLLM's own INT8 kernels through its own chooser: per_token on all platforms, static per_tensor on CUDA.
 
-    Where it chooses CUTLASS, x is quantised by quantize_on_cuda and only the multiplication is vLLM's.
+    If it chooses CUTLASS, quantize_on_cuda quantises x, and vLLM's class only multiplies.
     """
 
     name = "vllm"
@@ -31,14 +31,14 @@ class VllmChoice(Kernel):
         from vllm import _custom_ops as vllm_ops
         from vllm.model_executor.kernels.linear import init_int8_linear_kernel
 
+        super().__init__(request)
         self.kernel = init_int8_linear_kernel(
             is_channelwise=request.channelwise,
             is_static_input_scheme=not request.dynamic,
             input_symmetric=True,
             module_name=request.layer,
         )
-        self.activations = request.scheme.input_activations
-        # By name: Triton's class is a subclass of this one. --linear-backend may choose that or another.
+        # By name, because Triton's class is a subclass of this one and --linear-backend may choose it.
         self.smooths = type(self.kernel).__name__ == "CutlassInt8ScaledMMLinearKernel"
         self.multiply = vllm_ops.cutlass_scaled_mm if self.smooths else None
 

@@ -1,17 +1,17 @@
-"""x / smoothing_factor, rounded with a scale for each token: one Triton kernel, one read of x from memory.
+"""x / smoothing_factor, rounded with a scale per token: one Triton kernel that reads x from memory once.
 
     s[t] = max_i |x[t, i] * r[i]| / 127        q[t, i] = clamp(round(x[t, i] * r[i] / s[t]), -128, 127)        r = 1 / f
 
-x [tokens, in] float32/bfloat16/float16, r float32 [in], q int8 [tokens, in], s float32 [tokens, 1]; real = q * s. Bit
-for bit what int8.py computes from x * r in float32. vLLM's own operator knows no r: it would want x * r in memory.
-Used where nothing is compiled; compiled, Inductor makes the quantisation a part of what comes before.
+x [tokens, in] float32/bfloat16/float16, r float32 [in], q int8 [tokens, in], s float32 [tokens, 1]; real = q * s. The
+result is bit for bit that of int8.py for x * r in float32. vLLM's own operator has no r and would need x * r in memory.
+Only eager mode uses this kernel, because Inductor fuses the quantisation with the operation before it.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-# Longer rows are read in steps of this.
+# The number of elements of a row that are read at once.
 _STEP = 4096
 
 
@@ -24,10 +24,10 @@ def _kernel(x, r, q, s, n, x_stride, q_stride, STEP: tl.constexpr):  # type: ign
         inside = columns + start < n
         value = tl.load(x + row * x_stride + start + columns, mask=inside, other=0).to(tl.float32)
         value = value * tl.load(r + start + columns, mask=inside, other=0)
-        # Absolute values order as their bits do, and NaN above all: it must not get lost.
+        # The bits of absolute values have the order of the values, and NaN is above all of them, so no NaN is lost.
         largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     scale = tl.div_rn(tl.max(largest, axis=0).to(tl.float32, bitcast=True), 127.0)
-    # As int8.absmax_scale: a row of nothing has the scale 1.
+    # As in int8.absmax_scale: a row of zeros has the scale 1.
     scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
     tl.store(s + row, scale)
     for start in range(0, n, STEP):
@@ -35,13 +35,13 @@ def _kernel(x, r, q, s, n, x_stride, q_stride, STEP: tl.constexpr):  # type: ign
         value = tl.load(x + row * x_stride + start + columns, mask=inside, other=0).to(tl.float32)
         value = value * tl.load(r + start + columns, mask=inside, other=0)
         value = tl.minimum(tl.maximum(tl.div_rn(value, scale), -128.0), 127.0)
-        # Adding 1.5 * 2**23 leaves no bits for a fraction: round half to even.
+        # Round half to even: adding 1.5 * 2**23 leaves no bits for a fraction.
         integer = (value + 12582912.0) - 12582912.0
         tl.store(q + row * q_stride + start + columns, integer.to(tl.int8), mask=inside)
 
 
 def quantize_per_token(x: torch.Tensor, inverse_smoothing_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and s of x, whose rows may lie apart (stride); inverse_smoothing_factor is r."""
+    """q and s of x, whose rows may have a stride; inverse_smoothing_factor is r."""
     tokens, n = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()

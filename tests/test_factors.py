@@ -1,4 +1,4 @@
-"""Factors by eq. 4, folds that keep the function on every architecture of the zoo, and the arithmetic of rounding."""
+"""Factors by eq. 4, folds that keep the function of every tiny architecture, and the rounding of stored norms."""
 
 from functools import cache
 
@@ -15,26 +15,26 @@ from calibration.smoothing.factors import Smoothing, smooth_groups, smoothing_fa
 from tests.helpers import tiny_architectures, toy_block
 from vllm_smoothquant.format.errors import SmoothQuantError
 
-# Of the issue: relative change of the logits, in float32.
+# Largest relative change of the logits, in float32.
 BOUND = 1e-4
 
 
 def observe(model: nn.Module, graph: Graph, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """max|X_j| of every linear layer's input, [in_features]."""
-    result: dict[str, torch.Tensor] = {}
+    maxima: dict[str, torch.Tensor] = {}
     handles = []
     for linear in graph.linears:
 
         def record(module: nn.Module, args: tuple, name: str = linear.name) -> None:
             absmax = args[0].abs().reshape(-1, args[0].shape[-1]).amax(0).float()
-            result[name] = torch.maximum(result[name], absmax) if name in result else absmax
+            maxima[name] = torch.maximum(maxima[name], absmax) if name in maxima else absmax
 
         handles.append(model.get_submodule(linear.name).register_forward_pre_hook(record))
     with torch.no_grad():
         model(input_ids=input_ids, use_cache=False)
     for handle in handles:
         handle.remove()
-    return result
+    return maxima
 
 
 def logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
@@ -43,13 +43,14 @@ def logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
-def change(before: torch.Tensor, after: torch.Tensor) -> float:
-    return float((after - before).abs().max() / before.abs().max())
+def change(original: torch.Tensor, smoothed: torch.Tensor) -> float:
+    return float((smoothed - original).abs().max() / original.abs().max())
 
 
-def plan(model: nn.Module, alpha: float = 0.5, **options: bool) -> tuple[Graph, Smoothing]:
+def fold(model: nn.Module, alpha: float = 0.5, **options: bool) -> tuple[Graph, Smoothing]:
     graph = discover(model, tiny_architectures.tokens())
-    return graph, smooth_groups(model, graph, observe(model, graph, tiny_architectures.tokens()), alpha, **options)
+    absmax = observe(model, graph, tiny_architectures.tokens())
+    return graph, smooth_groups(model, graph, absmax, {g.source: alpha for g in graph.groups}, **options)
 
 
 # --- Eq. 4 ---
@@ -87,7 +88,7 @@ def test_channels_without_range_keep_scale_one(alpha: float) -> None:
     assert (s > 0).all()
 
 
-def test_readers_in_floating_point_follow_without_a_vote() -> None:
+def test_readers_in_floating_point_do_not_influence_the_factors() -> None:
     model = tiny_architectures.build("llama")
     names = [f"model.layers.0.self_attn.{p}_proj" for p in "qkv"]
     graph = discover(model, tiny_architectures.tokens(), keep=set(names[1:]))
@@ -127,35 +128,35 @@ def test_missing_statistics_name_the_layer() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(16), torch.full((16,), torch.nan), -torch.ones(16), torch.ones(3)])
-def test_plan_refuses_factors_that_are_none(bad: torch.Tensor) -> None:
+def test_folding_refuses_bad_factors(bad: torch.Tensor) -> None:
     with pytest.raises(SmoothQuantError, match="positive finite factors"):
         Smoothing(toy_block.Toy(), TOY, {"layers.0.norm": bad})
 
 
-# --- The plan ---
+# --- The folding ---
 
 
-def test_plan_modifies_nothing_until_applied() -> None:
+def test_folding_modifies_nothing_until_it_is_applied() -> None:
     model = tiny_architectures.build("opt")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    _, smoothing = plan(model)
+    parameters = {name: value.clone() for name, value in model.state_dict().items()}
+    _, smoothing = fold(model)
     for name in smoothing.modules:
         smoothing.parameters(name)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(torch.equal(parameters[name], value) for name, value in model.state_dict().items())
     smoothing.apply_()
-    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert any(not torch.equal(parameters[name], value) for name, value in model.state_dict().items())
 
 
 def test_factors_of_a_layer_that_is_source_and_reader() -> None:
-    """v_proj: columns times the norm's s, rows and bias over its own; everything else of the model as it was."""
+    """v_proj: columns times the norm's s, rows and bias divided by its own s; all other modules stay as they are."""
     model = tiny_architectures.build("opt")
-    graph, smoothing = plan(model)
+    graph, smoothing = fold(model)
     name = "model.decoder.layers.0.self_attn.v_proj"
     v = model.get_submodule(name)
-    new = smoothing.parameters(name)
+    smoothed = smoothing.parameters(name)
     columns, rows = smoothing.input_factor(name), smoothing.output_factor(name)
-    torch.testing.assert_close(new["weight"], v.weight.detach() * columns / rows[:, None])
-    torch.testing.assert_close(new["bias"], v.bias.detach() / rows)
+    torch.testing.assert_close(smoothed["weight"], v.weight.detach() * columns / rows[:, None])
+    torch.testing.assert_close(smoothed["bias"], v.bias.detach() / rows)
     norm = "model.decoder.layers.0.self_attn_layer_norm"
     assert torch.equal(smoothing.factors[norm], columns)
     bias = smoothing.parameters(norm)["bias"] * columns
@@ -165,15 +166,15 @@ def test_factors_of_a_layer_that_is_source_and_reader() -> None:
     assert smoothing.input_factor("nope") is None
     assert smoothing.output_factor("nope") is None
     assert "model.decoder.embed_tokens" not in smoothing.modules
-    described = smoothing.describe(graph.groups[0])
-    assert described["source"] == norm
-    assert described["factor_min"] == float(columns.min())
+    entry = smoothing.describe(graph.groups[0])
+    assert entry["source"] == norm
+    assert entry["factor_min"] == float(columns.min())
 
 
-def test_no_smoothing_is_an_empty_plan() -> None:
+def test_no_smoothing_is_an_empty_folding() -> None:
     model = tiny_architectures.build("llama")
     graph = discover(model, tiny_architectures.tokens())
-    smoothing = smooth_groups(model, graph, {}, None)
+    smoothing = smooth_groups(model, graph, {}, {})
     assert not smoothing.modules
     assert smoothing.describe(graph.groups[0])["smoothed"] is False
 
@@ -181,16 +182,16 @@ def test_no_smoothing_is_an_empty_plan() -> None:
 def test_alpha_for_each_group() -> None:
     model = tiny_architectures.build("llama")
     graph = discover(model, tiny_architectures.tokens())
-    chosen = graph.groups[0].source
-    smoothing = smooth_groups(model, graph, observe(model, graph, tiny_architectures.tokens()), {chosen: 0.8})
-    assert set(smoothing.factors) == {chosen}
+    source = graph.groups[0].source
+    smoothing = smooth_groups(model, graph, observe(model, graph, tiny_architectures.tokens()), {source: 0.8})
+    assert set(smoothing.factors) == {source}
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "nemotron"])
-def test_rounding_of_a_stored_norm_is_given_to_its_readers(name: str) -> None:
-    """In bfloat16: (what is stored) * s' is the original weight to float32 rounding, and what is stored is bfloat16."""
+def test_readers_undo_the_rounding_of_a_stored_norm(name: str) -> None:
+    """The stored weight is bfloat16, and stored weight * s' is the original weight up to float32 rounding."""
     model = tiny_architectures.build(name, dtype=torch.bfloat16)
-    _, smoothing = plan(model)
+    _, smoothing = fold(model)
     norm = "model.layers.0.input_layernorm"
     plus = 0.0 if name == "llama" else 1.0
     stored = smoothing.parameters(norm)["weight"]
@@ -218,17 +219,17 @@ def test_overflow_writes_nothing() -> None:
     model = tiny_architectures.build("llama", dtype=torch.float16)
     graph = discover(model.float(), tiny_architectures.tokens())
     model.half()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = {name: value.clone() for name, value in model.state_dict().items()}
     source = "model.layers.0.mlp.up_proj"
     smoothing = Smoothing(model, graph, {source: torch.full((192,), 1e-8)})
     with pytest.raises(SmoothQuantError, match="overflow"):
         smoothing.apply_()
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(torch.equal(parameters[name], value) for name, value in model.state_dict().items())
 
 
 def test_tied_embeddings_stay_tied() -> None:
     model = tiny_architectures.build("llama-tied")
-    _, smoothing = plan(model)
+    _, smoothing = fold(model)
     embedding = model.model.embed_tokens.weight.clone()
     smoothing.apply_()
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -238,17 +239,17 @@ def test_tied_embeddings_stay_tied() -> None:
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "arcee"])
 def test_powers_of_two_keep_every_bit_of_a_bfloat16_model(name: str) -> None:
     model = tiny_architectures.build(name, dtype=torch.bfloat16)
-    _, smoothing = plan(model, power_of_two=True)
+    _, smoothing = fold(model, power_of_two=True)
     norms = [f for s, f in smoothing.factors.items() if "norm" in s or "ln" in s]
     assert any(f.ne(1).any() for f in norms)
-    before = logits(model, tiny_architectures.tokens(2))
+    expected = logits(model, tiny_architectures.tokens(2))
     smoothing.apply_()
-    assert torch.equal(before, logits(model, tiny_architectures.tokens(2)))
+    assert torch.equal(expected, logits(model, tiny_architectures.tokens(2)))
 
 
-# --- The zoo ---
+# --- All tiny architectures ---
 
-# What reads the residual stream's norms in attention and in a dense MLP, by the last part of its name.
+# Layers that read the norms of the residual stream in attention and in a dense MLP, by the last part of their names.
 ATTENTION_INPUTS = {
     "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "q_a_proj", "kv_a_proj_with_mqa",
 }  # fmt: skip
@@ -258,13 +259,13 @@ MLP_INPUTS = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "d
 
 @cache
 def smoothed(name: str) -> tuple[float, Graph]:
-    """Relative change of the logits of zoo model `name` when smoothed and written, and its graph."""
+    """Relative change of the logits of tiny model `name` after the folding is applied, and its graph."""
     model = tiny_architectures.build(name)
-    graph, smoothing = plan(model)
+    graph, smoothing = fold(model)
     gate.check_equivalence(smoothing, [tiny_architectures.tokens(2), tiny_architectures.tokens(3)])
-    before = logits(model, tiny_architectures.tokens(4))
+    expected = logits(model, tiny_architectures.tokens(4))
     smoothing.apply_()
-    return change(before, logits(model, tiny_architectures.tokens(4))), graph
+    return change(expected, logits(model, tiny_architectures.tokens(4))), graph
 
 
 @pytest.mark.parametrize("name", tiny_architectures.ZOO)
@@ -287,7 +288,7 @@ def test_attention_and_mlp_inputs_are_smoothed_on_at_least_24_architectures() ->
 
 
 @cache
-def unscaled(name: str) -> tuple[nn.Module, Graph, torch.Tensor, dict[str, torch.Tensor]]:
+def original(name: str) -> tuple[nn.Module, Graph, torch.Tensor, dict[str, torch.Tensor]]:
     model = tiny_architectures.build(name)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     return model, discover(model, tiny_architectures.tokens()), logits(model, tiny_architectures.tokens(5)), state
@@ -300,14 +301,14 @@ def unscaled(name: str) -> tuple[nn.Module, Graph, torch.Tensor, dict[str, torch
     seed=st.integers(0, 2**16),
 )
 def test_any_positive_factors_keep_the_function(name: str, exponents: list[float], seed: int) -> None:
-    model, graph, before, state = unscaled(name)
+    model, graph, expected, state = original(name)
     generator = torch.Generator().manual_seed(seed)
     values = 2.0 ** torch.tensor(exponents)
     factors = {}
     for group in graph.groups:
-        drawn = values[torch.randint(len(values), (group.channels,), generator=generator)]
-        factors[group.source] = torch.where(group.foldable, drawn, 1.0)
+        s = values[torch.randint(len(values), (group.channels,), generator=generator)]
+        factors[group.source] = torch.where(group.foldable, s, 1.0)
     Smoothing(model, graph, factors).apply_()
-    after = logits(model, tiny_architectures.tokens(5))
+    smoothed_logits = logits(model, tiny_architectures.tokens(5))
     model.load_state_dict(state)
-    assert change(before, after) <= BOUND
+    assert change(expected, smoothed_logits) <= BOUND

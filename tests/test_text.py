@@ -1,4 +1,4 @@
-"""Calibration samples: full windows, many documents first, fixed by the seed."""
+"""Calibration samples: full windows, from many documents first, and the same for the same seed."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.helpers.tiny_checkpoints import save_text, tokenizer
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 
-def windows(path, **options):
+def load(path, **options):
     options = {"text_column": "text", "samples": 4, "seq_len": 16, "seed": 0} | options
     return text.load_samples(str(path), tokenizer(), **options)
 
@@ -21,23 +21,23 @@ def write(path, texts):
 
 def test_every_window_is_full_and_from_the_text(tmp_path):
     texts = ["a" * 40, "b" * 40, "c" * 7, "d" * 7, "e" * 7]
-    ids = windows(write(tmp_path / "t.jsonl", texts), samples=5).input_ids
+    ids = load(write(tmp_path / "t.jsonl", texts), samples=5).input_ids
     assert ids.shape == (5, 16)
     decoded = [tokenizer().decode(row) for row in ids]
     assert sum(set(d) in ({"a"}, {"b"}) for d in decoded) == 4  # two from each long document
-    assert any(set(d) <= set("cde") for d in decoded)  # the short ones joined
+    assert any(set(d) <= set("cde") for d in decoded)  # short documents, joined
 
 
 def test_each_long_document_is_seen_before_any_is_seen_twice(tmp_path):
     texts = [letter * 160 for letter in "abcdefgh"]
-    ids = windows(write(tmp_path / "t.jsonl", texts), samples=8).input_ids
+    ids = load(write(tmp_path / "t.jsonl", texts), samples=8).input_ids
     assert sorted(tokenizer().decode(row)[0] for row in ids) == list("abcdefgh")
 
 
-def test_the_seed_decides(tmp_path):
+def test_the_seed_decides_which_samples(tmp_path):
     path = save_text(tmp_path / "t.jsonl")
-    assert windows(path).sha256 == windows(path).sha256
-    assert windows(path).sha256 != windows(path, seed=1).sha256
+    assert load(path).sha256 == load(path).sha256
+    assert load(path).sha256 != load(path, seed=1).sha256
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".parquet", ".csv"])
@@ -51,13 +51,13 @@ def test_other_files_hold_the_same_text(tmp_path, suffix):
 
         table = Dataset.from_dict({"text": [text]})
         (table.to_parquet if suffix == ".parquet" else table.to_csv)(str(path))
-    assert set(tokenizer().decode(windows(path).input_ids[0])) == {"x"}
+    assert set(tokenizer().decode(load(path).input_ids[0])) == {"x"}
 
 
 def test_another_text_column(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"id": 1, "note": "y" * 200}) + "\n")
-    assert set(tokenizer().decode(windows(path, text_column="note").input_ids[0])) == {"y"}
+    assert set(tokenizer().decode(load(path, text_column="note").input_ids[0])) == {"y"}
 
 
 FAULTS = {
@@ -73,10 +73,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("content", "options", "message"), FAULTS.values(), ids=FAULTS)
-def test_faults_are_one_clear_line(tmp_path, content, options, message):
+def test_each_fault_is_an_error_in_one_line(tmp_path, content, options, message):
     path = tmp_path / "t.jsonl"
     if content is not None:
         path.write_text(content)
     with pytest.raises(SmoothQuantError, match=message) as caught:
-        windows(path, **options)
+        load(path, **options)
     assert "\n" not in str(caught.value)

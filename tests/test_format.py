@@ -1,4 +1,4 @@
-"""The format: what is written is read back the same, and nothing else is read at all."""
+"""The checkpoint format: reading returns what was written, and everything else is refused."""
 
 import copy
 import json
@@ -103,7 +103,7 @@ def test_a_missing_key_is_refused(key: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, [], "smoothquant"])
-def test_what_is_no_object_is_refused(value: Any) -> None:
+def test_a_value_that_is_not_an_object_is_refused(value: Any) -> None:
     with pytest.raises(SmoothQuantError, match="expected an object"):
         CheckpointConfig.from_dict(value)
 
@@ -126,7 +126,7 @@ def test_an_error_crosses_processes() -> None:
     assert (type(again), str(again), again.where) == (SmoothQuantError, str(error), "a")
 
 
-# --- the files -------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 FILE_CONFIG = CheckpointConfig(
     weights=Weights("channel"),
@@ -144,7 +144,7 @@ def file_tensors() -> dict[str, torch.Tensor]:
         "a.input_scale": torch.ones(1),
         "a.smoothing_factor": torch.ones(4),
         "a.bias": torch.zeros(6),
-        "b.weight": torch.zeros(4, 6, dtype=torch.int8),  # [in, out], as GPT-2 keeps it
+        "b.weight": torch.zeros(4, 6, dtype=torch.int8),  # [in, out], as in GPT-2
         "b.weight_scale": torch.ones(6, 1),
         "c.weight": torch.zeros(3, 3),
         "norm.weight": torch.ones(4),
@@ -156,7 +156,7 @@ def faults(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
     return [str(fault) for fault in header_faults(FILE_CONFIG, read_headers(tmp_path))]
 
 
-def test_a_sound_file_has_no_faults(tmp_path: Path) -> None:
+def test_a_correct_file_has_no_faults(tmp_path: Path) -> None:
     assert faults(tmp_path, file_tensors()) == []
 
 
@@ -179,13 +179,13 @@ def test_a_sound_file_has_no_faults(tmp_path: Path) -> None:
         ("d.input_scale", torch.ones(1), "d.weight: expected int8 [out, in], got no such tensor"),
     ],
 )
-def test_headers_show_what_is_amiss(tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str) -> None:
+def test_headers_show_the_fault(tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str) -> None:
     tensors = file_tensors()
     tensors.pop(name, None)
     if tensor is not None:
         tensors[name] = tensor
-    found = faults(tmp_path, tensors)
-    assert any(message in fault for fault in found), found
+    texts = faults(tmp_path, tensors)
+    assert any(message in text for text in texts), texts
 
 
 def write_shards(folder: Path) -> None:
@@ -200,27 +200,27 @@ def test_shards_are_read_together(tmp_path: Path) -> None:
     assert read_headers(tmp_path) == {"a.weight": ("F32", (2,)), "b.weight": ("F32", (2,))}
 
 
-def test_a_missing_shard_a_stray_tensor_and_a_torn_file_are_refused(tmp_path: Path) -> None:
+def test_a_missing_shard_an_extra_tensor_and_a_truncated_file_are_refused(tmp_path: Path) -> None:
     write_shards(tmp_path)
     second = tmp_path / "model-00002-of-00002.safetensors"
-    whole = second.read_bytes()
+    content = second.read_bytes()
     second.unlink()
     with pytest.raises(SmoothQuantError, match=r"expected b\.weight in model-00002.*copy the missing file"):
         read_headers(tmp_path)
-    second.write_bytes(whole[: len(whole) // 3])
+    second.write_bytes(content[: len(content) // 3])
     with pytest.raises(SmoothQuantError, match="expected a safetensors file"):
         read_headers(tmp_path)
-    second.write_bytes(whole)
-    stray = tmp_path / "adapter.safetensors"
-    save_file({"c.weight": torch.zeros(2)}, stray)
+    second.write_bytes(content)
+    extra = tmp_path / "adapter.safetensors"
+    save_file({"c.weight": torch.zeros(2)}, extra)
     with pytest.raises(SmoothQuantError, match=r"an entry for c\.weight"):
         read_headers(tmp_path)
-    save_file({"a.weight": torch.zeros(2)}, stray)
+    save_file({"a.weight": torch.zeros(2)}, extra)
     with pytest.raises(SmoothQuantError, match=r"expected a\.weight in one file"):
         read_headers(tmp_path)
 
 
-# --- who imports whom ------------------------------------------------------------------------------------------------
+# --- imports ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_format_needs_neither_vllm_nor_transformers() -> None:

@@ -1,4 +1,4 @@
-"""The model card that calibrate writes, and its upload, with a hub that is not there."""
+"""The model card that calibrate and convert write."""
 
 import json
 
@@ -36,7 +36,7 @@ def checkpoint(model, text):
     return model.parent / "out"
 
 
-def test_metadata_as_the_hub_reads_it_and_the_licence_carried_over(checkpoint):
+def test_the_hub_can_read_the_metadata_and_the_licence_is_copied_from_the_source(checkpoint):
     data = ModelCard.load(checkpoint / model_card.CARD).data.to_dict()
     assert data["license"] == "other"
     assert data["license_name"] == "house"
@@ -44,21 +44,21 @@ def test_metadata_as_the_hub_reads_it_and_the_licence_carried_over(checkpoint):
     assert data["tags"] == model_card.TAGS
     assert data["library_name"] == "vllm"
     assert data["pipeline_tag"] == "text-generation"
-    assert "base_model" not in data  # a folder is no model of the hub
+    assert "base_model" not in data  # the source is a folder, not a model on the hub
 
 
-def test_it_says_what_the_manifest_says_and_not_where_things_lay(checkpoint, model):
-    said = (checkpoint / model_card.CARD).read_text()
+def test_the_card_agrees_with_the_manifest_and_names_no_folder(checkpoint, model):
+    card = (checkpoint / model_card.CARD).read_text()
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    assert f"| linear layers in INT8 | {len(manifest['quantized'])} |" in said
-    assert "fixed by calibration" in said
-    assert "4 x 32 tokens of my-secret-notes.jsonl" in said
-    assert f"{manifest['gate']['logits']['change']:.1e}" in said
-    assert str(model.parent) not in said
-    assert "--quantization smoothquant" in said
+    assert f"| linear layers in INT8 | {len(manifest['quantized'])} |" in card
+    assert "fixed by calibration" in card
+    assert "4 x 32 tokens of my-secret-notes.jsonl" in card
+    assert f"{manifest['gate']['logits']['change']:.1e}" in card
+    assert str(model.parent) not in card
+    assert "--quantization smoothquant" in card
 
 
-def test_the_same_manifest_gives_the_same_card_and_verify_does_not_mind_another(checkpoint, tmp_path):
+def test_the_same_manifest_gives_the_same_card_and_verify_does_not_check_it(checkpoint, tmp_path):
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     model_card.write(tmp_path, manifest)
     assert (tmp_path / model_card.CARD).read_bytes() == (checkpoint / model_card.CARD).read_bytes()
@@ -66,26 +66,26 @@ def test_the_same_manifest_gives_the_same_card_and_verify_does_not_mind_another(
     assert not verify(checkpoint).faults
 
 
-def test_models_and_data_of_the_hub_are_named(checkpoint, tmp_path, monkeypatch):
+def test_a_model_and_a_data_set_on_the_hub_are_named(checkpoint, tmp_path, monkeypatch):
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     manifest["source"]["model"] = "someone/a-model"
     manifest["calibration"]["dataset"] = "someone/data:part@train"
 
-    def nowhere(*args, **kwargs):
+    def fail(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(model_card, "hf_hub_download", nowhere)
+    monkeypatch.setattr(model_card, "hf_hub_download", fail)
     model_card.write(tmp_path, manifest)
-    loaded = ModelCard.load(tmp_path / model_card.CARD)
-    assert loaded.data.base_model == "someone/a-model"
-    assert loaded.data.to_dict()["base_model_relation"] == "quantized"
-    assert loaded.data.datasets == ["someone/data"]
-    assert "names no licence" in loaded.text
+    card = ModelCard.load(tmp_path / model_card.CARD)
+    assert card.data.base_model == "someone/a-model"
+    assert card.data.to_dict()["base_model_relation"] == "quantized"
+    assert card.data.datasets == ["someone/data"]
+    assert "names no licence" in card.text
 
 
-def test_a_converted_checkpoint_says_how_that_one_is_served(checkpoint, model, text, tmp_path):
+def test_the_card_of_a_converted_checkpoint_says_how_to_serve_it(checkpoint, model, text, tmp_path):
     calibrate(str(model), tmp_path / "ours", dataset=str(text), samples=4, seq_len=32, quiet=True)
     convert(tmp_path / "ours", tmp_path / "out", "compressed-tensors")
-    said = (tmp_path / "out" / model_card.CARD).read_text()
-    assert "needs no plugin" in said
-    assert "one scale per token" in said
+    card = (tmp_path / "out" / model_card.CARD).read_text()
+    assert "needs no plugin" in card
+    assert "one scale per token" in card
