@@ -64,28 +64,27 @@ def logprobs(
 
 
 def logprobs_of(
-    checkpoints: Sequence[str | Path],
-    prompts: list[list[int]],
-    *,
-    vocabulary: bool = False,
-    environment: dict[str, str] | None = None,
-    **engine_args: Any,
+    checkpoints: Sequence[str | Path], prompts: list[list[int]], *, environment: dict[str, str] | None = None,
+    **arguments: Any,
+) -> list[list[torch.Tensor]]:  # fmt: skip
+    """`logprobs` of each of `checkpoints` with the same prompts and arguments."""
+    return logprobs_of_all([{"model": c, "prompts": prompts, **arguments} for c in checkpoints], environment)
+
+
+def logprobs_of_all(
+    requests: Sequence[dict[str, Any]], environment: dict[str, str] | None = None
 ) -> list[list[torch.Tensor]]:
-    """`logprobs` of each of `checkpoints`, in one process because importing vLLM is half of an engine's start."""
+    """The answer to each request, in one process because importing vLLM is half of an engine's start.
+
+    A request has "model", "prompts", optionally "vocabulary", and arguments for vllm.LLM, which override DEFAULTS.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        request, answer = Path(folder, "request.json"), Path(folder, "answer.pt")
-        request.write_text(
-            json.dumps(
-                {
-                    "llms": [{"model": str(c), **DEFAULTS, **engine_args} for c in checkpoints],
-                    "prompts": prompts,
-                    "vocabulary": vocabulary,
-                    "answer": str(answer),
-                }
-            )
+        request_file, answer = Path(folder, "requests.json"), Path(folder, "answer.pt")
+        request_file.write_text(
+            json.dumps([DEFAULTS | request | {"model": str(request["model"])} for request in requests])
         )
         done = subprocess.run(
-            [sys.executable, __file__, str(request)],
+            [sys.executable, __file__, str(request_file), str(answer)],
             env=small_engine() | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -126,13 +125,14 @@ def logprobs_by(llm: Any, prompts: list[list[int]], *, vocabulary: bool = False)
     return answer
 
 
-def _main(request: dict[str, Any]) -> None:
+def _main(request_file: str, answer_file: str) -> None:
     answers = []
-    for llm in request["llms"]:
-        answers.append(logprobs_here(llm, request["prompts"], vocabulary=request["vocabulary"]))
+    for request in json.loads(Path(request_file).read_text()):
+        prompts, vocabulary = request.pop("prompts"), request.pop("vocabulary", False)
+        answers.append(logprobs_here(request, prompts, vocabulary=vocabulary))
         gc.collect()
-    torch.save(answers, request["answer"])
+    torch.save(answers, answer_file)
 
 
 if __name__ == "__main__":
-    _main(json.loads(Path(sys.argv[1]).read_text()))
+    _main(*sys.argv[1:])
