@@ -350,7 +350,7 @@ def main() -> None:
         "dropped, added, renamed, retyped, reshaped, swapped, "
         "their values NaN, zero, huge; safetensors headers no library writes; bits flipped; config.json with keys "
         "dropped, added, retyped, absurd, of another model; JSON that is none; an index that leads elsewhere; files "
-        "gone, cut, doubled, links, pipes, pickles. Half of them with a manifest made anew. `verify` has `--source`; "
+        "gone, cut, doubled, links, pipes, pickles. Half of them with a rebuilt manifest. `verify` has `--source`; "
         f"the server is vLLM's own loading without an engine. More than {LIMIT_S} s is a hang. What the rows mean: "
         "benchmarks/fuzz.py.\n\n"
         f"| | `verify` | server |\n|---|---|---|\n{rows}"
