@@ -24,7 +24,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(VENV)/bin/python -m demo.assets
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .

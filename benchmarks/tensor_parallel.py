@@ -8,11 +8,11 @@ smoothed and overridden layers, in float32. For each scheme it compares:
     tokens     at how many positions the most likely token is the same
 
 Bounds. Where every scale is static, both compute the same integers; sums are added up in another order, and a value
-within 1e-6 of a rounding tie may go the other way: median below 1e-4, mean below 0.05 (as tests/test_served_models.py, which
-says why). A dynamic scale of a layer cut along its input (o_proj, down_proj) is measured by each rank on its own half:
-a finer rounding than the whole row's, and another one. Then both are roundings of one model with independent errors,
-so their mean distance is below sqrt(2) times that of one rank from unrounded activations; and a quarter for chance.
-A wrong slice or scale moves the mean by 2 and more.
+within 1e-6 of a rounding tie may go the other way: median below 1e-4, mean below 0.05 (as tests/test_served_models.py,
+which says why). A dynamic scale of a layer cut along its input (o_proj, down_proj) is measured by each rank on its own
+half: a finer rounding than the whole row's, and another one. Then both are roundings of one model with independent
+errors, so their mean distance is below sqrt(2) times that of one rank from unrounded activations; and a quarter for
+chance. A wrong slice or scale moves the mean by 2 and more.
 
 Pipeline parallel is tried with a floating-point model; the page has the result. The last line printed is JSON.
 """

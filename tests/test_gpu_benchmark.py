@@ -33,7 +33,7 @@ def test_the_synthetic_checkpoints_are_checkpoints(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_it_runs_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Products and layers; engines take a minute and are run by the person who changes them (--small --parts engine)."""
+    """Products and layers. Engines take a minute: `--small --parts engine` runs them by hand."""
     gpu.main(["--small", "--parts", "gemm", "--output", str(tmp_path / "gpu.md")])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     limits, *rows = result["gemm"]
