@@ -23,9 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from vllm_smoothquant.format import int8
 from vllm_smoothquant.format.config import QUANT_METHOD, CheckpointConfig, Scheme
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import header_faults, read_headers
+from vllm_smoothquant.format.files import SCALES, header_faults, read_headers
 
-from .checkpoint.architecture import SCALES, architecture_faults
+from .checkpoint.architecture import architecture_faults
 from .running.modules import LINEAR_TYPES, own_parameters, weight_shape
 
 

@@ -47,9 +47,8 @@ class CheckedLoading:
     input_size: int = 0
     output_size: int = 0
     widths: list[int] = field(default_factory=list)
-    loaded: dict[str, dict[Any, torch.Tensor | None]] = field(
-        default_factory=dict
-    )  # tensor -> shard -> value to compare
+    # tensor -> shard -> value to compare
+    loaded: dict[str, dict[Any, torch.Tensor | None]] = field(default_factory=dict)
 
     def checked(self, layer: Layer, tensor: str, loader: Callable[..., None]) -> Callable[..., None]:
         """`loader` of the parameter `tensor`, with checks before it; it records which shards were loaded."""

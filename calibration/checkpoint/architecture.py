@@ -7,12 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import Headers
+from vllm_smoothquant.format.files import SCALES, Headers
 
 from ..running.modules import LINEAR_TYPES
 from . import export
-
-SCALES = ("weight_scale", "input_scale", "smoothing_factor")
 
 Faults = Iterator[SmoothQuantError]
 

@@ -18,10 +18,18 @@ import torch
 from vllm_smoothquant.format import int8
 from vllm_smoothquant.format.config import TRANSFORMERS_WEIGHTS, CheckpointConfig
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import MANIFEST, header_faults, read_headers, read_json, read_tensors, size_faults
+from vllm_smoothquant.format.files import (
+    MANIFEST,
+    SCALES,
+    header_faults,
+    read_headers,
+    read_json,
+    read_tensors,
+    size_faults,
+)
 
 from ..inputs.model import sha256
-from .architecture import SCALES, Faults, architecture_faults, build_empty, fault, missing_from_ignore
+from .architecture import Faults, architecture_faults, build_empty, fault, missing_from_ignore
 from .verify_source import compare_with_source
 
 # A row with more than this share of its weights at the end of the range was clipped. Among normally distributed weights

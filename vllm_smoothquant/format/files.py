@@ -16,7 +16,7 @@ MANIFEST = "smoothquant.json"
 MAX_JSON_BYTES = 64 * 2**20  # the largest index file that we know of has 15 MB
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]
-_SCALES = ("weight_scale", "input_scale", "smoothing_factor")
+SCALES = ("weight_scale", "input_scale", "smoothing_factor")  # what a quantised layer has beside weight and bias
 _SAFETENSORS_NAME = {torch.int8: "I8", torch.float32: "F32"}
 _FIX = "copy or export the checkpoint again"
 
@@ -106,11 +106,11 @@ def header_faults(config: CheckpointConfig, tensors: Headers) -> Iterator[Smooth
     quantised = {name.removesuffix(".weight") for name, (dtype, _) in tensors.items() if dtype == "I8"}
     for name in sorted((config.smoothed | set(config.overrides)) - quantised):
         yield fault(f"{name}.weight", "int8, because quantization_config names the layer")
-    scaled = {tensor.removesuffix(f".{s}") for s in _SCALES for tensor in tensors if tensor.endswith(f".{s}")}
+    scaled = {tensor.removesuffix(f".{s}") for s in SCALES for tensor in tensors if tensor.endswith(f".{s}")}
     unknown: dict[str, list[str]] = {}
     for tensor in tensors:
         name, _, suffix = tensor.rpartition(".")
-        if name in quantised and suffix not in (*_SCALES, "weight", "bias"):
+        if name in quantised and suffix not in (*SCALES, "weight", "bias"):
             unknown.setdefault(name, []).append(tensor)
     for name in sorted(quantised | scaled):
         scheme = config.scheme(name)
@@ -132,7 +132,7 @@ def header_faults(config: CheckpointConfig, tensors: Headers) -> Iterator[Smooth
         wanted = {f"{name}.{suffix}": (_SAFETENSORS_NAME[dtype], shape) for suffix, (dtype, shape) in specs.items()}
         for tensor in unknown.get(name, ()):
             yield fault(tensor, "nothing: no tensor of this format")
-        for tensor in (f"{name}.{suffix}" for suffix in _SCALES):
+        for tensor in (f"{name}.{suffix}" for suffix in SCALES):
             if tensors.get(tensor) != wanted.get(tensor):
                 yield fault(
                     tensor, _describe(wanted, tensor) if tensor in wanted else "nothing, by quantization_config"
