@@ -15,7 +15,8 @@ import torch
 
 from calibration.discovery.discover import discover
 from calibration.discovery.graph import Graph
-from calibration.observation.absmax import observe_absmax
+from calibration.discovery.linears import choose_layers
+from calibration.observation.absmax import observe_absmax, output_of
 from calibration.smoothing.factors import smooth_groups
 from calibration.smoothing.gate import check_equivalence
 from tests.helpers import tiny_architectures
@@ -76,13 +77,16 @@ def measure(name: str) -> dict[str, Any]:
         model(input_ids=sample, use_cache=False)
         seconds = {"forward": time.perf_counter() - start}
     start = time.perf_counter()
-    graph = discover(model, sample)
+    discovered = discover(model, sample)
+    layers, in_float = choose_layers(model, discovered, frozenset())
+    graph = discovered.keeping(in_float)
     seconds["discover"] = time.perf_counter() - start
     row: dict[str, Any] = {
         "groups": len(graph.groups), "folds": folds(graph), "not_folded": not_folded(graph), "seconds": seconds,
     }  # fmt: skip
-    absmax = observe_absmax(model, [linear.name for linear in graph.linears], sample)
-    smoothing = smooth_groups(model, graph, absmax, {group.source: 0.5 for group in graph.groups})
+    sources = [output_of(group.source) for group in graph.groups if group.kind == "linear"]
+    absmax = observe_absmax(model, [*(linear.name for linear in graph.linears), *sources], sample)
+    smoothing = smooth_groups(model, graph, absmax, {group.source: 0.5 for group in graph.groups}, layers)
     start = time.perf_counter()
     try:
         check_equivalence(smoothing, [tiny_architectures.tokens(3)])

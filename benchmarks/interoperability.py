@@ -31,11 +31,36 @@ from calibration.checkpoint.convert import COMPRESSED_TENSORS, convert
 from calibration.evaluation.measure import measure
 from calibration.evaluation.windows import token_windows
 from demo import assets
+from vllm_smoothquant.format.files import MANIFEST
 from vllm_smoothquant.kernels.exact import onednn_is_exact
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "interoperability.md"
 COMMAND = "python -m benchmarks.interoperability"
 NUDGE = 2.0**-22
+# tests/test_compressed_tensors.py converts or refuses each of these.
+OTHERS = """
+## Checkpoints that others rounded
+
+`smoothquant convert THEIRS -o OUT --format smoothquant` takes compressed-tensors' W8A8 checkpoints, such as
+llm-compressor's. The integers stay theirs: `converted_from` in `smoothquant.json` names the method, and `verify` then
+does not ask for our rounding (their scale is absmax / 127.5, so that rows end at 127 or -128), only that no row is zero
+under the scale of an ordinary row. What is written passes `verify` and can be converted back; a refused conversion
+leaves nothing behind. Compared are config.json, the tensors and the architecture that transformers builds.
+
+| property | |
+|---|---|
+| formats `int-quantized`, `naive-quantized` | converted |
+| packed formats, FP8, 4 bits | refused |
+| weights `channel`, `tensor`; `actorder` `weight` or `static` | converted |
+| weights `group`, `block`; `actorder` `group`; `symmetric: false`; zero points other than 0 | refused |
+| activations dynamic `token`, static `tensor`; both in one checkpoint | converted |
+| no activations, dynamic `tensor`, `symmetric: false`, output activations | refused |
+| scales in 16 bits; scales [out], [], [1, 1]; zero points of 0 | converted |
+| `targets` and `ignore` by names, classes and `re:` patterns | converted, if the tensors agree |
+| `kv_cache_scheme`, `k_scale`, `transform_config`, sparsity, any unknown property | refused |
+| INT8 routed experts, embeddings, Conv1D | refused |
+| static scales that differ among q, k, v or gate, up | refused: vLLM computes these as one layer |
+"""
 
 
 def halve(folder: Path) -> None:
@@ -47,6 +72,7 @@ def halve(folder: Path) -> None:
             if t.dtype == torch.int8 or name.endswith("weight_scale")
         }
         save_file(state | halved, path, metadata={"format": "pt"})
+    (folder / MANIFEST).unlink()  # it says that calibrate rounded these integers
 
 
 def nudge(folder: Path) -> None:
@@ -111,7 +137,7 @@ def page(rows: dict[str, dict[str, Any]], halved: bool) -> str:
             text += f"{row['perplexity'] / exact - 1:+.2%} | {row['kl_divergence']:.4f} | {row['from_plugin']:.4f} |\n"
         else:
             text += "| | |\n"
-    return text
+    return text + OTHERS
 
 
 def main() -> None:

@@ -84,6 +84,11 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="compressed-tensors: served by stock vLLM and SGLang without this plugin; smoothquant: ours",
     )  # fmt: skip
 
+    sub = add("adapter", _adapter, "Make a LoRA adapter of the source model fit a checkpoint with folded smoothing.")
+    sub.add_argument("adapter", metavar="ADAPTER", help="a folder or hub id in PEFT's format")
+    sub.add_argument("--checkpoint", required=True, metavar="CHECKPOINT", help=wrote)
+    sub.add_argument("-o", "--output", required=True, metavar="OUT", help="the folder to create")
+
     sub = add("report", _report, "Show CHECKPOINT on one HTML page: outliers, smoothing, errors, fallbacks.", wrote)
     sub.add_argument("-o", "--output", metavar="FILE", help="the page to write (default: ./CHECKPOINT-report.html)")
     sub.add_argument("--png", metavar="DIR", help="also write the page's figures as PNG into this folder")
@@ -152,6 +157,18 @@ def _convert(args: argparse.Namespace) -> int:
     layers = f"{len(manifest['quantized'])} linear layers in INT8, in {args.format} format"
     text = f"{args.output}: {layers}\nserve it:  vllm serve {args.output}"
     return _print(args, {"output": args.output, **manifest}, text)
+
+
+def _adapter(args: argparse.Namespace) -> int:
+    from .checkpoint.adapter import adapt
+
+    result = adapt(args.adapter, args.checkpoint, args.output)
+    text = (
+        f"{args.output}: {len(result['layers'])} layers adapted to {args.checkpoint}, {len(result['unchanged'])} "
+        f"unchanged; outputs differ by at most {result['error']:.1e}"
+        f"\nserve it:  vllm serve {args.checkpoint} --enable-lora --lora-modules NAME={args.output}"
+    )
+    return _print(args, result, text)
 
 
 def _report(args: argparse.Namespace) -> int:

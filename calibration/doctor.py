@@ -62,7 +62,10 @@ def advise(facts: Facts) -> Iterator[str]:
             "it. A CPU with VNNI, or a GPU, is faster."
         )
     if not capabilities and "AMX" in facts["int8_instructions"]:
-        yield "AMX: per-token scales run on vLLM's AMX kernel, static ones on oneDNN. Use the default scheme."
+        yield (
+            "AMX: per-token scales run on vLLM's AMX kernel in bfloat16 and float16, and on the plugin's in float32; "
+            "static ones run on oneDNN. Use the default scheme."
+        )
     if not capabilities and not facts["allocator"]:
         yield (
             "Preload an allocator before serving on a CPU: vLLM recommends LD_PRELOAD=libtcmalloc_minimal.so.4 (and "

@@ -13,6 +13,7 @@ option on the command line overrides the recipe's, except that `--ignore` adds t
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,6 +26,8 @@ from vllm_smoothquant.format.config import InputActivations, Scheme, Weights
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 RECIPE = "recipe.yaml"
+# Options of a recipe that may be paths.
+PATHS = ("model", "dataset", "chat-template")
 # "512 random sentences from the validation set of the Pile" (section 5.1), as the paper's authors published it.
 DEFAULT_DATASET = "mit-han-lab/pile-val-backup"
 # The paper's three levels (table 2): weights, activations.
@@ -34,6 +37,9 @@ ACTIVATIONS = {
     "tensor": InputActivations("tensor", dynamic=True),
     "static": InputActivations("tensor", dynamic=False),
 }
+# What accelerate distributes itself. Any other word is a device.
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
+DeviceMap = str | Mapping[str, str | int]
 
 
 def _alpha(text: str) -> float | str:
@@ -43,6 +49,36 @@ def _alpha(text: str) -> float | str:
 def _share(text: str) -> float:
     """0.1 for "0.1" and for "10%"."""
     return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
+def _device_map(value: Any) -> DeviceMap:
+    """A word, or module -> device. value: one of these, the number of a GPU, or the text of a JSON object.
+
+    Errors (SmoothQuantError): anything else. Whether the modules and the devices exist, only `load` can know.
+    """
+
+    def refuse(got: str | Exception) -> SmoothQuantError:
+        expected = f"{', '.join(PLACEMENTS)}, a device, or a JSON object of module to device"
+        return SmoothQuantError("--device-map", expected, got, """such as cuda:1 or '{"": 0, "lm_head": "cpu"}'""")
+
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            pairs = json.loads(value, object_pairs_hook=list)
+        except (ValueError, RecursionError) as error:
+            raise refuse(error) from error
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            raise refuse("a repeated module")
+    elif value == "disk" or str(value).isdecimal():
+        value = {"": value if value == "disk" else int(value)}
+    devices = value if isinstance(value, dict) else {"": value}
+    for module, device in devices.items():
+        word, number = isinstance(device, str) and device != "", type(device) is int and device >= 0
+        if not isinstance(module, str) or not (word or number):
+            raise refuse(f"{module!r}: {device!r}")
+    if not devices:
+        raise refuse("no module")
+    return value
 
 
 def option(
@@ -64,14 +100,24 @@ class Options:
     model: str = option("", "a folder or a hub id, in floating point", metavar="MODEL", positional=True, smooth=True)
     output: str = option("", "the folder to create", metavar="OUT", recipe=False, smooth=True)
     dataset: str = option(
-        DEFAULT_DATASET, "calibration text: .txt, .jsonl, .parquet or .csv, or a hub data set NAME[:CONFIG][@SPLIT]",
-        metavar="NAME_OR_FILE", smooth=True,
+        DEFAULT_DATASET, "calibration text: .txt, .jsonl, .json, .parquet or .csv, also with .gz or .zst, a folder of "
+        "such files, or a hub data set NAME[:CONFIG][@SPLIT]", metavar="NAME_OR_FILE", smooth=True,
     )  # fmt: skip
-    text_column: str = option("text", "the column that holds the text", metavar="NAME", smooth=True)
+    text_column: str = option(
+        "text", "the column that holds texts or chats; without a column text, messages or conversations is taken",
+        metavar="NAME", smooth=True,
+    )  # fmt: skip
+    chat_template: str | None = option(
+        None, "a Jinja file that makes text of chats, instead of the tokenizer's chat template", metavar="FILE",
+        smooth=True,
+    )  # fmt: skip
     samples: int = option(64, "number of samples to observe", metavar="N", parse=int, smooth=True)
     seq_len: int = option(512, "tokens in each sample", metavar="N", parse=int, smooth=True)
     seed: int = option(0, "seed of the random choice of samples", metavar="N", parse=int, smooth=True)
-    device_map: str = option("auto", "how accelerate places the model on devices", metavar="MAP", smooth=True)
+    device_map: str | Mapping[str, str | int] = option(
+        "auto", "how accelerate places the model: auto, a device such as cpu or cuda:1, or a JSON object of module to "
+        'device; {"": "disk"} leaves weights on disk until they are needed', metavar="MAP", smooth=True,
+    )  # fmt: skip
     quiet: bool = option(False, "print no progress and no summary", recipe=False, smooth=True)
     alpha: float | str = option(
         0.5, "migration strength of eq. 4: 0 to 1; auto: the best for each group; grid: the best single value",
@@ -102,10 +148,11 @@ class Options:
     ignore: tuple[str, ...] = option((), "a linear layer to leave in floating point (repeatable)", metavar="NAME")
 
     def __post_init__(self) -> None:
-        for name in ("model", "output", "dataset", "stats", "save_stats"):  # paths are accepted, too
+        for name in ("model", "output", "dataset", "chat_template", "stats", "save_stats"):  # paths are accepted, too
             value = getattr(self, name)
             object.__setattr__(self, name, value if value is None else str(value))
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        object.__setattr__(self, "device_map", _device_map(self.device_map))
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value is not None and value not in choices:
@@ -117,22 +164,31 @@ class Options:
         number = isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1
         if not (number or self.alpha in ("auto", "grid")):
             raise SmoothQuantError("--alpha", "a number in [0, 1], auto or grid", str(self.alpha), "the paper uses 0.5")
-        check_positive(samples=self.samples, seq_len=self.seq_len)
+        check_positive(samples=self.samples)
+        if self.seq_len < 2:
+            fix = "give longer samples, because attention needs two tokens"
+            raise SmoothQuantError("--seq-len", "at least 2", str(self.seq_len), fix)
         if not 0 <= self.max_fallback <= 1:
             raise SmoothQuantError("--max-fallback", "a share from 0 to 100 %", f"{self.max_fallback:.4g}", "try 10%")
         if self.budget_ppl is not None and not 0 < self.budget_ppl < math.inf:
             raise SmoothQuantError("--budget-ppl", "a share above 0 %", f"{self.budget_ppl:.4g}", "try 1.5%")
         if self.budget_ppl is not None and not self.max_fallback:
             raise SmoothQuantError("--budget-ppl", "layers that may fall back", "none", "add --max-fallback 10%")
-        stats = Path(self.save_stats).absolute() if self.save_stats and self.output else None
-        if stats and Path(self.output).absolute() in (stats, *stats.parents):
-            raise SmoothQuantError("--save-stats", "a file outside the output", str(stats), "choose another file")
+        stats = Path(self.save_stats).resolve() if self.save_stats and self.output else None
+        for folder in (self.output, f"{self.output}.state"):  # the second one is removed by a run that succeeds
+            if stats and Path(folder).resolve() in (stats, *stats.parents):
+                raise SmoothQuantError("--save-stats", "a file outside the output", str(stats), "choose another file")
 
     @property
     def scheme(self) -> Scheme:
         """The scheme of most layers."""
         weights, activations = LEVELS.get(self.level or "", ("channel", "token"))
         return Scheme(Weights(self.weights or weights), ACTIVATIONS[self.activations or activations])
+
+
+def public_name(name: str) -> str:
+    """`name` for what is published: of a file or folder on this machine its last part, anything else as it is."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def option_name(field_name: str) -> str:
@@ -195,9 +251,14 @@ def read_recipe(path: str) -> dict[str, Any]:
     return {known[key].name: _recipe_value(f"{path}: {key}", known[key], value) for key, value in recipe.items()}
 
 
-def dump_recipe(values: Mapping[str, Any]) -> str:
-    """The text of the recipe with `values`: field name -> value, defaults included."""
+def dump_recipe(values: Mapping[str, Any], *, published: bool = False) -> str:
+    """The text of the recipe with `values`: field name -> value, defaults included.
+
+    published: for others to read, without the folders of this machine.
+    """
     recipe = {f.name.replace("_", "-"): values[f.name] for f in fields(Options) if f.metadata["recipe"]}
+    if published:
+        recipe |= {key: public_name(recipe[key]) for key in PATHS if recipe.get(key)}
     recipe = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
     return yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}, sort_keys=False)
 
@@ -215,6 +276,8 @@ def _recipe_value(where: str, option: Any, value: Any) -> Any:
     if option.name == "ignore":
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise refuse("a list of names")
+        return value
+    if option.name == "device_map" and isinstance(value, dict):
         return value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise refuse("one word or number")

@@ -12,15 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import MANIFEST, read_json
 
-from .checkpoint.export import check_output
+from .checkpoint.export import check_output, hub_module_name
 from .checkpoint.write import write_checkpoint, write_smoothed
 from .discovery.discover import TRACE_SHAPE, discover
-from .discovery.linears import choose_linears
+from .discovery.linears import choose_layers, choose_linears
 from .inputs.model import check_seq_len, load, untie_head
 from .inputs.text import load_samples
+from .observation.absmax import observed_layer
 from .observation.observation import Observation
 from .observation.observe import observe
 from .observation.processes import Processes
@@ -51,31 +54,33 @@ def run(options: Options) -> dict[str, Any]:
     """`calibrate` with the options in one object."""
     processes = Processes.of_launcher()
     store = ObservationStore(Path(options.output), processes)
-    finished = _finished(options, store) if processes.first else None
-    if processes.any(finished is not None):
-        return finished or {}
-    if processes.first:
-        check_output(Path(options.output))
+    if processes.from_first(lambda: _is_finished(options, store)):
+        with store.session():  # each process removes its own files
+            return read_json(Path(options.output, MANIFEST)) if processes.first else {}
+    processes.from_first(lambda: check_output(Path(options.output)))
     with store.session():
         observation = observe_model(options, store)  # stages 1 to 4
         if not processes.first:
             return {}
+        for line in float16_overflow(observation):
+            print(line, file=sys.stderr)
         with timed("5. plan the smoothing", options):
             plan = make_plan(observation, options)
         with timed("6. check the equivalence", options):
             gate_report = check_gate(observation, plan.smoothing)
         with timed("7. quantize and write", options):
+            store.remember(dump_recipe(vars(options)))
             return write_checkpoint(observation, plan, gate_report, options, store.checkpoint)
 
 
-def _finished(options: Options, store: ObservationStore) -> dict[str, Any] | None:
-    """The manifest, if an earlier run of the same command was killed between writing OUT and removing its state."""
-    recipe = Path(options.output, RECIPE)
-    text = recipe.read_text(encoding="utf-8") if store.folder.is_dir() and recipe.is_file() else None
-    if text != dump_recipe(vars(options)):
-        return None
-    with store.session():
-        return read_json(Path(options.output, MANIFEST))
+def _is_finished(options: Options, store: ObservationStore) -> bool:
+    """Whether an earlier run of the same command was killed between writing OUT and removing its state."""
+    recipe, request = Path(options.output, RECIPE), store.request()
+    if request is None or not Path(options.output, MANIFEST).is_file() or not recipe.is_file():
+        return False
+    if request:
+        return request == dump_recipe(vars(options))
+    return recipe.read_text(encoding="utf-8") == dump_recipe(vars(options), published=True)
 
 
 def smooth(model: str, output: str | Path, **options: Any) -> dict[str, Any]:
@@ -85,9 +90,9 @@ def smooth(model: str, output: str | Path, **options: Any) -> dict[str, Any]:
         raise SmoothQuantError("--alpha", "a number in [0, 1]", alpha, "the paper uses 0.5")
     check_output(Path(output))
     observation = observe_model(smooth_options)
-    # Powers of two, because with them the model's own 16-bit weights stay exact, bit for bit.
     alphas = {group.source: alpha for group in observation.graph.groups if group.kind != "input"}
-    smoothing = smooth_groups(observation.model, observation.graph, observation.absmax, alphas, power_of_two=True)
+    # Powers of two, because with them all weights stay exact in any dtype, bit for bit.
+    smoothing = smooth_groups(observation.model, observation.graph, observation.absmax, alphas, (), power_of_two=True)
     return write_smoothed(observation, smoothing, check_gate(observation, smoothing), Path(output))
 
 
@@ -100,22 +105,43 @@ def observe_model(options: Options, store: ObservationStore | None = None) -> Ob
         with temporary_store() as store:
             return observe_model(options, store)
     quiet = options.quiet or not store.processes.first
-    if options.save_stats is not None and store.processes.first:
-        check_writable(Path(options.save_stats))
+    if (stats := options.save_stats) is not None:
+        store.processes.from_first(lambda: check_writable(Path(stats)))
     with timed("1. load the model", options, quiet):
         source = load(options.model, store.processes.placement(options.device_map))
         if options.quantize_lm_head:
             untie_head(options.model, source.model)
-        layers, in_float = choose_linears(source.model, frozenset(options.ignore), lm_head=options.quantize_lm_head)
+        ignore, lm_head = frozenset(options.ignore), options.quantize_lm_head
+        choose_linears(source.model, ignore, lm_head=lm_head)  # a wrong --ignore is refused before the text is read
     with timed("2. draw the samples", options, quiet):
         check_seq_len(source, options.seq_len)
         size = {"samples": options.samples, "seq_len": options.seq_len, "seed": options.seed}
-        samples = load_samples(options.dataset, source.tokenizer, text_column=options.text_column, **size)
+        samples = load_samples(
+            options.dataset, source.tokenizer, text_column=options.text_column, chat_template=options.chat_template,
+            vocab_rows=source.model.get_input_embeddings().weight.shape[0], quiet=not store.processes.first, **size,
+        )  # fmt: skip
     with timed("3. discover who reads what", options, quiet):
         trace_ids = samples.input_ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]]
-        graph = discover(source.model, trace_ids, keep=set(in_float))
+        graph = discover(source.model, trace_ids)
+        layers, in_float = choose_layers(source.model, graph, ignore, lm_head=lm_head)
+        for name in layers:
+            hub_module_name(source.model, name)  # the files must be able to store it
+        if not quiet:
+            print(_choice(layers, in_float), file=sys.stderr)
     with timed("4. observe the activations", options, quiet):
-        return observe(options, source, samples, graph, layers, in_float, store)
+        return observe(options, source, samples, graph.keeping(in_float), layers, in_float, store)
+
+
+def float16_overflow(observation: Observation) -> Iterator[str]:
+    """One line if the activations of a float16 model leave its range: calibration in float32 does not show that."""
+    if observation.model.dtype == torch.float16:
+        name = max(observation.absmax, key=lambda name: float(observation.absmax[name].max()))
+        largest = float(observation.absmax[name].max())
+        if largest > torch.finfo(torch.float16).max:
+            yield (
+                f"{observed_layer(name)}: activations reach {largest:.3g}, beyond float16's 65504: "
+                "serve this checkpoint, and its source, with --dtype bfloat16 or float32"
+            )
 
 
 def check_gate(observation: Observation, smoothing: Smoothing) -> dict[str, Any]:
@@ -123,6 +149,16 @@ def check_gate(observation: Observation, smoothing: Smoothing) -> dict[str, Any]
     batches = observation.samples.input_ids[: GATE_SHAPE[0], : GATE_SHAPE[1]].split(2)
     # Without factors at run time: a layer that divides its input multiplies its weight, and no other layer changes.
     return check_equivalence(smoothing.folded(), list(batches))
+
+
+def _choice(layers: list[str], in_float: dict[str, str]) -> str:
+    """What becomes INT8 and what does not, before the long work."""
+    lines = [f"{len(layers)} linear layers become INT8; in floating point:"]
+    for reason in dict.fromkeys(in_float.values()):
+        names = [name for name, why in in_float.items() if why == reason]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"    {names[0]}{more}: {reason}")
+    return "\n".join(lines)
 
 
 @contextmanager

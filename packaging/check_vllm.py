@@ -70,6 +70,11 @@ WORDS: dict[str, tuple[str, str]] = {
         "vllm/model_executor/kernels/linear/scaled_mm/cutlass.py",
         r"torch\.nn\.Parameter\(weight\.t\(\)\.data, requires_grad=False\)",
     ),
+    "the CPU class takes the AMX operator for these sizes": (
+        "vllm/model_executor/kernels/linear/scaled_mm/cpu.py",
+        r"N, K = weight\.size\(\).*?check_cpu_sgl_kernel\(N, K, dtype\)\s*\):"
+        r"\s*self\.linear_method = self\._apply_weights_sgl",
+    ),
     "norms are plain torch where Inductor compiles": (
         "vllm/platforms/cuda.py",
         r'default = \["native"\] if using_inductor else',

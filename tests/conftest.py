@@ -15,9 +15,9 @@ from hypothesis import settings
 from demo import assets
 
 TINY = (
-    "test_blocks", "test_calibrate", "test_factors", "test_from_pretrained", "test_fuzz", "test_gate", "test_graph",
-    "test_plan", "test_processes", "test_reference", "test_resume", "test_security", "test_verify",
-    "test_verify_source",
+    "test_adapter", "test_blocks", "test_calibrate", "test_factors", "test_from_pretrained", "test_fuzz", "test_gate",
+    "test_graph", "test_linears", "test_offload", "test_plan", "test_processes", "test_reference", "test_resume",
+    "test_security", "test_side_files", "test_verify", "test_verify_source",
 )  # fmt: skip
 
 settings.register_profile("repeatable", derandomize=True)  # benchmarks/fuzz.py explores other examples

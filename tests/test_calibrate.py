@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from calibration import __main__ as cli
 from calibration.checkpoint import export
+from calibration.checkpoint.verify import verify
 from calibration.checkpoint.write import write_checkpoint
 from calibration.observation import absmax
 from calibration.options import Options
@@ -131,8 +132,9 @@ def test_smooth_changes_weights_and_no_bit_of_the_logits(models, text, tmp_path)
 def test_the_same_inputs_give_the_same_bytes(models, text, tmp_path):
     for out in ("a", "b"):
         run(models("llama"), tmp_path / out, text)
-    for file in sorted((tmp_path / "a").iterdir()):
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+    for file in sorted(path for path in (tmp_path / "a").rglob("*") if path.is_file()):
+        name = file.relative_to(tmp_path / "a")
+        assert file.read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
 def test_bfloat16_stays_bfloat16(text, tmp_path):
@@ -337,8 +339,9 @@ def test_json_errors_are_json(tmp_path, capsys):
 def test_the_manifest_records_source_and_calibration(models, text, tmp_path):
     run(models("llama"), tmp_path / "out", text)
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
-    weights = models("llama") / "model.safetensors"
-    assert manifest["source"]["sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
+    files = [models("llama") / name for name in ("model.safetensors", "config.json")]
+    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert manifest["source"]["sha256"] == hashes
     assert manifest["calibration"]["samples"] == tiny_checkpoints.SAMPLES
     assert manifest["gate"]["logits"]["change"] <= manifest["gate"]["logits"]["allowed"]
 
@@ -352,3 +355,36 @@ def test_calibration_needs_no_vllm(models, text, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_activations_beyond_float16_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_architectures.build("llama")
+    with torch.no_grad():  # the MLP's product becomes large, the output stays as it is
+        model.model.layers[0].mlp.up_proj.weight *= 2e4
+        model.model.layers[0].mlp.gate_proj.weight *= 10
+        model.model.layers[0].mlp.down_proj.weight /= 2e5
+    model.half().save_pretrained(tmp_path / "m")
+    tiny_checkpoints.tokenizer().save_pretrained(tmp_path / "m")
+    text = tiny_checkpoints.save_text(tmp_path / "text.jsonl")
+    calibrate(str(tmp_path / "m"), tmp_path / "out", dataset=str(text), samples=8, seq_len=32, quiet=True)
+    said = capsys.readouterr().err
+    assert "beyond float16's 65504" in said
+    assert "model.layers.0.mlp." in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_gate_that_is_nearly_closed_writes_no_infinity(dtype: torch.dtype, tmp_path: Path) -> None:
+    """One channel's gate is at -30: it is quiet in calibration, and eq. 4 alone would multiply its row by 50,000."""
+    model = tiny_architectures.build("llama-bias")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[7] = 0
+        model.model.layers[1].mlp.gate_proj.bias[7] = -30
+        model.model.layers[1].mlp.up_proj.bias[7] = 5
+    model.to(dtype).save_pretrained(tmp_path / "m")
+    tiny_checkpoints.tokenizer().save_pretrained(tmp_path / "m")
+    text = tiny_checkpoints.save_text(tmp_path / "text.jsonl")
+    calibrate(str(tmp_path / "m"), tmp_path / "out", dataset=str(text), samples=8, seq_len=32, quiet=True)
+    assert not verify(tmp_path / "out").faults
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    # The row, and so the output of the layer, may grow by little: 5 / s must be far from float16's largest number.
+    assert float(stored["model.layers.1.mlp.up_proj.bias"].abs().max()) < 1000

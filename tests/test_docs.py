@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calibration import __main__ as cli
-from tests.helpers import tiny_checkpoints
+from tests.helpers import lora, tiny_architectures, tiny_checkpoints
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,7 +31,7 @@ def commands() -> list[tuple[str, list[str]]]:
 def test_there_are_commands():
     assert len(commands()) > 12
     names = {words[0] for _, words in commands()}
-    assert names == {"calibrate", "smooth", "evaluate", "verify", "report", "doctor", "convert"}
+    assert names == {"calibrate", "smooth", "evaluate", "verify", "report", "doctor", "convert", "adapter"}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,7 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     tiny_checkpoints.save("llama", tmp_path / "MODEL")
     tiny_checkpoints.save_text(tmp_path / "mine.jsonl")
+    lora.save_adapter(tmp_path / "ADAPTER", tiny_architectures.build("llama"))
     executed = []
     for page, words in commands():
         if page != "README.md" or words[0] == "evaluate" or _complete(words) != words:
@@ -74,7 +75,7 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
         if "--print-recipe" in words:
             capsys.readouterr()
         executed.append(words[0])
-    assert set(executed) == {"calibrate", "smooth", "verify", "report", "doctor", "convert"}
+    assert set(executed) == {"calibrate", "smooth", "verify", "report", "doctor", "convert", "adapter"}
     assert json.loads((tmp_path / "OUT/smoothquant.json").read_text())["quantized"]
 
 

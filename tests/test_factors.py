@@ -1,5 +1,6 @@
 """Factors by eq. 4, folds that keep the function of every tiny architecture, and the rounding of stored norms."""
 
+from collections.abc import Collection
 from functools import cache
 
 import pytest
@@ -10,8 +11,10 @@ from torch import nn
 
 from calibration.discovery.discover import discover
 from calibration.discovery.graph import Graph, Group
+from calibration.discovery.linears import choose_layers
+from calibration.observation.absmax import output_of
 from calibration.smoothing import gate
-from calibration.smoothing.factors import Smoothing, smooth_groups, smoothing_factors
+from calibration.smoothing.factors import HEADROOM, QUIET, Smoothing, smooth_groups, smoothing_factors
 from tests.helpers import tiny_architectures, toy_block
 from vllm_smoothquant.format.errors import SmoothQuantError
 
@@ -47,10 +50,16 @@ def change(original: torch.Tensor, smoothed: torch.Tensor) -> float:
     return float((smoothed - original).abs().max() / original.abs().max())
 
 
-def fold(model: nn.Module, alpha: float = 0.5, **options: bool) -> tuple[Graph, Smoothing]:
+def layers_of(graph: Graph) -> set[str]:
+    return {linear.name for linear in graph.linears}
+
+
+def fold(model: nn.Module, alpha: float = 0.5, quantized: Collection[str] | None = None) -> tuple[Graph, Smoothing]:
+    """quantized: the layers that become INT8, by default all."""
     graph = discover(model, tiny_architectures.tokens())
     absmax = observe(model, graph, tiny_architectures.tokens())
-    return graph, smooth_groups(model, graph, absmax, {g.source: alpha for g in graph.groups}, **options)
+    quantized = layers_of(graph) if quantized is None else quantized
+    return graph, smooth_groups(model, graph, absmax, {g.source: alpha for g in graph.groups}, quantized)
 
 
 # --- Eq. 4 ---
@@ -76,16 +85,64 @@ def test_factors_are_equation_4() -> None:
     assert s.dtype == torch.float32
 
 
+@pytest.mark.parametrize("operand", ["activation", "weight"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_channels_without_range_keep_scale_one(alpha: float) -> None:
-    toy = toy_block.Toy()
-    absmax = {"layers.0.up": torch.ones(16).index_fill(0, torch.tensor([3]), 0.0)}
-    with torch.no_grad():
-        toy.layers[0].up.weight[:, 5] = 0
-    s = smoothing_factors(toy_group("layers.0.norm"), absmax, toy, alpha)
-    assert s[3] == s[5] == 1
-    assert torch.isfinite(s).all()
-    assert (s > 0).all()
+def test_a_quiet_channel_counts_as_a_share_of_the_median(alpha: float, operand: str) -> None:
+    """A channel of zeros gets the factor that QUIET times the median would give, and not one of its own."""
+    toys = toy_block.Toy(), toy_block.Toy()
+    inputs = [{"layers.0.up": torch.ones(16)} for _ in toys]
+    for toy, absmax, quiet in zip(toys, inputs, (0.0, QUIET), strict=True):
+        if operand == "activation":
+            absmax["layers.0.up"][3] = quiet
+        else:
+            toy.layers[0].up.weight.data.fill_(1.0)[:, 3] = quiet
+    s, expected = (
+        smoothing_factors(toy_group("layers.0.norm"), absmax, toy, alpha)
+        for toy, absmax in zip(toys, inputs, strict=True)
+    )
+    assert torch.equal(s, expected)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_without_any_range_all_factors_are_one(alpha: float) -> None:
+    s = smoothing_factors(toy_group("layers.0.norm"), {"layers.0.up": torch.zeros(16)}, toy_block.Toy(), alpha)
+    assert torch.equal(s, torch.ones(16))
+
+
+def test_a_divided_output_stays_in_the_range_of_float16() -> None:
+    """One gate that is nearly closed makes its product quiet, but the output of `up` may be large."""
+    group = toy_group("layers.0.up")
+    (reader,) = group.readers
+    absmax = {
+        reader.name: torch.full((group.channels,), 1e-6),
+        output_of(group.source): torch.full((group.channels,), 50.0),
+    }
+    s = smoothing_factors(group, absmax, toy_block.Toy(), 0.9)
+    assert (50.0 * HEADROOM / s <= torch.finfo(torch.float16).max * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen2", "gpt-neox", "bloom", "llama-bias", "qwen3-next"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_folded_parameter_is_stored_exactly(name: str, dtype: torch.dtype) -> None:
+    """stored * s is the original's value, for biases and for weights in floating point: nothing is rounded again."""
+    model = tiny_architectures.build(name, dtype=dtype)
+    graph = discover(model, tiny_architectures.tokens())
+    ignored = frozenset(linear.name for linear in graph.linears if linear.name.endswith("0.mlp.down_proj"))
+    layers, in_float = choose_layers(model, graph, ignored)
+    graph = graph.keeping(in_float)
+    absmax = observe(model, graph, tiny_architectures.tokens())
+    smoothing = smooth_groups(model, graph, absmax, {g.source: 0.5 for g in graph.groups}, layers)
+    exact = Smoothing(model.float(), graph, smoothing.factors, layers)  # of a float32 model, nothing is rounded
+    compared = 0
+    for module in smoothing.modules:
+        exact_parameters = exact.parameters(module)
+        for parameter, value in smoothing.parameters(module).items():
+            if parameter != "weight" or module in in_float:
+                compared += 1
+                # Below float16's smallest normal number, a value is stored with an absolute error instead.
+                tiny = 2.0**-25 if dtype == torch.float16 else 0.0
+                torch.testing.assert_close(value, exact_parameters[parameter], rtol=0, atol=tiny)
+    assert compared
 
 
 def test_readers_in_floating_point_do_not_influence_the_factors() -> None:
@@ -96,7 +153,9 @@ def test_readers_in_floating_point_do_not_influence_the_factors() -> None:
     s = smoothing_factors(graph.groups[0], absmax, model, 0.5)
     q = model.get_submodule(names[0]).weight.detach().abs().amax(0)
     torch.testing.assert_close(s, q**-0.5)
-    assert torch.equal(Smoothing(model, graph, {graph.groups[0].source: s}).input_factor(names[2]).ne(1), s.ne(1))
+    assert torch.equal(
+        Smoothing(model, graph, {graph.groups[0].source: s}, layers_of(graph)).input_factor(names[2]).ne(1), s.ne(1)
+    )
 
 
 def test_grouped_queries_take_the_largest_of_their_heads() -> None:
@@ -130,7 +189,7 @@ def test_missing_statistics_name_the_layer() -> None:
 @pytest.mark.parametrize("bad", [torch.zeros(16), torch.full((16,), torch.nan), -torch.ones(16), torch.ones(3)])
 def test_folding_refuses_bad_factors(bad: torch.Tensor) -> None:
     with pytest.raises(SmoothQuantError, match="positive finite factors"):
-        Smoothing(toy_block.Toy(), TOY, {"layers.0.norm": bad})
+        Smoothing(toy_block.Toy(), TOY, {"layers.0.norm": bad}, ())
 
 
 # --- The folding ---
@@ -174,7 +233,7 @@ def test_factors_of_a_layer_that_is_source_and_reader() -> None:
 def test_no_smoothing_is_an_empty_folding() -> None:
     model = tiny_architectures.build("llama")
     graph = discover(model, tiny_architectures.tokens())
-    smoothing = smooth_groups(model, graph, {}, {})
+    smoothing = smooth_groups(model, graph, {}, {}, ())
     assert not smoothing.modules
     assert smoothing.describe(graph.groups[0])["smoothed"] is False
 
@@ -183,7 +242,8 @@ def test_alpha_for_each_group() -> None:
     model = tiny_architectures.build("llama")
     graph = discover(model, tiny_architectures.tokens())
     source = graph.groups[0].source
-    smoothing = smooth_groups(model, graph, observe(model, graph, tiny_architectures.tokens()), {source: 0.8})
+    absmax = observe(model, graph, tiny_architectures.tokens())
+    smoothing = smooth_groups(model, graph, absmax, {source: 0.8}, layers_of(graph))
     assert set(smoothing.factors) == {source}
 
 
@@ -208,7 +268,7 @@ def test_dead_channel_of_a_norm_keeps_scale_one(name: str, dead: float) -> None:
     graph = discover(model, tiny_architectures.tokens())
     norm = model.model.layers[0].input_layernorm
     norm.weight.data[9] = dead
-    smoothing = Smoothing(model, graph, {graph.groups[0].source: torch.full((128,), 3.0)})
+    smoothing = Smoothing(model, graph, {graph.groups[0].source: torch.full((128,), 3.0)}, layers_of(graph))
     s = smoothing.factors["model.layers.0.input_layernorm"]
     assert s[9] == 1
     assert smoothing.parameters("model.layers.0.input_layernorm")["weight"][9] == dead
@@ -221,7 +281,7 @@ def test_overflow_writes_nothing() -> None:
     model.half()
     parameters = {name: value.clone() for name, value in model.state_dict().items()}
     source = "model.layers.0.mlp.up_proj"
-    smoothing = Smoothing(model, graph, {source: torch.full((192,), 1e-8)})
+    smoothing = Smoothing(model, graph, {source: torch.full((192,), 1e-8)}, ())
     with pytest.raises(SmoothQuantError, match="overflow"):
         smoothing.apply_()
     assert all(torch.equal(parameters[name], value) for name, value in model.state_dict().items())
@@ -239,7 +299,7 @@ def test_tied_embeddings_stay_tied() -> None:
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "arcee"])
 def test_powers_of_two_keep_every_bit_of_a_bfloat16_model(name: str) -> None:
     model = tiny_architectures.build(name, dtype=torch.bfloat16)
-    _, smoothing = fold(model, power_of_two=True)
+    _, smoothing = fold(model, quantized=())
     norms = [f for s, f in smoothing.factors.items() if "norm" in s or "ln" in s]
     assert any(f.ne(1).any() for f in norms)
     expected = logits(model, tiny_architectures.tokens(2))
@@ -308,7 +368,7 @@ def test_any_positive_factors_keep_the_function(name: str, exponents: list[float
     for group in graph.groups:
         s = values[torch.randint(len(values), (group.channels,), generator=generator)]
         factors[group.source] = torch.where(group.foldable, s, 1.0)
-    Smoothing(model, graph, factors).apply_()
+    Smoothing(model, graph, factors, ()).apply_()
     smoothed_logits = logits(model, tiny_architectures.tokens(5))
     model.load_state_dict(state)
     assert change(expected, smoothed_logits) <= BOUND

@@ -62,9 +62,9 @@ GOOD = CheckpointConfig(
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], FORMAT_VERSION + 1, "format_version: expected at most 1, got 2; upgrade vllm-smoothquant"),
-        (["format_version"], True, "format_version: expected 1, got True"),
-        (["format_version"], "1", "format_version: expected 1, got '1'"),
+        (["format_version"], FORMAT_VERSION + 1, "format_version: expected at most 2, got 3; upgrade vllm-smoothquant"),
+        (["format_version"], True, "format_version: expected 1 or 2, got True"),
+        (["format_version"], "1", "format_version: expected 1 or 2, got '1'"),
         (["format_version"], None, "format_version"),
         (["quant_method"], "gptq", "quant_method: expected 'smoothquant', got 'gptq'"),
         (["weights"], "channel", "weights: expected an object"),

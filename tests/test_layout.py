@@ -24,10 +24,10 @@ LEVELS = {
     "calibration.smoothing": 6,
     "calibration.observation": 5,
     "calibration.discovery": 4,
-    "calibration.evaluation": 4,
+    "calibration.evaluation": 5,
     "calibration.doctor": 4,
     "calibration.running": 3,
-    "calibration.inputs": 3,
+    "calibration.inputs": 4,
     "calibration.options": 2,
     "vllm_smoothquant.__init__": 5,
     "vllm_smoothquant.config": 4,
@@ -35,6 +35,7 @@ LEVELS = {
     "vllm_smoothquant.loading": 2,
     "vllm_smoothquant.kernels": 2,
     "vllm_smoothquant.bloom": 1,
+    "vllm_smoothquant.adapters": 1,
     "vllm_smoothquant.format": 0,
 }
 

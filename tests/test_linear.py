@@ -128,6 +128,101 @@ def test_weights_are_stored_once(
     assert all(v.numel() < 80 * IN for v in copies)
 
 
+@pytest.mark.parametrize("smoothed", [False, True], ids=["folded", "smoothed"])
+@pytest.mark.parametrize("activations", handmade_checkpoint.ACTIVATIONS)
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_a_layer_takes_no_tokens(
+    one_rank: None, monkeypatch: pytest.MonkeyPatch, kernel: str, activations: str, smoothed: bool
+) -> None:
+    """An idle rank, or an output head without a token to sample: eager, compiled for it, compiled for some tokens."""
+    layer = one_layer(kernel, activations, torch.bfloat16, monkeypatch, smoothed)
+    nothing = torch.empty(0, IN, dtype=torch.bfloat16)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: layer(x)[0], fullgraph=True, dynamic=True, backend="aot_eager")
+    for y in (
+        layer(nothing)[0],
+        layer(nothing[None])[0][0],
+        compiled(nothing),
+        compiled(torch.ones(3, IN, dtype=torch.bfloat16))[:0],
+    ):
+        assert y.shape == (0, 80)
+    assert layer(nothing)[0].dtype == compiled(nothing).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("activations", handmade_checkpoint.ACTIVATIONS)
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_vllm_reads_the_device_and_the_weights_of_a_layer(
+    one_rank: None, monkeypatch: pytest.MonkeyPatch, kernel: str, activations: str, dtype: torch.dtype
+) -> None:
+    """LoRA asks for the device of a layer's weight. MLA multiplies an identity, which may have another dtype."""
+    from vllm.lora.layers.utils import _get_lora_device
+    from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
+
+    layer = one_layer(kernel, activations, dtype, monkeypatch)
+    assert _get_lora_device(layer) == torch.device("cpu")
+    assert layer.weight.dtype == torch.int8
+    if activations == "static":
+        layer.input_scale.fill_(1 / 127)  # at which 1 is an integer
+    (shard,) = tensors("o_proj", layer_config(activations), limit=63)
+    expected = shard["weight"] * shard["weight_scale"]
+    for asked in (torch.float32, torch.bfloat16):
+        weights = get_and_maybe_dequant_weights(layer, out_dtype=asked)
+        assert weights.dtype == asked
+        # 127 * (1 / 127) rounds, and the output has the coarser of both dtypes.
+        coarser = max(torch.finfo(asked).eps, torch.finfo(dtype).eps)
+        torch.testing.assert_close(weights.float(), expected, rtol=2 * coarser, atol=0)
+
+
+@pytest.mark.parametrize("activations", handmade_checkpoint.ACTIVATIONS)
+def test_a_layer_wider_than_our_sums_is_the_reference(
+    one_rank: None, monkeypatch: pytest.MonkeyPatch, activations: str
+) -> None:
+    """As wide as Nemotron-4-340B's down_proj. Inputs and weights have a sign in common, so the sums are long."""
+    force_kernel("avx2", monkeypatch)
+    config = CheckpointConfig(input_activations=handmade_checkpoint.ACTIVATIONS[activations])
+    layer = vllm_linear.RowParallelLinear(
+        73728, 16, False, params_dtype=torch.float32, quant_config=SmoothQuantVllmConfig(config), prefix="down_proj"
+    )
+    generator = torch.Generator().manual_seed(0)
+    loaded = {
+        "weight": torch.randint(-127, 128, (16, 73728), generator=generator, dtype=torch.int8),
+        "weight_scale": torch.rand(16, 1, generator=generator),
+    }
+    loaded["weight"][0] = 127
+    if activations == "static":
+        loaded["input_scale"] = torch.tensor([0.01])
+    for name, value in loaded.items():
+        getattr(layer, name).weight_loader(getattr(layer, name), value)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.quant_method.kernel.name == "float32-integers"
+    x = torch.rand(3, 73728, generator=generator)
+    x[0] = x.max()
+    strategy = handmade_checkpoint.ACTIVATIONS[activations].strategy
+    reference = int8.linear_reference(
+        x.double(), *(loaded[n] for n in ("weight", "weight_scale")),
+        strategy=strategy, input_scale_static=loaded.get("input_scale"),
+    )  # fmt: skip
+    # The exact sum becomes float32 and is scaled twice: three roundings.
+    torch.testing.assert_close(layer(x)[0].double(), reference, rtol=3 * 2**-24, atol=0)
+
+
+def layer_config(activations: str, smoothed: bool = False) -> CheckpointConfig:
+    names = frozenset([f"{PREFIX}.o_proj"]) if smoothed else frozenset()
+    return CheckpointConfig(input_activations=handmade_checkpoint.ACTIVATIONS[activations], smoothed=names)
+
+
+def one_layer(
+    kernel: str, activations: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, smoothed: bool = False
+) -> torch.nn.Module:
+    """o_proj [80, IN], loaded, served by `kernel`."""
+    force_kernel(kernel, monkeypatch)
+    config = layer_config(activations, smoothed)
+    layer = build_layer("o_proj", config, dtype)
+    load(layer, "o_proj", tensors("o_proj", config, limit=63))
+    return layer
+
+
 def test_ignored_layers_and_embeddings_keep_vllms_methods(one_rank: None) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 

@@ -60,7 +60,7 @@ def test_the_card_agrees_with_the_manifest_and_names_no_folder(checkpoint, model
 
 def test_the_same_manifest_gives_the_same_card_and_verify_does_not_check_it(checkpoint, tmp_path):
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    model_card.write(tmp_path, manifest)
+    model_card.write(tmp_path, manifest, checkpoint)
     assert (tmp_path / model_card.CARD).read_bytes() == (checkpoint / model_card.CARD).read_bytes()
     assert model_card.CARD not in manifest["files"]
     assert not verify(checkpoint).faults
@@ -75,7 +75,7 @@ def test_a_model_and_a_data_set_on_the_hub_are_named(checkpoint, tmp_path, monke
         raise OSError("no network")
 
     monkeypatch.setattr(model_card, "hf_hub_download", fail)
-    model_card.write(tmp_path, manifest)
+    model_card.write(tmp_path, manifest, manifest["source"]["model"])
     card = ModelCard.load(tmp_path / model_card.CARD)
     assert card.data.base_model == "someone/a-model"
     assert card.data.to_dict()["base_model_relation"] == "quantized"

@@ -1,6 +1,10 @@
 """Custom operators and our compiled product against plain integer products."""
 
 import gc
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,38 +113,146 @@ def test_our_product_keeps_nan_and_takes_no_tokens(
         y = ops.int8_linear(x, weight, weight_scale, sums, static, None, per_token)
         assert y.isnan().all(dim=1).nonzero().flatten().tolist() == bad
         assert y.isnan().any(dim=1).sum() == len(bad)
-    assert ops.int8_linear(x[:0], weight, weight_scale, sums, None, None, False).shape == (0, 3)
 
 
-def test_the_product_compiles_for_all_instruction_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", build.TARGETS)
+def test_the_first_call_of_a_thread_may_have_no_tokens(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """Each thread has memory of its own for the integers, and asks for 0 bytes of it here."""
+    compile_for(target, monkeypatch)
+    weight, one = torch.ones(3, 20, dtype=torch.int8), torch.ones(3)
+    with ThreadPoolExecutor(1) as pool:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = torch.empty(0, 20, dtype=dtype)
+            y = pool.submit(ops.int8_linear, x, weight, one, weight.sum(1, dtype=torch.int32), None, None, False)
+            assert y.result().shape == (0, 3)
+            assert y.result().dtype == dtype
+
+
+# --- the compiled library --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache folder of vLLM, and build.int8_linear without its own cache."""
     from vllm import envs
 
     if build.target() is None:
         pytest.skip("the product is for x86")
-    monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(build, "int8_linear", build.int8_linear.__wrapped__)
+    monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path / "root"))
+    return tmp_path / "root" / "smoothquant"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Path:
+    """The library of this machine, in vLLM's own cache folder."""
+    if build.target() is None:
+        pytest.skip("the product is for x86")
+    return build.build(build.target() or "")
+
+
+@pytest.fixture
+def compiler(compiled: Path, monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> Path:
+    """A file with the arguments of each call of CXX, a program that copies a library which is compiled already."""
+    calls, program = tmp_path / "calls", tmp_path / "a compiler"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nfor last; do :; done\ncp {compiled} "$last"\n')
+    program.chmod(0o700)
+    monkeypatch.setenv("CXX", f"'{program}'")
+    return calls
+
+
+def test_the_product_compiles_for_all_instruction_sets(cache: Path) -> None:
     assert len({build.build(target) for target in build.TARGETS}) == len(build.TARGETS)
 
 
-def test_a_failed_compilation_selects_the_next_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failed_compilation_selects_the_next_kernel(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """No compiler, a failing compiler, a CPU without AVX2: select uses the next kernel and gives the reason."""
-    from vllm import envs
-
-    compile_for("avx2", monkeypatch)
-    monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path))
-    uncached = build.int8_linear.__wrapped__
     request = base.Request("layer", TOKEN, True, torch.bfloat16, "cpu")
     monkeypatch.setattr(exact, "onednn_is_exact", lambda: False)
-    monkeypatch.setattr(build, "int8_linear", uncached)
-    for compiler, reason in ((str(tmp_path / "none"), "No such file"), ("false", "could not compile")):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for compiler, reason in (
+        (str(cache.parent / "none"), "No such file"),
+        ("false", "could not compile"),
+        ("'g++", 'CXX: expected a command in the syntax of a shell, got "\'g++": No closing quotation'),
+    ):
         monkeypatch.setenv("CXX", compiler)
         reasons = dict(select.explain_kernels(request))
-        assert reason in (reasons["avx2"] or "")
+        assert reason in (reasons[build.target() or ""] or "")
         assert reasons["float32-integers"] is None
-    assert list((tmp_path / "smoothquant").iterdir()) == []
-    monkeypatch.delenv("CXX")
-    assert callable(uncached())
+    assert list(cache.iterdir()) == []
+    monkeypatch.setenv("CXX", " ")  # as if it were not set
+    assert callable(build.int8_linear())
     monkeypatch.setattr(build, "target", lambda: None)
-    assert uncached() == "needs an x86 CPU with AVX2"
+    assert build.int8_linear() == "needs an x86 CPU with AVX2"
+
+
+@pytest.mark.parametrize("more", ["", " -m64", " --sysroot '/a b'"])
+def test_cxx_may_have_arguments(monkeypatch: pytest.MonkeyPatch, compiler: Path, more: str) -> None:
+    """As in CXX="ccache g++" or "g++ -m64"."""
+    monkeypatch.setenv("CXX", f"env {os.environ['CXX']}{more}")
+    assert callable(build.int8_linear())
+    assert compiler.read_text().startswith(f"{more} -O3".replace("'", "").lstrip())
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022])
+def test_nobody_else_may_write_the_library(cache: Path, compiler: Path, umask: int) -> None:
+    previous = os.umask(umask)
+    try:
+        assert callable(build.int8_linear())
+    finally:
+        os.umask(previous)
+    assert [oct(path.stat().st_mode & 0o777) for path in (cache, *cache.iterdir())] == ["0o700", "0o700"]
+    assert callable(build.int8_linear())
+    assert len(compiler.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("what", ["folder", "library"])
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777, None], ids=lambda mode: "owner" if mode is None else oct(mode))
+def test_what_another_user_may_have_put_there_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, compiler: Path, what: str, mode: int | None
+) -> None:
+    assert callable(build.int8_linear())
+    planted = cache if what == "folder" else next(cache.iterdir())
+    if mode is not None:
+        planted.chmod(mode)
+    else:
+        status, real = planted.stat(), Path.stat
+        other = os.stat_result((*status[:4], status.st_uid + 1, *status[5:]))
+        monkeypatch.setattr(Path, "stat", lambda path, **options: other if path == planted else real(path, **options))
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: pytest.fail("loaded"))
+    reason = build.int8_linear()
+    assert isinstance(reason, str)
+    assert reason.startswith(f"{planted}: expected a file or folder of user {os.geteuid()} that nobody else may write")
+    assert (f"mode {mode:04o}" if mode is not None else f"user {os.geteuid() + 1}, mode 0700") in reason
+    assert "VLLM_CACHE_ROOT" in reason
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library"], ids=["empty", "text"])
+def test_a_library_that_cannot_be_loaded_is_compiled_again(
+    compiled: Path, cache: Path, compiler: Path, content: bytes
+) -> None:
+    """A file that was cut off, or made on another system that shares the folder."""
+    library = build.build(build.target() or "")
+    library.write_bytes(content)
+    assert callable(build.int8_linear())
+    assert library.read_bytes() == compiled.read_bytes()
+    assert len(compiler.read_text().splitlines()) == 2
+
+
+def test_a_library_that_is_compiled_and_cannot_be_loaded_is_said_so(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
+) -> None:
+    """As in a folder whose file system forbids execution. It is compiled twice, not for ever."""
+    calls, program = tmp_path / "calls", tmp_path / "program"
+    program.write_text(f'echo call >> {calls}\nfor last; do :; done\necho text > "$last"\n')
+    monkeypatch.setenv("CXX", f"sh {program}")
+    reason = build.int8_linear()
+    assert isinstance(reason, str)
+    assert reason.startswith(f"could not load {cache}/int8_linear-")
+    assert calls.read_text() == "call\ncall\n"
+
+
+# --- other products --------------------------------------------------------------------------------------------------
 
 
 def test_a_product_with_wrong_sums_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,14 +271,18 @@ def test_a_product_with_wrong_sums_is_rejected(monkeypatch: pytest.MonkeyPatch) 
     assert "wrong sums" in (cpu.Avx2.rejects(request) or "")
 
 
-def test_widened_products_are_integer_products() -> None:
+@pytest.mark.parametrize("in_features", [32, 1024, 1025, 5000, 73728])
+def test_widened_products_are_integer_products(in_features: int) -> None:
+    """Rounded to float32 once, however long the sums are: the largest here is 2**30."""
     generator = torch.Generator().manual_seed(0)
-    # The larger weight first, because the smaller one then uses its buffer. in = 1024 keeps every sum below 2**24.
-    for out_features, in_features in ((64, 1024), (48, 32)):
+    for out_features in (513, 48):  # more rows than the buffer has, and fewer
         x = torch.randint(-128, 128, (5, in_features), generator=generator, dtype=torch.int8)
-        weight = torch.randint(-127, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
+        weight = torch.randint(-128, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
+        x[0], x[1], weight[0], weight[1] = 127, -128, 127, -128
         y = ops.widened_linear(x.float(), weight)
-        assert torch.equal(y.double(), int8.int8_matmul(x, weight))
+        assert torch.equal(y, int8.int8_matmul(x, weight).float())
+        assert ops.widened_linear(x[:0].float(), weight).shape == (0, out_features)
+    if in_features < 2000:
         results = torch.library.opcheck(ops.widened_linear, (x.float(), weight))
         assert set(results.values()) == {"SUCCESS"}, results
 
@@ -175,3 +291,15 @@ def test_the_dynamic_scale_equals_the_reference() -> None:
     x = torch.randn(7, 33)
     for value in (x, -x, x.bfloat16(), torch.zeros(2, 3)):
         assert torch.equal(ops.dynamic_tensor_scale(value), int8.input_scale(value, "tensor"))
+
+
+def test_a_torch_without_mkldnn_calibrates_in_float32() -> None:
+    """It has none of the operators that tell what MKL-DNN supports (Apple silicon)."""
+    program = """
+import torch, types
+torch.ops.mkldnn = types.SimpleNamespace()
+from calibration.running import precision
+print([precision.is_native(dtype, "cpu") for dtype in (torch.float32, torch.bfloat16, torch.float16)])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "[True, False, False]\n", done.stderr

@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from calibration.options import Options
 from calibration.pipeline import calibrate, check_gate, observe_model
 from calibration.smoothing import fallback, search, simulate
 from calibration.smoothing.plan import make_plan, perplexity
+from calibration.smoothing.simulate import LayerScheme
 from tests.helpers import tiny_architectures, tiny_checkpoints
 from tests.helpers.reference import load_reference
 from vllm_smoothquant.format.config import CheckpointConfig
@@ -283,3 +286,32 @@ def test_fallbacks_are_overrides_in_the_checkpoint(observed, tmp_path):
     assert manifest["alphas"]
     assert set(manifest["errors"]) == set(manifest["quantized"])
     load_reference(tmp_path / "out")
+
+
+@pytest.mark.parametrize("weights", ["channel", "tensor"])
+def test_one_gate_that_is_nearly_closed_costs_nothing(weights: str, tmp_path: Path) -> None:
+    """Eq. 4 alone would multiply its row of up_proj until, under one scale for the weight, no other row has bits."""
+    model, text = tiny_architectures.build("llama-bias"), tiny_checkpoints.save_text(tmp_path / "text.jsonl")
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.gate_proj.weight[7], block.mlp.gate_proj.bias[7] = 0, -16
+    model.save_pretrained(tmp_path / "m")
+    tiny_checkpoints.tokenizer().save_pretrained(tmp_path / "m")
+    options = {"model": str(tmp_path / "m"), "dataset": str(text), "samples": 8, "seq_len": 32, "quiet": True}
+    observation = observe_model(Options(**options))
+    ids = tiny_architectures.tokens(3, 8, 32)
+    exact = as_served(observation, {}, ids)
+    without, smoothed = (
+        kl(exact, as_served(observation, make_plan(observation, Options(**options, **choice)).layers(), ids))
+        for choice in ({"weights": weights, "no_smoothing": True}, {"weights": weights})
+    )
+    assert smoothed <= 1.1 * without
+
+
+def as_served(observation: Observation, layers: Mapping[str, LayerScheme], ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), simulate.as_served(observation.model, layers):
+        return observation.model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+
+
+def kl(expected: torch.Tensor, got: torch.Tensor) -> float:
+    return float((expected.exp() * (expected - got)).sum(-1).mean())

@@ -27,6 +27,7 @@ def test_every_option_of_calibrate_is_in_a_recipe(capsys, tmp_path):
     recipe = printed(
         capsys, "some/model", "-o", "OUT", "--level", "O3", "--weights", "channel", "--activations", "static",
         "--budget-ppl", "1.5%", "--max-fallback", "10%", "--ignore", "a", "--ignore", "b", "--alpha", "auto",
+        "--chat-template", "t.jinja",
     )  # fmt: skip
     assert recipe.keys() == {f.name.replace("_", "-") for f in fields(options.Options) if f.metadata["recipe"]}
     assert recipe["max-fallback"] == 0.1
@@ -83,7 +84,10 @@ def test_the_saved_recipe_gives_the_same_checkpoint(tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     command = ["calibrate", str(model), "-o", str(first), "--dataset", str(text), "--samples", "4", "--seq-len", "32"]
     assert cli.main([*command, "--quiet", "--activations", "static", "--weights", "tensor"]) == 0
-    assert cli.main(["calibrate", "--recipe", str(first / options.RECIPE), "-o", str(second), "--quiet"]) == 0
+    recipe = (first / options.RECIPE).read_text()
+    assert str(tmp_path) not in recipe  # it is made to be shared
+    command = ["calibrate", str(model), "--recipe", str(first / options.RECIPE), "-o", str(second), "--quiet"]
+    assert cli.main([*command, "--dataset", str(text)]) == 0
     assert json.loads((first / MANIFEST).read_text()) == json.loads((second / MANIFEST).read_text())
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     assert cli.main(["verify", str(second)]) == 0

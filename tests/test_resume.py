@@ -9,17 +9,22 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
+import tqdm
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from calibration import __main__ as cli
 from calibration.checkpoint import export
 from calibration.observation import block_outputs, observe, resume, saved, sinks
+from calibration.observation.blocks import BlockNotIsolated, IsolatedBlock
 from calibration.observation.observe import BATCH_SIZE
 from calibration.observation.resume import ObservationStore
 from calibration.pipeline import calibrate, smooth
@@ -46,6 +51,15 @@ def small_shards():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def a_lock_of_tqdm_in_each_process():
+    """tqdm's own lock is a semaphore that forked processes share: one that is killed while it holds it stops all."""
+    lock = tqdm.tqdm.get_lock()
+    tqdm.tqdm.set_lock(threading.RLock())
+    yield
+    tqdm.tqdm.set_lock(lock)
+
+
 def run(source, output, **options):
     model, text = source
     options = {"samples": 2 * BATCH_SIZE + 1, "seq_len": tiny_checkpoints.SEQ_LEN, "activations": "static"} | options
@@ -62,7 +76,7 @@ def whole(source, tmp_path_factory):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in folder.iterdir()}
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 def forked(target, *args) -> int:
@@ -163,6 +177,20 @@ def test_killed_again_and_again_at_random(source, whole, tmp_path):
     assert not (tmp_path / "out.state").exists()
 
 
+@pytest.fixture(scope="module")
+def interrupted(source, tmp_path_factory):
+    """The state folder of a run that was killed in its second block."""
+    output = tmp_path_factory.mktemp("interrupted") / "out"
+    assert forked(killed_in_write, source, output, 5) == -signal.SIGKILL
+    return output.with_name("out.state")
+
+
+def test_the_copy_of_an_interrupted_run_resumes(interrupted, source, whole, tmp_path):
+    """Other tests only show that its files stay."""
+    shutil.copytree(interrupted, tmp_path / "out.state")
+    check_resumes(source, tmp_path / "out", whole)
+
+
 def blocks(folder: Path) -> list[str]:
     return sorted(p.name for p in (folder / "block").iterdir())
 
@@ -177,8 +205,12 @@ def test_finished_blocks_are_not_run_again(source, whole, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "options", [{"alpha": 0.7}, {"activations": "token"}, {"ignore": ["model.layers.0.mlp.up_proj"]}]
-)
+    "options",
+    [
+        {"alpha": 0.7}, {"activations": "token"}, {"ignore": ["model.layers.0.mlp.up_proj"]},
+        {"alpha": "auto", "max_fallback": 0.3},
+    ],
+)  # fmt: skip
 def test_another_alpha_or_scheme_resumes_from_the_same_observation(options, source, tmp_path, monkeypatch):
     output = tmp_path / "out"
     assert forked(killed_in_write, source, output, 12) == -signal.SIGKILL
@@ -213,21 +245,38 @@ def test_other_inputs_are_refused_with_the_difference(options, difference, sourc
     check_resumes(source, output, whole)
 
 
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        {"text_column": "texts"}, {"dataset": "nowhere.jsonl"}, {"ignore": ["typo"]}, {"seq_len": 4096},
-        {"samples": 100_000}
-    ],
-)  # fmt: skip
-def test_a_mistake_in_a_later_command_keeps_the_observation(mistake, source, whole, tmp_path):
-    output = tmp_path / "out"
-    assert forked(killed_in_write, source, output, 5) == -signal.SIGKILL
-    finished_blocks = blocks(tmp_path / "out.state")
+ALL_LAYERS = [f"model.layers.{i}.{name}" for i in range(2) for name in (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)]  # fmt: skip
+
+# Every option whose value may be mistyped.
+MISTAKES = [
+    {"text_column": "texts"}, {"dataset": "nowhere.jsonl"}, {"dataset": __file__}, {"samples": 100_000}, {"samples": 8},
+    {"samples": 0}, {"seq_len": 4096}, {"seq_len": 31}, {"seq_len": 1}, {"seed": 1}, {"device_map": "gpu"},
+    {"alpha": "best"}, {"alpha": 2.0}, {"level": "O1"}, {"level": "O9"}, {"weights": "row"}, {"activations": "row"},
+    {"max_fallback": 29}, {"budget_ppl": 0.01}, {"quantize_lm_head": True}, {"save_stats": "/"},
+    {"stats": "nowhere"}, {"ignore": ["typo"]}, {"ignore": ALL_LAYERS},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=str)
+def test_a_mistake_in_a_later_command_keeps_the_observation(mistake, interrupted, source, tmp_path):
+    folder = tmp_path / "out.state"
+    shutil.copytree(interrupted, folder)
+    files = state(folder)
     with pytest.raises(SmoothQuantError):
-        run(source, output, **mistake)
-    assert set(finished_blocks) <= set(blocks(tmp_path / "out.state"))
-    check_resumes(source, output, whole)
+        run(source, tmp_path / "out", **mistake)
+    assert state(folder) == files
+
+
+def test_another_model_keeps_the_observation(interrupted, source, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "out.state")
+    files = state(tmp_path / "out.state")
+    for model in (tmp_path / "nowhere", source[1], tiny_checkpoints.save("llama-bias", tmp_path / "other")):
+        with pytest.raises(SmoothQuantError):
+            run((model, source[1]), tmp_path / "out")
+        assert state(tmp_path / "out.state") == files
 
 
 def test_a_budget_that_cannot_be_met_keeps_the_whole_observation(source, tmp_path, monkeypatch):
@@ -269,13 +318,25 @@ def test_a_damaged_key_is_refused(source, tmp_path):
         run(source, output)
 
 
-@pytest.mark.parametrize(("at", "name"), [(5, "block/00000.safetensors"), (5, "outputs/0/0/0.safetensors")])
-def test_a_damaged_file_in_the_state_is_named(at, name, source, tmp_path):
-    output = tmp_path / "out"
-    assert forked(killed_in_write, source, output, at) == -signal.SIGKILL
+def test_a_damaged_block_is_named(source, tmp_path):
+    output, name = tmp_path / "out", "block/00000.safetensors"
+    assert forked(killed_in_write, source, output, 5) == -signal.SIGKILL
     os.truncate(tmp_path / "out.state" / name, 20)
     with pytest.raises(SmoothQuantError, match=f"{name}: .*; remove the state folder to start over"):
         run(source, output)
+
+
+@pytest.mark.parametrize("lose", [lambda path: os.truncate(path, 20), Path.unlink], ids=["half", "gone"])
+@pytest.mark.parametrize("at", [5, 9])
+def test_a_block_whose_outputs_are_lost_runs_again(at, lose, source, whole, tmp_path, capsys):
+    """At 5 the second block runs and needs the outputs of the first; at 9 what follows it needs those of the second."""
+    output = tmp_path / "out"
+    assert forked(killed_in_write, source, output, at) == -signal.SIGKILL
+    block = {5: 0, 9: 1}[at]
+    lose(tmp_path / f"out.state/outputs/0/{block % 2}/1.safetensors")
+    run(source, output, quiet=False)
+    assert f"observe: again from block {block + 1}, because" in capsys.readouterr().err
+    assert contents(output) == whole
 
 
 def test_a_damaged_observation_is_named(source, tmp_path):
@@ -294,6 +355,43 @@ def test_another_device_is_refused(source, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "NVIDIA H100"}))
     with pytest.raises(SmoothQuantError, match='device was "NVIDIA H100", is "cpu"'):
         run(source, output)
+
+
+def change_output(path: Path) -> None:
+    """Change the last place of one number, as another machine or another number of threads may."""
+    with safe_open(path, "pt") as file:
+        output, metadata = file.get_tensor("output"), file.metadata()
+    output[0, 0, 0] = output[0, 0, 0].nextafter(torch.tensor(torch.inf))
+    save_file({"output": output}, path, metadata=metadata)
+
+
+def test_a_machine_that_rounds_differently_is_refused(interrupted, source, tmp_path):
+    """It would find that no block can run isolated, and run the whole model again, with that as the reason."""
+    shutil.copytree(interrupted, tmp_path / "out.state")
+    change_output(tmp_path / "out.state/outputs/0/0/0.safetensors")
+    files = state(tmp_path / "out.state")
+    with pytest.raises(SmoothQuantError, match=r"expected the rounding of the interrupted run, got model\.layers\.1"):
+        run(source, tmp_path / "out")
+    assert state(tmp_path / "out.state") == files
+
+
+@pytest.mark.parametrize("at", [5, 6])
+def test_a_run_of_the_whole_model_resumes(at, source, tmp_path, monkeypatch):
+    """The blocks of the model cannot run isolated; killed in the first and in the second batch of the whole model."""
+
+    def check(self, returned, absmax):
+        if self.index == 1:
+            raise BlockNotIsolated("the test wants it")
+
+    monkeypatch.setattr(IsolatedBlock, "check", check)
+    run(source, tmp_path / "whole")
+    (tmp_path / "killed").mkdir()
+    output = tmp_path / "killed/out"
+    assert forked(killed_in_write, source, output, at) == -signal.SIGKILL
+    assert len(list(Path(f"{output}.state").glob("pass/0/*.safetensors"))) == at - 5
+    check_resumes(source, output, contents(tmp_path / "whole"))
+    passes = json.loads((output / MANIFEST).read_text())["calibration"]["passes"]
+    assert passes == "whole model: the test wants it"
 
 
 def test_other_inputs_start_over_if_nothing_was_observed(source, whole, tmp_path):
@@ -340,12 +438,44 @@ def test_sinks_of_a_layer_that_is_no_longer_ignored_are_in_the_manifest(source, 
     assert [names for names in layers["fresh"] if names not in layers["first"]] == [[name] for name in ignored]
 
 
-def test_a_folder_that_is_not_ours_is_refused_and_left_alone(source, tmp_path):
-    (tmp_path / "out.state/block").mkdir(parents=True)
-    (tmp_path / "out.state/notes.txt").write_text("mine")
+def test_a_checkpoint_folder_that_cannot_be_removed_is_refused(source, interrupted, tmp_path):
+    """Its files could enter the output."""
+    shutil.copytree(interrupted, tmp_path / "out.state")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/model-00009-of-00009.safetensors").write_text("of another run")
+    (tmp_path / "out.state/checkpoint").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SmoothQuantError, match="symbolic link"):
+        run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["block/0.safetensors"], ["notes.txt"], ["checkpoint/model.safetensors"], ["lock"],
+        ["lock", "checkpoint/model.safetensors", "key.json", "outputs/0/0/0.safetensors"],
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_not_ours_is_refused_and_left_alone(files, source, tmp_path):
+    for name in files:
+        (path := tmp_path / "out.state" / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    before = contents(tmp_path)
     with pytest.raises(SmoothQuantError, match="got something else"):
         run(source, tmp_path / "out")
-    assert (tmp_path / "out.state/notes.txt").read_text() == "mine"
+    assert contents(tmp_path) == before
+
+
+def test_a_file_in_place_of_the_state_folder_is_refused(source, tmp_path):
+    (tmp_path / "out.state").write_text("mine")
+    with pytest.raises(SmoothQuantError, match="got something else"):
+        run(source, tmp_path / "out")
+    assert (tmp_path / "out.state").read_text() == "mine"
+
+
+def test_a_run_that_was_killed_before_it_marked_the_folder_is_continued(source, whole, tmp_path):
+    (tmp_path / "out.state").mkdir()
+    (tmp_path / "out.state/lock").touch()
+    check_resumes(source, tmp_path / "out", whole)
 
 
 def test_a_users_file_in_the_state_folder_stays(source, tmp_path):
@@ -418,15 +548,27 @@ def test_a_full_disk_is_one_line_and_keeps_the_observation(source, whole, tmp_pa
     assert contents(output) == whole
 
 
+def test_the_recipe_is_part_of_what_is_published(source, tmp_path, monkeypatch):
+    """A disk that is full when the recipe is written leaves no output without it."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("calibration.checkpoint.write.dump_recipe", full)
+    with pytest.raises(SmoothQuantError, match="No space left on device"):
+        run(source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.state"]
+
+
 def full_after(files: int):
     """A save_file that fails after `files` files because the disk is full."""
     save, calls = block_outputs.save_file, []
 
-    def save_until_full(tensors, path):
+    def save_until_full(tensors, path, metadata):
         calls.append(path)
         if len(calls) > files:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        save(tensors, path)
+        save(tensors, path, metadata)
 
     return save_until_full
 

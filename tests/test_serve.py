@@ -16,7 +16,8 @@ pytestmark = pytest.mark.slow
 
 ARGUMENTS = ["--served-model-name", "int8", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "8"]
 ARGUMENTS += ["--kv-cache-memory-bytes", "512M"]
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+# Floating point answers this one with certainty; "What is the capital of France?" begins with a choice of 16 to 14 %.
+QUESTION = [{"role": "user", "content": "What is the name of the capital city of France?"}]
 CAPITALS = {"The capital of France is": "Paris", "The capital of Italy is": "Rome", "The capital of Japan is": "Tokyo"}
 GREEDY = {"model": "int8", "temperature": 0, "max_tokens": 24}
 
@@ -46,6 +47,13 @@ def test_a_stream_has_the_same_text_in_pieces(served):
     pieces = [chunk.choices[0].delta.content for chunk in stream if chunk.choices and chunk.choices[0].delta.content]
     assert len(pieces) > 3
     assert "".join(pieces) == whole
+
+
+def test_structured_output_keeps_to_the_choices(served):
+    choices = ["Berlin", "Paris", "Rome"]
+    extra = {"structured_outputs": {"choice": choices}}
+    reply = served.chat.completions.create(messages=QUESTION, extra_body=extra, **GREEDY)
+    assert reply.choices[0].message.content in choices
 
 
 def test_several_prompts_in_one_request(served):

@@ -1,5 +1,9 @@
 """A sink token is named with the layers that read it; a model without sinks has none."""
 
+import json
+import math
+
+import pytest
 import torch
 
 from calibration.observation.sinks import TIMES, name_sinks, watching_peaks
@@ -37,3 +41,12 @@ def test_an_input_that_is_mostly_zero_has_no_sink():
     """Its median peak is zero, and a multiple of zero would be infinite, which JSON cannot hold."""
     peaks = {"a": torch.tensor([[0.0, 0.0, 5.0]])}
     assert name_sinks(peaks, {"a": ["a"]}, torch.tensor([[1, 2, 3]]), tiny_checkpoints.tokenizer()) == []
+
+
+@pytest.mark.parametrize("median", [1e-45, 1e-38, 1e-30])
+def test_a_median_of_almost_zero_gives_a_finite_multiple(median):
+    """Such as that of a layer whose SiLU gates are at -90 for most tokens. float32 has no 3e38 / 1e-45."""
+    peak = torch.tensor([[median, median, median, 3e38]])
+    (sink,) = name_sinks({"a": peak}, {"a": ["a"]}, torch.tensor([[5, 6, 7, 8]]), tiny_checkpoints.tokenizer())
+    json.dumps(sink, allow_nan=False)
+    assert math.isclose(sink["times_median"], float(peak[0, 3]) / float(peak[0, 0]))

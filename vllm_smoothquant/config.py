@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig as VllmQuantizationConfig
@@ -18,6 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
+from . import adapters
 from .bloom import RepeatingMapper, repeating_mapper
 from .format.config import QUANT_METHOD, CheckpointConfig, Scheme
 from .format.errors import SmoothQuantError
@@ -29,17 +31,24 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
 
+# Last part of a layer's name -> multiplied with others by vLLM's attention (MLA), which reads the weight by itself.
+FLOAT_IN_VLLM = ("kv_b_proj",)
+
+
 class SmoothQuantVllmConfig(VllmQuantizationConfig):
     """config: the checkpoint's `quantization_config`; None if --quantization smoothquant names a model without one.
 
     tensors: all names in the checkpoint's files; None if they are not on this machine when the engine is configured.
+    quantised: those of them whose layers are INT8, without ".weight". checkpoint: its folder or hub id.
     """
 
     def __init__(self, config: CheckpointConfig | None = None) -> None:
         super().__init__()
         self.config = config
         self.tensors: frozenset[str] | None = None
+        self.quantised: frozenset[str] = frozenset()
         self.repeating: RepeatingMapper | None = None
+        self.checkpoint = "CHECKPOINT"
         self._seen_layers: set[str] = set()
 
     def __repr__(self) -> str:
@@ -68,16 +77,20 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         """vLLM calls this in the parent process when it knows the model: refuse a faulty checkpoint here."""
         if self.config is None:
             raise _not_quantised(model_name)
-        self.repeating = repeating_mapper(hf_config)
-        # A repository on the hub is not downloaded yet: only the checks at loading apply to it.
-        if os.path.isdir(model_name):
-            headers = read_headers(model_name)
-            if not headers:
-                raise SmoothQuantError(model_name, "safetensors files", "none", "copy or export the checkpoint again")
+        self.repeating, self.checkpoint = repeating_mapper(hf_config), model_name
+        # A repository on the hub is not downloaded yet, and weights in object storage never are: such a folder has only
+        # config.json. The checks at loading apply to both.
+        if any(Path(model_name).glob("model-rank-*.safetensors")):
+            fix = "serve the checkpoint itself: vLLM splits its tensors over the ranks while it loads them"
+            raise SmoothQuantError(model_name, "a checkpoint", "files of --load-format sharded_state", fix)
+        headers = read_headers(model_name) if os.path.isdir(model_name) else {}
+        if headers:
             sizes = size_faults(read_json(Path(model_name, "config.json")), headers)
             for fault in (*sizes, *header_faults(self.config, headers)):
                 raise fault
             self.tensors = frozenset(headers)
+            weights = (name for name, (dtype, _) in headers.items() if dtype == "I8" and name.endswith(".weight"))
+            self.quantised = frozenset(name.removesuffix(".weight") for name in weights)
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
         """vLLM calls this from 0.32 on, and BLOOM's loader reorders scales from the same version on."""
@@ -98,7 +111,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
                 ignore=renamed(self.config.ignore),
             )
         if self.tensors is not None:
-            self.tensors = renamed(self.tensors)
+            self.tensors, self.quantised = renamed(self.tensors), renamed(self.quantised)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our method for linear layers and an untied output head, unless `ignore` has them.
@@ -111,23 +124,45 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
             raise _not_quantised(prefix)
         names = self._checkpoint_names(self.config, prefix)
         self._seen_layers.update(names)
-        scheme, smoothed = _shared_scheme(self.config, prefix, names)
+        if torch.empty(0).is_meta:  # vLLM loads nothing into this layer: a tower or a head that it does not need
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        scheme, smoothed = _shared_scheme(self.config, prefix, self._stored(names))
+        if isinstance(layer, ParallelLMHead) and prefix.rpartition(".")[2] in self.config.ignore:
+            scheme = None  # vLLM may put the head below a part of the model, and its mapper renames only what is inside
         if scheme is None:
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if prefix.rpartition(".")[2] in FLOAT_IN_VLLM:
+            raise SmoothQuantError(
+                prefix, "a layer in floating point, because vLLM's attention reads its weight as such", "INT8",
+                f"calibrate the model again, with --ignore '*.{prefix.rpartition('.')[2]}'",
+            )  # fmt: skip
         loading = CheckedLoading(prefix, names, self.tensors, self.repeating, scheme.weights.strategy == "channel")
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is not None:
+            loading.dummy = vllm_config.load_config.load_format == "dummy"
+            if self.config.transforms is not None and vllm_config.lora_config is not None:
+                adapters.watch(layer, self.config.transforms.smoothing, self.checkpoint)
         return SmoothQuantLinearMethod(loading, scheme, smoothed, self.check_all_names_seen)
 
     def check_all_names_seen(self) -> None:
-        """Check, after the model is built, that each name in the configuration is a layer: others have no effect."""
+        """Check, after the model is built, that each name in the configuration is a layer: others have no effect.
+
+        vLLM builds some layers without asking for their method. It would load their integers as floating point.
+        """
         if self.config is None or get_pp_group().world_size > 1:
             return  # a pipeline stage builds only its own layers
-        for name in sorted((self.config.smoothed | set(self.config.overrides)) - self._seen_layers):
+        for name in sorted((self.config.smoothed | set(self.config.overrides) | self.quantised) - self._seen_layers):
             raise SmoothQuantError(
                 f"quantization_config: {name}",
-                "the name of a linear layer of this model in vLLM",
-                "a name that vLLM did not use",
-                "report this architecture, or calibrate with the same activations for all layers",
+                "the name of a linear layer that vLLM quantises in this model",
+                "a layer that vLLM computes in floating point, or does not have",
+                f"calibrate the model again with --ignore {name}, and report this architecture",
             )
+
+    def _stored(self, names: list[str]) -> list[str]:
+        """Those of `names` that have a weight in the files: a layer may compute two outputs of one matrix."""
+        stored = [name for name in names if self.tensors is None or f"{name}.weight" in self.tensors]
+        return stored or names
 
     def _checkpoint_names(self, config: CheckpointConfig, prefix: str) -> list[str]:
         """The checkpoint's names of the layer that vLLM calls `prefix`: q_proj, k_proj and v_proj for qkv_proj."""

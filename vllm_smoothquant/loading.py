@@ -5,7 +5,7 @@ wrapped to check dtype, shape and values, and after loading every tensor of ever
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -36,6 +36,8 @@ class CheckedLoading:
     None if the files were not readable when the engine was configured. repeating: see bloom.py. per_channel:
     weight_scale has one row for each row of the weight.
 
+    dummy: vLLM loads no files (--load-format dummy) and fills parameters with random numbers.
+
     create_weights sets input_size and output_size (over all ranks) and widths (rows of each shard on this rank).
     """
 
@@ -47,6 +49,7 @@ class CheckedLoading:
     input_size: int = 0
     output_size: int = 0
     widths: list[int] = field(default_factory=list)
+    dummy: bool = False
     # tensor -> shard -> value to compare
     loaded: dict[str, dict[Any, torch.Tensor | None]] = field(default_factory=dict)
 
@@ -71,6 +74,9 @@ class CheckedLoading:
 
     def check_complete(self, layer: Layer) -> None:
         """Check that every tensor of every shard was loaded, and that both sides have a bias or neither has."""
+        if self.dummy:
+            _fill(layer, self.loaded)
+            return
         for tensor in self.loaded:
             self._check_tensor(layer, tensor)
         self._check_bias(layer)
@@ -150,6 +156,16 @@ class CheckedLoading:
 
 
 _LOADER = f"{CheckedLoading.checked.__qualname__}.<locals>.load"
+
+
+def _fill(layer: Layer, tensors: Iterable[str]) -> None:
+    """Integers and positive scales for a model that is served without weights. vLLM fills floating point only."""
+    for tensor in tensors:
+        data = getattr(layer, tensor).data
+        if tensor == "weight":
+            data.copy_(torch.arange(data.numel(), device=data.device).reshape(data.shape) % 255 - 127)
+        else:
+            data.fill_(1e-3)
 
 
 def _indices(shard: Any) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import SCALES, Headers
 
+from ..inputs.unread import is_passed_over
 from ..running.modules import LINEAR_TYPES
 from . import export
 
@@ -37,7 +38,10 @@ def build_empty(folder: Path) -> PreTrainedModel:
 
 
 def architecture_faults(model: PreTrainedModel, headers: Headers) -> Faults:
-    """Each name or shape that differs between `headers` and `model`, which is still in floating point."""
+    """Each name or shape that differs between `headers` and `model`, which is still in floating point.
+
+    A checkpoint may carry tensors that transformers passes over in this architecture.
+    """
     model.tie_weights()
     state: dict[str, torch.Tensor] = {}
     for block in export.source_tensors(model):
@@ -47,7 +51,7 @@ def architecture_faults(model: PreTrainedModel, headers: Headers) -> Faults:
         if name not in headers:
             yield fault(name, "a tensor in the checkpoint", "none")
         elif name not in state:
-            if name not in scales:
+            if name not in scales and not is_passed_over(model, name):
                 yield fault(name, "a tensor of this architecture", "one it does not have")
         elif tuple(state[name].shape) != headers[name][1]:
             yield fault(name, f"shape {list(state[name].shape)}", str(list(headers[name][1])))

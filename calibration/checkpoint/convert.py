@@ -5,41 +5,46 @@
 
 Both store `weight` int8 [out, in], `weight_scale` [out, 1] or [1] and `input_scale` [1], real = int * scale, so that
 only config.json differs. A property that the other format cannot express is refused, because a checkpoint without it
-would be served wrong.
+would be served wrong. What is written passes `verify`, or is removed.
 
-Source: compressed-tensors 0.17, quantization/quant_config.py and quant_args.py; how vLLM 0.32 reads it:
-model_executor/layers/quantization/compressed_tensors/compressed_tensors.py.
+The manifest's `converted_from` is the method of the first checkpoint of a chain of conversions: it shows whose integers
+these are, and verify.py applies our rounding rule only to ours. A manifest counts only if all its hashes are right.
+
+compressed_tensors.py reads that format. How vLLM 0.32 reads it: model_executor/layers/quantization/compressed_tensors/
+compressed_tensors.py.
 """
 
-import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.pytorch_utils import Conv1D
 
-from vllm_smoothquant.format.config import QUANT_METHOD, REORDERED, TRANSFORMERS_WEIGHTS, CheckpointConfig, Weights
+from vllm_smoothquant.format.config import (
+    QUANT_METHOD,
+    REORDERED,
+    TRANSFORMERS_WEIGHTS,
+    TRANSFORMS_FILE,
+    CheckpointConfig,
+)
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import MANIFEST, Headers, header_faults, read_headers, read_json, read_tensors
+from vllm_smoothquant.format.files import MANIFEST, Headers, read_headers, read_json
 
+from ..inputs.side_files import side_files
 from ..options import ACTIVATIONS
-from ..running.modules import LINEAR_TYPES, block_of
-from . import export, model_card
+from ..running.modules import block_of
+from . import compressed_tensors, export, model_card
 from .architecture import build_empty
+from .compressed_tensors import arguments, int8_layers
 from .manifest import FORMAT_VERSION
 from .model_card import CARD
 from .verify import verify
 
 COMPRESSED_TENSORS = "compressed-tensors"
 FORMATS = (COMPRESSED_TENSORS, QUANT_METHOD)
-# Keys of a compressed-tensors configuration that change what is computed and that our format does not have.
-FOREIGN = ("kv_cache_scheme", "transform_config", "sparsity_config")
-STOCK = "serve it with stock vLLM"
+# Layers that vLLM computes as one, with one input_scale.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 EXPERTS = ".experts."
-# The ACTIVATIONS that both formats can express.
-KINDS = {"static": "static per_tensor", "token": "dynamic per_token"}
 
 
 def convert(checkpoint: str | Path, output: str | Path, to: str) -> dict[str, Any]:
@@ -51,29 +56,41 @@ def convert(checkpoint: str | Path, output: str | Path, to: str) -> dict[str, An
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method not in FORMATS or method == to:
+    if quantization is None or method not in FORMATS or method == to:
         where, expected = f"{folder}/config.json: quant_method", " or ".join(f for f in FORMATS if f != to)
         raise SmoothQuantError(where, expected, repr(method), "give a checkpoint of the other format")
     export.check_output(output)
-    if to_ours := to == QUANT_METHOD:
-        ours, in_float = _our_config(folder, config["quantization_config"])
-        config |= {"quantization_config": ours.to_dict(), "transformers_weights": TRANSFORMERS_WEIGHTS}
+    to_ours, kept = to == QUANT_METHOD, dict[str, str]()
+    if to_ours:
+        translation = compressed_tensors.translate(folder, config)
+        kept = dict.fromkeys(translation.in_float, "floating point in the source")
+        del config["quantization_config"]  # both keys come last, as calibrate writes them
+        config |= {"transformers_weights": TRANSFORMERS_WEIGHTS, "quantization_config": translation.config.to_dict()}
+        config.pop("auto_map", None)  # names code, which transformers did not need to build the model
     else:
         for fault in verify(folder).faults:
             raise fault
-        ours, headers, in_float = CheckpointConfig.from_dict(quantization), read_headers(folder), []
+        ours, headers = CheckpointConfig.from_dict(quantization), read_headers(folder)
         _check_expressible(folder, ours, headers, config)
         config["quantization_config"] = _compressed_config(ours, headers)
         config.pop("transformers_weights", None)  # transformers reads compressed-tensors without help
     with export.staging(output) as staged:
-        for path in folder.iterdir():
-            if path.is_file() and path.name != CARD and not (to_ours and ".safetensors" in path.name):
-                shutil.copyfile(path, staged / path.name)
+        for name in _names(folder):
+            if name != CARD and not (to_ours and ".safetensors" in name and name != TRANSFORMS_FILE):
+                (staged / name).parent.mkdir(exist_ok=True, parents=True)
+                shutil.copyfile(folder / name, staged / name)
         if to_ours:
-            export.write_tensors(staged, _our_tensors(folder, ours.weights.strategy))
-            for fault in header_faults(ours, read_headers(staged)):
-                raise fault
-        return _finish(staged, folder, config, in_float)
+            export.write_tensors(staged, compressed_tensors.our_tensors(folder, translation.headers))
+        manifest = _finish(staged, folder, method, config, kept)
+        for fault in verify(staged).faults if to_ours else ():
+            raise fault
+    return manifest
+
+
+def _names(folder: Path) -> list[str]:
+    """The files of a checkpoint, relative to its `folder`, which may have more in folders of its owner."""
+    beside = [path.name for path in folder.iterdir() if path.is_file()]
+    return sorted({*beside, *side_files(folder), *([TRANSFORMS_FILE] if (folder / TRANSFORMS_FILE).is_file() else [])})
 
 
 def _check_expressible(folder: Path, ours: CheckpointConfig, headers: Headers, config: dict[str, Any]) -> None:
@@ -94,7 +111,7 @@ def _check_expressible(folder: Path, ours: CheckpointConfig, headers: Headers, c
         if reordered and shape == (1,) and name.rpartition(".")[0].endswith(reordered):
             fix = "calibrate with --weights channel and --activations token"
             raise refuse(name, "one scale for a layer whose rows stock vLLM reorders", fix)
-    for name, module in _linear_layers(folder).items():
+    for name, module in build_empty(folder).named_modules():
         if isinstance(module, Conv1D) and headers.get(f"{name}.weight", ("",))[0] == "I8":
             raise refuse(f"{name}.weight", "a Conv1D weight, [in, out]", "serve it with this plugin")
 
@@ -107,7 +124,7 @@ def _compressed_config(ours: CheckpointConfig, headers: Headers) -> dict[str, An
     not in vLLM.
     """
     overrides = ours.overrides
-    heads = [name for name in _quantised(headers) if not block_of(name) and name not in overrides]
+    heads = [name for name in int8_layers(headers) if not block_of(name) and name not in overrides]
     groups = [
         ([name for name in sorted(overrides) if overrides[name] == activations], activations)
         for activations in sorted(set(overrides.values()), key=str)
@@ -120,8 +137,8 @@ def _compressed_config(ours: CheckpointConfig, headers: Headers) -> dict[str, An
         "config_groups": {
             f"group_{i}": {
                 "targets": targets,
-                "weights": _arguments(ours.weights.strategy, False),
-                "input_activations": _arguments(activations.strategy, activations.dynamic),
+                "weights": arguments(ours.weights.strategy, False),
+                "input_activations": arguments(activations.strategy, activations.dynamic),
                 "output_activations": None,
             }
             for i, (targets, activations) in enumerate(groups)
@@ -133,110 +150,31 @@ def _compressed_config(ours: CheckpointConfig, headers: Headers) -> dict[str, An
     }
 
 
-def _arguments(strategy: str, dynamic: bool) -> dict[str, Any]:
-    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
+def _finish(staged: Path, folder: Path, method: str, config: dict[str, Any], kept: dict[str, str]) -> dict[str, Any]:
+    """Write config.json, the manifest and the model card. A manifest in `folder` goes on with what it records.
 
-
-def _our_config(folder: Path, quantization: dict[str, Any]) -> tuple[CheckpointConfig, list[str]]:
-    """(our configuration of a compressed-tensors checkpoint, names of its linear layers in floating point)."""
-    strategy, allowed = _read_groups(quantization)
-    headers = read_headers(folder)
-    # A static scale is a tensor of the file. Dynamic scales are per token, because _read_groups refuses others.
-    kinds = {name: "static" if f"{name}.input_scale" in headers else "token" for name in _quantised(headers)}
-    for name, kind in kinds.items():
-        if kind not in allowed:
-            expected = " or ".join(KINDS[each] for each in allowed) + " activations, by config_groups"
-            raise SmoothQuantError(name, expected, f"{KINDS[kind]}, by its tensors", "export the checkpoint again")
-    if not kinds:
-        raise SmoothQuantError(str(folder), "int8 weights", "none", "give an int-quantized checkpoint")
-    most = max(sorted(set(kinds.values())), key=list(kinds.values()).count)
-    overrides = {name: ACTIVATIONS[kind] for name, kind in kinds.items() if kind != most}
-    in_float = [name for name in _linear_layers(folder) if name not in kinds]
-    return CheckpointConfig(Weights(strategy), ACTIVATIONS[most], overrides, ignore=frozenset(in_float)), in_float
-
-
-def _read_groups(quantization: dict[str, Any]) -> tuple[str, list[str]]:
-    """(strategy of the weights, KINDS of activations) of `config_groups`.
-
-    Errors (SmoothQuantError): our format cannot express it.
+    method: of `folder`. kept: layers in floating point and the reason, unless the manifest has them.
     """
-    where = "quantization_config"
-    for key in FOREIGN:
-        if quantization.get(key):
-            raise SmoothQuantError(f"{where}.{key}", "none", "one", STOCK)
-    where += ".config_groups"
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise SmoothQuantError(where, "groups", repr(groups), "correct config.json")
-    weights, activations = set[str](), list[str]()
-    for key, group in groups.items():
-        if not isinstance(group, dict) or group.get("output_activations"):
-            raise SmoothQuantError(f"{where}.{key}", "weights and input_activations", "others", STOCK)
-        weights.add(_strategy(group, "weights", f"{where}.{key}", ("channel", False), ("tensor", False)))
-        strategy = _strategy(group, "input_activations", f"{where}.{key}", ("tensor", False), ("token", True))
-        activations.append("token" if strategy == "token" else "static")
-    if len(weights) > 1:
-        raise SmoothQuantError(where, "one strategy for all weights", "tensor and channel", STOCK)
-    return weights.pop(), list(dict.fromkeys(activations))
-
-
-def _strategy(group: dict[str, Any], key: str, where: str, *allowed: tuple[str, bool]) -> str:
-    """The strategy of group[key], if it is symmetric int8 of one of the `allowed` (strategy, dynamic)."""
-    arguments = group.get(key)
-    if not isinstance(arguments, dict):
-        arguments = {}
-    with_defaults = {name: arguments.get(name, default) for name, default in _arguments("tensor", False).items()}
-    grouped = arguments.get("actorder") or arguments.get("group_size") not in (None, -1)
-    for strategy, dynamic in allowed if arguments and not grouped else ():
-        if with_defaults == _arguments(strategy, dynamic):
-            return strategy
-    kinds = " or ".join(f"{'dynamic' if dynamic else 'static'} per_{strategy}" for strategy, dynamic in allowed)
-    got = json.dumps(arguments)[:200] if arguments else "nothing"
-    raise SmoothQuantError(f"{where}.{key}", f"symmetric 8-bit integers, {kinds}", got, STOCK)
-
-
-def _our_tensors(folder: Path, strategy: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of `folder` as our format stores them: float32 scales of one shape, and no zero points."""
-    for name, tensor in read_tensors(folder):
-        suffix = name.rpartition(".")[2]
-        if suffix.endswith("_zero_point"):
-            if tensor.any():
-                raise SmoothQuantError(name, "zeros: symmetric integers", "others", STOCK)
-            continue
-        if suffix in ("weight_scale", "input_scale"):
-            tensor = tensor.float().reshape((-1, 1) if (suffix, strategy) == ("weight_scale", "channel") else (1,))
-            if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-                raise SmoothQuantError(name, "finite scales above zero", "others", "quantise the model again")
-        yield name, tensor
-
-
-def _finish(staged: Path, folder: Path, config: dict[str, Any], in_float: list[str]) -> dict[str, Any]:
-    """Write config.json, the manifest and the model card; keeps what the source's manifest, if any, records."""
     export.write_json(staged / "config.json", config)
-    path, card = folder / MANIFEST, folder / CARD
-    source = read_json(path) if path.exists() else {"kept": dict.fromkeys(in_float, "floating point in the source")}
-    manifest = source | {
+    path, card, int8 = folder / MANIFEST, folder / CARD, int8_layers(read_headers(staged))
+    manifest: dict[str, Any] = {"converted_from": method, "kept": kept, "inputs": _fused(int8)}
+    manifest |= read_json(path) if path.exists() else {}
+    manifest |= {
         "format_version": FORMAT_VERSION,
-        "converted_from": read_json(folder / "config.json")["quantization_config"]["quant_method"],
-        "quantized": _quantised(read_headers(staged)),
+        "quantized": int8,
         "quantization_config": config["quantization_config"],
         "files": export.file_hashes(staged),
     }
     export.write_json(staged / MANIFEST, manifest)
     if "source" in manifest:
-        model_card.write(staged, manifest)  # the card says how the checkpoint is served, which has changed
+        model_card.write(staged, manifest, folder)  # the card says how the checkpoint is served, which has changed
     elif card.exists():
         shutil.copyfile(card, staged / CARD)
     return manifest
 
 
-def _quantised(headers: Headers) -> list[str]:
-    weights = [name for name, (dtype, _) in headers.items() if dtype == "I8" and name.endswith(".weight")]
-    return sorted(name.removesuffix(".weight") for name in weights)
-
-
-def _linear_layers(folder: Path) -> dict[str, torch.nn.Module]:
-    """Name in files -> linear layer of the architecture, built without memory."""
-    model = build_empty(folder)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
-    return {export.hub_module_name(model, name): module for name, module in linears.items() if EXPERTS not in name}
+def _fused(names: list[str]) -> list[list[str]]:
+    """The layers among `names` that vLLM computes as one."""
+    blocks = dict.fromkeys((name.rpartition(".")[0], parts) for name in names for parts in FUSED)
+    groups = [[name for part in parts if (name := f"{block}.{part}") in names] for block, parts in blocks]
+    return [group for group in groups if group]

@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from vllm_smoothquant.format.config import TRANSFORMERS_WEIGHTS
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import MANIFEST
+from vllm_smoothquant.format.files import MANIFEST, read_json
 
-from ..inputs.model import sha256
+from ..inputs.model import Source, sha256
+from ..inputs.side_files import copy_side_files
+from ..inputs.unread import unread_tensors
 from ..options import RECIPE
 from ..running.modules import block_of
 from .model_card import CARD
@@ -137,22 +139,29 @@ def write_tensors(
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_config(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quantization_config: dict[str, Any]
-) -> None:
-    """config.json with `quantization_config`, generation config, tokenizer and chat template."""
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
+def write_config(folder: Path, source: Source, quantization_config: dict[str, Any] | None) -> None:
+    """The source's config.json with `quantization_config` (None: in floating point), and its side files unchanged."""
+    copy_side_files(source.folder, folder)
+    config = read_json(source.folder / "config.json")
     config.pop("auto_map", None)  # names code in the source's folder, which is not copied
-    config["transformers_weights"] = TRANSFORMERS_WEIGHTS
-    config["quantization_config"] = quantization_config
-    write_json(path, config)
+    config["architectures"] = [type(source.model).__name__]
+    if not {"dtype", "torch_dtype"} & config.keys():
+        config["dtype"] = str(source.model.dtype).removeprefix("torch.")
+    if source.model.config.tie_word_embeddings is False:  # untied for an INT8 head
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = False
+    if quantization_config is not None:
+        config["transformers_weights"] = TRANSFORMERS_WEIGHTS
+        config["quantization_config"] = quantization_config
+    write_json(folder / "config.json", config)
+
+
+def unread(source: Source) -> list[str]:
+    """Names of the tensors in the source's files that its model does not read; a checkpoint carries them unchanged."""
+    model = source.model
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    return unread_tensors(model, source.folder, hub_names(model, shapes))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -160,6 +169,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of every file except the manifest (it holds the hashes), the model card and the recipe."""
+    """Name -> sha256 of every file except the manifest (it holds the hashes), the model card and the recipe.
+
+    Names are relative to `folder`, with "/" for files in folders.
+    """
     excluded = (MANIFEST, CARD, RECIPE)
-    return {f.name: sha256(f) for f in sorted(folder.iterdir()) if f.is_file() and f.name not in excluded}
+    names = {path: path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: sha256(path) for path, name in names.items() if name not in excluded}

@@ -5,9 +5,10 @@ from typing import Any
 
 from ..observation.observation import Observation
 from ..observation.observe import versions
+from ..options import public_name
 from ..running.precision import compute_dtype
 from ..smoothing.factors import Smoothing
-from .export import file_hashes
+from .export import file_hashes, unread
 
 FORMAT_VERSION = 1
 
@@ -18,13 +19,13 @@ def manifest(observation: Observation, folder: Path, smoothing: Smoothing, gate_
     return {
         "format_version": FORMAT_VERSION,
         "source": {
-            "model": source.name,
+            "model": source.public_name,
             "dtype": str(source.model.dtype).removeprefix("torch."),
-            "sha256": source.hashes,
+            "sha256": source.hashes | {"config.json": source.config_hash},
         },
         "calibration": {
             "arithmetic": str(compute_dtype(source.model)).removeprefix("torch."),
-            "dataset": samples.dataset,
+            "dataset": public_name(samples.dataset),
             "tokens_sha256": samples.sha256,
             "samples": len(samples.input_ids),
             "seq_len": samples.input_ids.shape[1],
@@ -39,6 +40,7 @@ def manifest(observation: Observation, folder: Path, smoothing: Smoothing, gate_
         "gate": gate_report,
         "quantized": [],
         "kept": observation.in_float,
+        "carried": unread(source),
         "versions": versions(),
         "files": file_hashes(folder),
     }

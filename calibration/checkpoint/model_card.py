@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 CARD = "README.md"
@@ -17,11 +18,13 @@ INHERITED = ("license", "license_name", "license_link", "language")
 TAGS = ["vllm", "smoothquant", "w8a8", "int8", "quantized"]
 
 
-def write(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write README.md into the checkpoint `folder` that `manifest` describes. The same manifest gives the same card."""
-    source = str(manifest["source"]["model"])
-    hub_name = _hub_name(source)
-    inherited = _source_metadata(source)
+def write(folder: Path, manifest: Mapping[str, Any], source: str | Path) -> None:
+    """Write README.md into the checkpoint `folder` that `manifest` describes. The same manifest gives the same card.
+
+    source: the folder or hub id whose card names the licence.
+    """
+    hub_name = _hub_name(str(manifest["source"]["model"]))
+    inherited = _source_metadata(str(source))
     dataset = str(manifest["calibration"]["dataset"])
     data = ModelCardData(
         base_model=hub_name,
@@ -115,6 +118,6 @@ def _source_metadata(source: str) -> dict[str, Any]:
     try:
         path = Path(source) / CARD if Path(source).is_dir() else hf_hub_download(source, CARD)
         data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError):  # the hub's errors are among them
-        return {}
+    except (OSError, ValueError, yaml.YAMLError):  # the hub's errors are among them
+        return {}  # a card that cannot be read must not end a calibration
     return {key: data[key] for key in INHERITED if data.get(key)}

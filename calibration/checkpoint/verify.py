@@ -5,8 +5,13 @@ sha256 of every file against the manifest; every tensor's name, dtype and shape 
 architecture, built without memory; every value: scales finite and above zero, integers as rounding produces them, the
 rest finite; layers that read one tensor share its input_scale and smoothing_factor.
 
-Rounding gives each row its largest weight at 127 or -127, and never -128 (int8.py); other rows were not rounded so, or
-are damaged. Hashes detect damage; value checks also detect edits after which the manifest was regenerated.
+Integers. `calibrate` gives each row its largest weight at 127 or -127, never -128, and a row of zeros the scale 1
+(int8.py): other rows are damaged. Other tools round in other ways: compressed-tensors' scale is absmax / 127.5, so that
+rows end at 127 or -128, and GPTQ moves weights after the scale is fixed. `converted_from` in the manifest shows whose
+integers they are (convert.py). Of other tools' integers, only zeros under the scale of an ordinary row are a fault.
+How many weights are at the end of the range shows nothing: in a ternary model most are.
+
+Hashes detect damage; value checks also detect edits after which the manifest was regenerated.
 """
 
 from dataclasses import dataclass, field
@@ -14,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from vllm_smoothquant.format import int8
-from vllm_smoothquant.format.config import TRANSFORMERS_WEIGHTS, CheckpointConfig
+from vllm_smoothquant.format.config import QUANT_METHOD, TRANSFORMERS_WEIGHTS, TRANSFORMS_FILE, CheckpointConfig
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import (
     MANIFEST,
     SCALES,
+    Headers,
     header_faults,
     read_headers,
     read_json,
@@ -29,12 +36,20 @@ from vllm_smoothquant.format.files import (
 )
 
 from ..inputs.model import sha256
+from ..running.modules import LINEAR_TYPES
+from . import export, transforms
 from .architecture import Faults, architecture_faults, build_empty, fault, missing_from_ignore
 from .verify_source import compare_with_source
 
-# A row with more than this share of its weights at the end of the range was clipped. Among normally distributed weights
-# one of a hundred rows of 16 has two there, and none a quarter.
+# Scales that tools give to a row of zeros: 1 (int8.py), the dtype's epsilon (compressed-tensors), or that of a lower
+# bound of ranges, such as 1e-5 (SmoothQuant's own code), under which a row has nothing to lose.
+SCALES_OF_ZEROS = [1.0, *(torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16))]
+LOWER_BOUND = 1e-5
+# The report marks layers with a row of which more than this share is at the end of its range. That is no fault: in
+# ternary weights most are. Of normally distributed rows of 16, one of a hundred has two weights there, none a quarter.
 SATURATED = 0.25
+# safetensors' names of the dtypes of tensors that are not quantised.
+FLOATS = ("F64", "F32", "BF16", "F16")
 # Files that torch.load would unpickle. Nothing here ever reads one, and a checkpoint has none.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -80,17 +95,17 @@ def verify(checkpoint: str | Path, source: str | None = None) -> Verdict:
         if len(verdict.faults) == count:
             verdict.checked.append(what)
 
-    attempt("files stay within the folder", _link_faults(files.folder))
+    attempt("files stay within the folder", link_faults(files.folder))
     if verdict.faults:
         return verdict
     attempt("quantization_config", _config_faults(files))
-    attempt("sha256 of every file", _hash_faults(files))
+    attempt("sha256 of every file", _manifest_faults(files))
     attempt("safetensors headers", _missing_headers(files))
     if files.config is not None and files.headers:
         attempt("names, dtypes and shapes by the format", header_faults(files.config, files.headers))
         attempt("names and shapes by the architecture", _architecture_faults(files, files.config))
         if not verdict.faults:
-            attempt("every value", _value_faults(files, files.config.weights.strategy))
+            attempt("every value", _value_faults(files))
             attempt("layers that read one tensor agree", _shared_input_faults(files))
         if source is not None and files.manifest and not verdict.faults:
             comparison = compare_with_source(files.folder, source, files.manifest, verdict.layers)
@@ -98,14 +113,25 @@ def verify(checkpoint: str | Path, source: str | None = None) -> Verdict:
     return verdict
 
 
-def _link_faults(folder: Path) -> Faults:
+def _entries(folder: Path) -> dict[str, Path]:
+    """Name relative to `folder` -> each file and folder in it, but not what is in .git and other hidden folders."""
+    names = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    return {
+        name.as_posix(): path
+        for name, path in names.items()
+        if not any(part.startswith(".") for part in name.parts[:-1])
+    }
+
+
+def link_faults(folder: Path) -> Faults:
+    """Files that are none, that lie outside `folder`, or that can run code."""
     if not folder.is_dir():
         yield fault(str(folder), "a checkpoint folder", "none", "check the path")
         return
     home = folder.resolve()
     # A snapshot in the hub's cache links to the cache's blobs, and to nothing else.
     homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
-    for path in sorted(folder.iterdir()):
+    for path in _entries(folder).values():
         try:
             target = path.resolve(strict=True)
         except (OSError, RuntimeError) as error:  # a link to nothing, or to itself
@@ -132,13 +158,31 @@ def _config_faults(files: _Files) -> Faults:
         yield fault(f"{where}: auto_map", "none: a checkpoint needs no code", repr(config["auto_map"]))
 
 
-def _hash_faults(files: _Files) -> Faults:
-    folder = files.folder
-    manifest = files.manifest = read_json(folder / MANIFEST)
+def _manifest_faults(files: _Files) -> Faults:
+    files.manifest = read_json(files.folder / MANIFEST)
+    yield from hash_faults(files.folder, files.manifest)
+    if (config := files.config) is None:
+        return
+    if (
+        CheckpointConfig.from_dict(files.manifest.get("quantization_config"), f"{MANIFEST}: quantization_config")
+        != config
+    ):
+        yield fault(f"{files.folder}/config.json: quantization_config", "the manifest's", "something else")
+    path = files.folder / TRANSFORMS_FILE
+    expected = config.transforms.smoothing if config.transforms else ""
+    got = sha256(path) if path.is_file() else ""
+    if got != expected:
+        texts = [f"sha256 {value[:16]}..." if value else "no such file" for value in (expected, got)]
+        yield fault(str(path), f"{texts[0]}, by quantization_config", texts[1])
+    transforms.read(files.folder)
+
+
+def hash_faults(folder: Path, manifest: dict[str, Any]) -> Faults:
+    """Files of `folder` that are not those of which `manifest` has the sha256."""
     hashes = manifest.get("files")
     if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
         raise fault(f"{folder}/{MANIFEST}: files", "the sha256 of every file", repr(hashes)[:80])
-    paths = {path.name: path for path in folder.iterdir() if path.is_file()}
+    paths = {name: path for name, path in _entries(folder).items() if path.is_file()}
     for name in sorted(hashes.keys() | paths.keys()):
         where = f"{folder}/{name}"
         if name not in paths:
@@ -148,8 +192,6 @@ def _hash_faults(files: _Files) -> Faults:
                 yield fault(where, f"sha256 {hashes[name][:16]}...", f"{got[:16]}...")
         elif name.endswith(".safetensors"):  # other files may have been added later: a README, a licence
             yield fault(where, "an entry in the manifest", "none", "remove the file that does not belong")
-    if files.config is not None and manifest.get("quantization_config") != files.config.to_dict():
-        yield fault(f"{folder}/config.json: quantization_config", "the manifest's", "something else")
 
 
 def _missing_headers(files: _Files) -> Faults:
@@ -164,9 +206,30 @@ def _architecture_faults(files: _Files, config: CheckpointConfig) -> Faults:
     model = build_empty(files.folder)
     yield from architecture_faults(model, files.headers)
     yield from missing_from_ignore(model, files.headers, config.ignore)
+    yield from _dtype_faults(model, files.headers)
 
 
-def _value_faults(files: _Files, strategy: str) -> Faults:
+def _dtype_faults(model: PreTrainedModel, headers: Headers) -> Faults:
+    """Tensors in integers (or FP8) whose parameter is in floating point: int8 is for weights of linear layers only."""
+    linears = {
+        key
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR_TYPES)
+        for key in export.file_names(model, f"{name}.weight")
+    }
+    integers = {name for name, (dtype, _) in headers.items() if dtype not in FLOATS}
+    integers -= {name for name in integers & linears if headers[name][0] == "I8"}
+    if not integers:
+        return
+    for block in export.source_tensors(model):
+        for name, tensor in export.hub_names(model, block).items():
+            if name in integers and tensor.is_floating_point():
+                yield fault(name, f"{' or '.join(FLOATS)}, because it is no weight of a linear layer", headers[name][0])
+
+
+def _value_faults(files: _Files) -> Faults:
+    own = files.manifest.get("converted_from", QUANT_METHOD) == QUANT_METHOD
+    scales = dict(read_tensors(files.folder, ".weight_scale"))
     for name, tensor in read_tensors(files.folder):
         if tensor.is_floating_point():
             positive = name.rpartition(".")[2] in SCALES
@@ -175,28 +238,34 @@ def _value_faults(files: _Files, strategy: str) -> Faults:
                 got = f"{int((~good).sum())} others, the first {tensor[~good].flatten()[0].item()}"
                 yield fault(name, "finite values" + " above zero" * positive, got)
         elif tensor.dtype == torch.int8:
-            # The number of scales shows whether a weight is [out, in] or, as in a Conv1D, [in, out].
-            channels = files.headers.get(f"{name}_scale", ("", tensor.shape[:1]))[1][0]
-            yield from _integer_faults(name, tensor, channels if strategy == "channel" else None)
+            yield from _integer_faults(name, tensor, scales[f"{name}_scale"].flatten(), own)
 
 
-def _integer_faults(name: str, tensor: torch.Tensor, channels: int | None) -> Faults:
-    """Whether int8 `tensor` was rounded by the range of each of its `channels`, or (None) by that of all its values."""
-    if (tensor == int8.QMIN).any():
+def _integer_faults(name: str, tensor: torch.Tensor, scale: torch.Tensor, own: bool) -> Faults:
+    """Whether int8 `tensor` was rounded by the range of each of its channels, or by that of all its values.
+
+    scale: one for each channel, or one for all. own: `calibrate` rounded it. A weight is [out, in] or, as in a Conv1D,
+    [in, out]; the number of scales shows which, except for a square one.
+    """
+    if own and (tensor == int8.QMIN).any():
         yield fault(name, "integers from -127 to 127", "-128, which rounding does not produce")
-    sizes = tensor.to(torch.int16).abs()
-    if channels is None:
-        if not (sizes == int8.QMAX).any():
-            yield fault(name, "its largest weight at 127", f"{int(sizes.max())}: not rounded by its own range")
-        return
-    layouts = [rows for rows in (sizes, sizes.t()) if len(rows) == channels]  # a square matrix may have either
-    rounded = [(rows == int8.QMAX).any(1) | (rows == 0).all(1) for rows in layouts]
-    if not any(bool(channel.all()) for channel in rounded):
-        count = min((int((~channel).sum()) for channel in rounded), default=len(tensor))
-        yield fault(name, "every channel's largest weight at 127", f"{count} that are not rounded by their own range")
-    full = min((float((rows == int8.QMAX).float().mean(1).max()) for rows in layouts), default=0.0)
-    if min(tensor.shape) >= 16 and full > SATURATED:
-        yield fault(name, f"at most {SATURATED:.0%} of a channel at the end of its range", f"{full:.0%}")
+    layouts = [tensor, tensor.t()] if len(scale) > 1 else [tensor.reshape(1, -1)]
+    sound = [_sound_channels(rows, scale, own) for rows in layouts if len(rows) == len(scale)]
+    if not any(bool(channels.all()) for channels in sound):
+        count = min(int((~channels).sum()) for channels in sound)
+        if own:
+            got = f"{count} that are not rounded by their own range"
+            yield fault(name, "every channel's largest weight at 127, or only zeros and the scale 1", got)
+        else:
+            yield fault(name, "a weight other than zero in every channel whose scale is not that of zeros", f"{count}")
+
+
+def _sound_channels(rows: torch.Tensor, scale: torch.Tensor, own: bool) -> torch.Tensor:
+    """bool [channels]: whether rounding can have produced the int8 `rows` [channels, n] with `scale` [channels]."""
+    zeros = (rows == 0).all(1)
+    if own:
+        return (rows.to(torch.int16).abs() == int8.QMAX).any(1) | (zeros & (scale == 1))
+    return ~zeros | torch.isin(scale, torch.tensor(SCALES_OF_ZEROS)) | (scale <= LOWER_BOUND)
 
 
 def _shared_input_faults(files: _Files) -> Faults:

@@ -35,16 +35,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vllm_smoothquant.format import int8
+from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import read_json, read_tensors
 
 from ..discovery.discover import TRACE_SHAPE, discover
 from ..discovery.graph import Group
-from ..discovery.linears import choose_linears
+from ..discovery.linears import REQUESTED, choose_layers
 from ..inputs.model import Source, load, sha256, untie_head
+from ..inputs.unread import read_tensors as read_tensors_of
 from ..observation.absmax import observe_absmax
 from ..observation.observation import input_range
 from ..running.modules import output_head
-from ..smoothing.factors import FACTOR_OF, Smoothing
+from ..smoothing.factors import FACTOR_OF, Smoothing, needs_power_of_two
 from ..smoothing.gate import check_equivalence
 from . import export
 from .architecture import Faults, fault
@@ -66,8 +68,8 @@ def compare_with_source(checkpoint: Path, source: str, manifest: Mapping[str, An
     """
     loaded = load(source)
     model = loaded.model
-    claimed = _claim(manifest, "source", dict)
-    yield from _differences(f"{source}: sha256 by the manifest", _claim(claimed, "sha256", dict), loaded.hashes)
+    claimed, hashes = _claim(manifest, "source", dict), loaded.hashes | {"config.json": loaded.config_hash}
+    yield from _differences(f"{source}: sha256 by the manifest", _claim(claimed, "sha256", dict), hashes)
     if claimed.get("dtype") != str(model.dtype).removeprefix("torch."):
         yield _fault("manifest: source.dtype", str(model.dtype), repr(claimed.get("dtype")))
 
@@ -76,21 +78,24 @@ def compare_with_source(checkpoint: Path, source: str, manifest: Mapping[str, An
     if head_is_int8:
         untie_head(source, model)
     in_float = {n: why for n, why in _claim(manifest, "kept", dict).items() if not str(why).startswith("fell back")}
-    ignore = frozenset(name for name, why in in_float.items() if why == "asked for by --ignore")
-    names, reasons = choose_linears(model, ignore, lm_head=head_is_int8)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, GATE_SHAPE, generator=torch.Generator().manual_seed(0))
+    discovered = discover(model, ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]])
+    ignore = frozenset(name for name, why in in_float.items() if why == REQUESTED)
+    names, reasons = choose_layers(model, discovered, ignore, lm_head=head_is_int8)
     yield from _differences("manifest: kept", reasons, in_float)
     quantized = dict.fromkeys(map(str, _claim(manifest, "quantized", list)), "int8")
     yield from _differences("manifest: quantized", dict.fromkeys(stored.quantised, "int8"), quantized)
     for name in sorted(stored.quantised.keys() - set(names)):
         yield _fault(f"{name}.weight", "floating point: this layer cannot be quantised", "int8")
 
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, GATE_SHAPE, generator=torch.Generator().manual_seed(0))
-    graph = discover(model, ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]], set(reasons)).with_inputs(names)
+    graph = discovered.keeping(reasons).with_inputs(names)
     factors, width = dict[str, torch.Tensor](), dict[str, float]()
     for each in sorted(graph.groups, key=lambda g: g.kind == "linear"):  # these last, because they depend on the others
-        factors[each.source], width[each.source] = stored.factors(each, Smoothing(model, graph, factors))
-    smoothing = Smoothing(model, graph, factors)
+        factors[each.source], width[each.source] = stored.factors(
+            each, Smoothing(model, graph, factors, stored.quantised)
+        )
+    smoothing = Smoothing(model, graph, factors, stored.quantised)
     yield from _groups(smoothing, width, _claim(manifest, "groups", list))
     inputs = [[stored.quantised[n] for n in group if n in stored.quantised] for group in graph.shared_input_groups]
     if sorted(map(str, filter(None, inputs))) != sorted(map(str, _claim(manifest, "inputs", list))):
@@ -99,6 +104,7 @@ def compare_with_source(checkpoint: Path, source: str, manifest: Mapping[str, An
     yield from _other_tensors(stored, smoothing, width)
     yield from _ranges(stored, smoothing, ids)
     check_equivalence(smoothing.folded(), list(ids.split(1)))
+    yield from _carried(stored, loaded)
     yield from _other_files(checkpoint, loaded)
 
 
@@ -151,6 +157,8 @@ class Stored:
             got = f"{int(empty.sum())} of {len(empty)} rows without such a factor"
             raise _fault(f"{group.source}.weight", "rows divided by a factor that multiplies the readers' columns", got)
         s = torch.where(free, 1.0, (low * high).sqrt())
+        if needs_power_of_two(self.model, group, self.quantised):
+            return 2.0 ** s.log2().round(), 0.0
         return s, float((high / low - 1)[~free].clamp(min=0).max()) if (~free).any() else 0.0
 
     def _interval(self, group: Group, known: Smoothing) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,24 +265,33 @@ def _ranges(stored: Stored, smoothing: Smoothing, ids: torch.Tensor) -> Faults:
             yield _fault(where, f"about the range of random tokens, {reached:.3g}", f"{stored_range:.3g}")
 
 
+def _carried(stored: Stored, source: Source) -> Faults:
+    """Tensors that the source's model does not read, against the checkpoint's, bit for bit."""
+    for name, expected in read_tensors_of(source.folder, export.unread(source)):
+        got = stored.tensors.get(name)
+        if got is None or got.dtype != expected.dtype or not torch.equal(got, expected):
+            yield _fault(name, "the source's tensor, unchanged", "none" if got is None else "another one")
+
+
 def _other_files(checkpoint: Path, source: Source) -> Faults:
-    """config.json, generation config, tokenizer and template against what exporting the source writes."""
+    """config.json and the side files (tokenizer, chat template, ...) against what exporting the source writes."""
     quantization = read_json(checkpoint / "config.json")["quantization_config"]
     with tempfile.TemporaryDirectory() as temporary:
-        export.write_config(Path(temporary), source.model, source.tokenizer, quantization)
-        for expected in sorted(Path(temporary).iterdir()):
-            path = checkpoint / expected.name
-            if path.is_file():
-                yield from _differences(str(path), _content(expected), _content(path))
-            else:
+        export.write_config(Path(temporary), source, quantization)
+        for name, expected in export.file_hashes(Path(temporary)).items():
+            path = checkpoint / name
+            if not path.is_file():
                 yield _fault(str(path), "a file, as the source has it", "none")
+            elif sha256(path) != expected:
+                yield from _differences(str(path), _content(Path(temporary, name)), _content(path))
 
 
 def _content(path: Path) -> dict[str, Any]:
-    if path.suffix != ".json":
+    """The keys of a JSON object, to name the one that differs; the hash of any other file."""
+    try:
+        return read_json(path) if path.suffix == ".json" else {"sha256": sha256(path)}
+    except SmoothQuantError:  # a list, or no JSON
         return {"sha256": sha256(path)}
-    # The values of these two keys depend on where and by which version the tokenizer was loaded.
-    return {k: v for k, v in read_json(path).items() if k not in ("transformers_version", "local_files_only")}
 
 
 def _groups(smoothing: Smoothing, width: Mapping[str, float], claimed: list[dict[str, Any]]) -> Faults:

@@ -1,21 +1,25 @@
 """The last stage: round the weights according to the plan and write the checkpoint."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from vllm_smoothquant.format.config import CheckpointConfig
+from vllm_smoothquant.format.config import CheckpointConfig, Scheme
 from vllm_smoothquant.format.files import MANIFEST
 
+from ..inputs.model import Source
+from ..inputs.unread import read_tensors
 from ..observation.observation import Observation
 from ..options import RECIPE, Options, dump_recipe
 from ..smoothing.factors import Smoothing
 from ..smoothing.plan import Plan
-from . import channel_statistics, export, model_card
+from . import channel_statistics, export, model_card, transforms
 from .manifest import manifest
 from .quantize import quantize_linear
 
@@ -27,15 +31,18 @@ def write_checkpoint(
 
     folder: where the files are written before the folder is renamed to the output (export.staging).
     """
-    model, groups = observation.model, observation.graph.shared_input_groups
+    source, groups = observation.source, observation.graph.shared_input_groups
+    model = source.model
     inputs = [[export.hub_module_name(model, name) for name in names if name in plan.schemes] for names in groups]
     fallbacks = {name: f"fell back: {to}" for name, to in plan.fallbacks.items() if name not in plan.schemes}
     in_float = observation.in_float | fallbacks
     with export.staging(Path(options.output), folder) as staged:
         with torch.inference_mode():
-            export.write_tensors(staged, _quantized_tensors(model, plan))
-        config = _config(model, plan, in_float).to_dict()
-        export.write_config(staged, model, observation.source.tokenizer, config)
+            tensors = _tensors(model, plan.smoothing, plan.schemes, plan.input_ranges)
+            export.write_tensors(staged, chain(tensors, _carried(source)))
+            folded = transforms.write(staged, plan.smoothing)
+        config = replace(_config(source, plan, in_float), transforms=folded).to_dict()
+        export.write_config(staged, source, config)
         channel_statistics.write(staged, channel_statistics.collect(observation, plan))
         record = manifest(observation, staged, plan.smoothing, gate_report) | {
             "inputs": [names for names in inputs if names],
@@ -48,9 +55,9 @@ def write_checkpoint(
             "errors": {} if plan.search is None else plan.search.errors,  # as search.py defines them
         }
         export.write_json(staged / MANIFEST, record)
-        model_card.write(staged, record)
+        model_card.write(staged, record, source.name)
         # Not hashed by verify: recipe.yaml is the request, the manifest the result.
-        (staged / RECIPE).write_text(dump_recipe(vars(options)), encoding="utf-8")
+        (staged / RECIPE).write_text(dump_recipe(vars(options), published=True), encoding="utf-8")
     return record
 
 
@@ -58,39 +65,48 @@ def write_smoothed(
     observation: Observation, smoothing: Smoothing, gate_report: dict[str, Any], output: Path
 ) -> dict[str, Any]:
     """Write the smoothed floating-point model into the new folder `output`; returns the manifest."""
+    source = observation.source
     with export.staging(output) as staged:
-        smoothing.apply_()
-        observation.model.save_pretrained(staged)
-        observation.source.tokenizer.save_pretrained(staged)
-        record = manifest(observation, staged, smoothing, gate_report)
+        with torch.inference_mode():
+            export.write_tensors(staged, chain(_tensors(source.model, smoothing, {}, {}), _carried(source)))
+            transforms.write(staged, smoothing)
+        export.write_config(staged, source, None)
+        kept = dict.fromkeys(observation.layers, "smoothed, in floating point") | observation.in_float
+        record = manifest(observation, staged, smoothing, gate_report) | {"kept": kept}
         export.write_json(staged / MANIFEST, record)
     return record
 
 
-def _config(model: PreTrainedModel, plan: Plan, in_float: Mapping[str, str]) -> CheckpointConfig:
-    file_name = partial(export.hub_module_name, model)
+def _carried(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
+    return read_tensors(source.folder, export.unread(source))
+
+
+def _config(source: Source, plan: Plan, in_float: Mapping[str, str]) -> CheckpointConfig:
+    file_name = partial(export.hub_module_name, source.model)
+    carried = {name.removesuffix(".weight") for name in export.unread(source) if name.endswith(".weight")}
     return CheckpointConfig(
         plan.scheme.weights,
         plan.scheme.input_activations,
         overrides={file_name(name): s.input_activations for name, s in plan.schemes.items() if s != plan.scheme},
         smoothed=frozenset(map(file_name, plan.smoothing.runtime)),
         # vLLM's own models use the names of the files; its Transformers backend uses the names of the modules.
-        ignore=frozenset(in_float) | frozenset(map(file_name, in_float)),
+        ignore=frozenset(in_float) | frozenset(map(file_name, in_float)) | carried,
     )
 
 
-def _quantized_tensors(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint, block by block: INT8 by the plan's schemes, the others smoothed or unchanged."""
-    smoothing = plan.smoothing
+def _tensors(
+    model: PreTrainedModel, smoothing: Smoothing, schemes: Mapping[str, Scheme], ranges: Mapping[str, float]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the checkpoint, block by block: INT8 by `schemes`, the others smoothed or unchanged."""
     for block in export.source_tensors(model):
         in_float = {}
         for key, tensor in block.items():
             owner, _, suffix = key.rpartition(".")
             smoothed = smoothing.parameters(owner).get(suffix) if owner in smoothing.modules else None
-            if owner in plan.schemes and suffix == "weight":
+            if owner in schemes and suffix == "weight":
                 linear, name = model.get_submodule(owner), export.hub_module_name(model, owner)
                 weight = tensor.float() if smoothed is None else smoothed
-                parts = quantize_linear(name, linear, weight, plan.input_ranges[owner], plan.schemes[owner])
+                parts = quantize_linear(name, linear, weight, ranges[owner], schemes[owner])
                 if owner in smoothing.runtime:
                     parts["smoothing_factor"] = smoothing.runtime[owner]
                 for part, value in parts.items():

@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..running.hooks import hooked
-from ..running.modules import own_parameters, plain_kernels
+from ..running.modules import output_head, own_parameters, plain_kernels
 from .graph import Graph, Group, Linear, Reader, Refusal
 from .probe import linear_transposed, norm_channels, norm_rules
 from .rules import DEGREE
@@ -40,13 +40,15 @@ from .trace import Trace, tensors_of
 
 # Samples and tokens of each: discovery needs the shape of the computation, not its statistics.
 TRACE_SHAPE = (2, 16)
+# What the output head reads also leaves the model, although no forward pass shows that.
+HIDDEN_STATES, LEAVE = "the hidden states", "drafts, poolers and reward heads read them, too"
 
 
 def discover(model: nn.Module, input_ids: torch.Tensor, keep: Collection[str] = ()) -> Graph:
     """Run `model(input_ids=...)` once and find its groups. Nothing of the model is changed.
 
     input_ids: int64 [batch, tokens]; one or two sequences of 8 to 16 tokens are enough (at least 2 tokens).
-    keep: linear layers that stay in floating point. They may follow a scale, but no group is made for them alone.
+    keep: linear layers that stay in floating point (Graph.keeping).
     """
     if input_ids.dim() != 2 or input_ids.shape[1] < 2:
         shape = str(list(input_ids.shape))
@@ -61,15 +63,16 @@ def discover(model: nn.Module, input_ids: torch.Tensor, keep: Collection[str] = 
     finally:
         model.train(training)
     recorder.pin_modules()
-    return recorder.graph(frozenset(keep))
+    return recorder.graph().keeping(keep)
 
 
 class _Recorder:
     """The hooks of one discovery: they guide the trace and record the input labels of linear layers.
 
     transposed: linear layer -> weight is [in, out]. norms: candidate norm -> channels. executed: modules that ran.
-    input_labels: linear layer -> labels of its input channels, int64 [in_features]. shared_inputs: linear layers that
-    read one tensor. norm_shapes: norm that is a source -> shape of its output. owners: id of a parameter -> modules.
+    input_labels: linear layer -> labels of its input channels, int64 [in_features]. shared_inputs: each tensor that
+    linear layers read, as long as nothing changes it, and these layers. norm_shapes: norm that is a source -> shape of
+    its output. owners: id of a parameter -> modules. decoder, head: the model without its output head, and this head.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,11 +82,12 @@ class _Recorder:
         self.trace = Trace(model)
         self.executed: set[str] = set()
         self.input_labels: dict[str, torch.Tensor] = {}
-        self.shared_inputs: list[list[str]] = []
-        self.last_input: torch.Tensor | None = None  # a reference, so that its memory is not used again
+        # The tensors are stored, because the memory of a freed tensor is used again.
+        self.shared_inputs: list[tuple[torch.Tensor, int, list[str]]] = []
         self.norm_shapes: dict[str, torch.Size] = {}
         self.norm_rules: dict[str, dict[str, str]] = {}
         self.owners: dict[int, list[str]] = {}
+        self.decoder, self.head = getattr(model, "base_model", model), output_head(model)
         for name, module in self.modules.items():
             for parameter in own_parameters(module).values():
                 self.owners.setdefault(id(parameter), []).append(name)
@@ -102,6 +106,8 @@ class _Recorder:
         self.executed.add(name)
         if name in self.transposed:
             self.read(name, *tensors)
+            if module is self.head:
+                self.trace.pin_read(tensors, HIDDEN_STATES, LEAVE)
         elif name in self.norms:
             # Its statistics mix all channels, so no scale passes through it.
             self.trace.pin_read(tensors, name, "a norm of another layer's output")
@@ -123,6 +129,8 @@ class _Recorder:
         self.trace.expose(tensors)
         self.trace.path.pop()
         self.trace.expose(tensors)
+        if module is self.decoder:
+            self.trace.pin_read(tensors, HIDDEN_STATES, LEAVE)
 
     def read(self, name: str, x: torch.Tensor, *others: torch.Tensor) -> None:
         """Record the labels of the input channels of linear layer `name`: those of x [..., in_features]."""
@@ -134,14 +142,19 @@ class _Recorder:
             columns = torch.zeros_like(columns)
         columns = columns.cpu()
         if name not in self.input_labels:
-            last = self.last_input
-            if last is None or last.shape != x.shape or last.data_ptr() != x.data_ptr():
-                self.shared_inputs.append([])
-            self.shared_inputs[-1].append(name)
-        self.last_input = x
+            self.names_of_readers(x).append(name)
         first_columns = self.input_labels.setdefault(name, columns)
         different = torch.stack([first_columns, columns])[:, first_columns != columns]
         self.trace.pin(different, name, "it runs more than once on different inputs")
+
+    def names_of_readers(self, x: torch.Tensor) -> list[str]:
+        """The linear layers that read x so far: the same memory in the same layout, not changed since."""
+        for seen, version, names in self.shared_inputs:
+            same_memory = seen.data_ptr() == x.data_ptr() and seen.shape == x.shape and seen.stride() == x.stride()
+            if same_memory and seen.dtype == x.dtype and version == x._version == seen._version:
+                return names
+        self.shared_inputs.append((x, x._version, []))
+        return self.shared_inputs[-1][2]
 
     def pin_modules(self) -> None:
         """Pin what only the whole trace shows: shared parameters, modules that did not run, norms without a rule."""
@@ -180,7 +193,7 @@ class _Recorder:
                 return f"its parameter is read by {self.trace.parameters_read[id(parameter)]}"
         return None
 
-    def readers(self, keep: frozenset[str]) -> dict[str, list[Reader]]:
+    def readers(self) -> dict[str, list[Reader]]:
         """Source -> the linear layers that read channels of it that are not pinned, in the order in which they ran."""
         ledger = self.trace.ledger
         readers: dict[str, list[Reader]] = {source: [] for source in ledger.sources}
@@ -192,33 +205,29 @@ class _Recorder:
                 if foldable.any():
                     channel_of = torch.where(foldable, channels, -1)
                     power = torch.where(foldable, columns // DEGREE + 1, 1)
-                    reader = Reader(name, channel_of, power, self.transposed[name], name not in keep)
+                    reader = Reader(name, channel_of, power, self.transposed[name])
                     readers[source.name].append(reader)
         return readers
 
-    def graph(self, keep: frozenset[str]) -> Graph:
-        groups, refusals, linears = [], [], []
-        uncovered = {name: torch.ones(len(columns), dtype=torch.bool) for name, columns in self.input_labels.items()}
-        for name, readers in self.readers(keep).items():
+    def graph(self) -> Graph:
+        groups, refusals = [], []
+        for name, readers in self.readers().items():
             source = self.trace.ledger.sources[name]
             refusals += [Refusal(name, *key, count, source.channels) for key, count in source.reasons.items()]
             foldable = torch.zeros(source.channels, dtype=torch.bool)
             for reader in readers:
                 foldable[reader.channel_of[reader.channel_of >= 0]] = True
-            if any(reader.quantized for reader in readers):
+            if readers:
                 kind = "linear" if name in self.transposed else "norm"
                 rules = self.norm_rules.get(name, {})
                 groups.append(Group(name, kind, rules, source.channels, foldable, tuple(readers)))
-                for reader in readers:
-                    uncovered[reader.name] &= reader.channel_of < 0
-            elif readers:
-                reason = "every reader stays in floating point"
-                refusals.append(Refusal(name, readers[0].name, reason, int(foldable.sum()), source.channels))
             elif not source.pinned.all():
                 unpinned = int((~source.pinned).sum())
                 refusals.append(Refusal(name, "no linear layer", "nothing reads it", unpinned, source.channels))
-        for name, columns in uncovered.items():
+        linears = []
+        for name, columns in self.input_labels.items():
             weight, transposed = own_parameters(self.modules[name])["weight"], self.transposed[name]
             out_features, in_features = weight.shape[::-1] if transposed else weight.shape
-            linears.append(Linear(name, in_features, out_features, transposed, int(columns.sum())))
-        return Graph(tuple(groups), tuple(refusals), tuple(linears), tuple(map(tuple, self.shared_inputs)))
+            linears.append(Linear(name, in_features, out_features, transposed, len(columns)))
+        shared = tuple(tuple(names) for _, _, names in self.shared_inputs)
+        return Graph(tuple(groups), tuple(refusals), tuple(linears), shared)

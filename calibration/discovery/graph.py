@@ -88,6 +88,25 @@ class Graph:
                 return linear
         raise SmoothQuantError(name, "a linear layer that ran", "none of that name", "check the name")
 
+    def keeping(self, in_float: Collection[str]) -> "Graph":
+        """This graph if the linear layers `in_float` stay in floating point.
+
+        They may follow a scale, but no group is made for them alone.
+        """
+        groups, refusals = [], list(self.refusals)
+        uncovered = {linear.name: torch.ones(linear.in_features, dtype=torch.bool) for linear in self.linears}
+        for group in self.groups:
+            readers = tuple(replace(reader, quantized=reader.name not in in_float) for reader in group.readers)
+            if any(reader.quantized for reader in readers):
+                groups.append(replace(group, readers=readers))
+                for reader in readers:
+                    uncovered[reader.name] &= reader.channel_of < 0
+            else:
+                reason, foldable = "every reader stays in floating point", int(group.foldable.sum())
+                refusals.append(Refusal(group.source, readers[0].name, reason, foldable, group.channels))
+        linears = tuple(replace(linear, uncovered=int(uncovered[linear.name].sum())) for linear in self.linears)
+        return replace(self, groups=tuple(groups), refusals=tuple(refusals), linears=linears)
+
     def with_inputs(self, names: Collection[str]) -> "Graph":
         """This graph and a group of kind "input" for each tensor that layers of `names` read and no group can smooth.
 

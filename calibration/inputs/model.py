@@ -1,51 +1,91 @@
 """Load a floating-point causal language model and its tokenizer, or raise an error that gives the reason."""
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_smoothquant.format.errors import SmoothQuantError
+
+from ..options import PLACEMENTS, DeviceMap, public_name
+from ..running.modules import output_head
+from ..running.offload import MORE_ROOM, check_devices, complete_map, offload_folder, take_over
+from .side_files import model_folder
+from .tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
 class Source:
-    """The model to calibrate. hashes: weight file -> sha256. config_hash: sha256 of config.json."""
+    """The model to calibrate. folder: its files. hashes: weight file -> sha256. config_hash: sha256 of config.json."""
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     hashes: dict[str, str]
     config_hash: str
+    folder: Path = Path()
+
+    @property
+    def public_name(self) -> str:
+        """The name for what is published: a hub id as it is, a folder without its place on this machine."""
+        return public_name(self.name)
 
 
-def load(name: str, device_map: str | dict[str, Any] = "auto") -> Source:
-    """Load `name` (a folder or a hub id) in its own dtype, placed by accelerate's `device_map`.
+def load(name: str, device_map: DeviceMap = "auto") -> Source:
+    """Load `name` (a folder or a hub id) in its own dtype, placed by accelerate's `device_map` (running/offload.py).
 
-    Errors (SmoothQuantError): not found, already quantised, an architecture that transformers does not know, weights
-    that are missing, unused, of another shape or not finite.
+    Errors (SmoothQuantError): not found, already quantised, an architecture that transformers does not know, a device
+    map that does not fit the model or the machine, weights that are missing, unused, of another shape or not finite.
     """
     check_source(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype="auto", device_map=device_map, output_loading_info=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SmoothQuantError(name, "a causal language model with its tokenizer", error, "check the name") from error
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if keys := sorted(map(str, info.get(fault) or ())):
-            number, fix = f"{len(keys)} {fault.replace('_', ' ')}", "use a complete checkpoint of this architecture"
-            raise SmoothQuantError(f"{name}: {keys[0]}", "every tensor of the files to fit the model", number, fix)
+    path = model_folder(name)
+    tokenizer = load_tokenizer(name, path)
+    if isinstance(device_map, str):
+        check_devices([] if device_map in PLACEMENTS else [device_map])
+    else:
+        check_devices(device_map.values())
+        device_map = complete_map(_empty_model(name), device_map)
+    with offload_folder() as folder:
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name, dtype="auto", device_map=device_map, offload_folder=folder, output_loading_info=True,
+                trust_remote_code=False,
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            fix = MORE_ROOM if "No space left" in str(error) else "check the name"
+            raise SmoothQuantError(name, "a causal language model", error, fix) from error
+        _check_head(name, model, info["missing_keys"])
+        for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+            if keys := sorted(map(str, info.get(fault) or ())):
+                number, fix = f"{len(keys)} {fault.replace('_', ' ')}", "use a complete checkpoint of this architecture"
+                raise SmoothQuantError(f"{name}: {keys[0]}", "every tensor of the files to fit the model", number, fix)
+        take_over(model, Path(folder))
     model.eval()
     check_finite(name, model)
-    folder = model_folder(name)
-    return Source(name, model, tokenizer, weight_hashes(folder), sha256(folder / "config.json"))
+    return Source(name, model, tokenizer, weight_hashes(path), sha256(path / "config.json"), path)
+
+
+def _check_head(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """A model without an output head, such as one for embeddings, lacks that one weight and nothing else."""
+    head = output_head(model)
+    names = {key for key in missing if model.get_submodule(key.rpartition(".")[0]) is head}
+    if names and names == set(missing):
+        fix = "give a causal language model; models for embeddings and rewards are not supported"
+        raise SmoothQuantError(name, f"an output head ({min(names)})", "a model without one", fix)
+
+
+def _empty_model(name: str) -> PreTrainedModel:
+    """The model `name` on the meta device. SmoothQuantError: transformers cannot build it."""
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # for a damaged config, transformers may raise any exception
+        raise SmoothQuantError(name, "a causal language model", error, "check the name") from error
 
 
 def check_source(name: str) -> None:
@@ -54,6 +94,10 @@ def check_source(name: str) -> None:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         fix = "check the name and the network, or upgrade transformers"
+        if "trust_remote_code" in str(error):
+            got = "one with code of its own, which is never run here"
+            fix = "use a version of the model, or of transformers, that needs no such code"
+            raise SmoothQuantError(name, "an architecture of transformers", got, fix) from error
         raise SmoothQuantError(name, "a model folder or a hub id that transformers knows", error, fix) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -63,9 +107,17 @@ def check_source(name: str) -> None:
 
 
 def check_seq_len(source: Source, seq_len: int) -> None:
-    limit = getattr(source.model.config, "max_position_embeddings", None)
-    if limit is not None and seq_len > limit:
-        raise SmoothQuantError("--seq-len", f"at most the model's {limit} positions", str(seq_len), "reduce it")
+    """SmoothQuantError: `seq_len` is more than the positions of the model, by any of the names that configs give them.
+
+    -1 in a config means that positions have no limit.
+    """
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length")
+    config = source.model.config.get_text_config()
+    limits = {name: limit for name in names if isinstance(limit := getattr(config, name, None), int) and limit > 0}
+    name = min(limits, key=limits.__getitem__, default=None)
+    if name is not None and seq_len > limits[name]:
+        expected = f"at most the model's {limits[name]} positions ({name} in config.json)"
+        raise SmoothQuantError("--seq-len", expected, str(seq_len), "reduce it")
 
 
 def untie_head(name: str, model: PreTrainedModel) -> None:
@@ -82,15 +134,8 @@ def untie_head(name: str, model: PreTrainedModel) -> None:
 def check_finite(name: str, model: torch.nn.Module) -> None:
     for key, tensor in model.state_dict().items():
         # Of the extremes, because isfinite of a whole matrix makes three others of its size.
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.stack(tensor.aminmax()).isfinite().all():
+        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise SmoothQuantError(f"{name}: {key}", "finite weights", "NaN or infinity", "use an undamaged checkpoint")
-
-
-def model_folder(name: str) -> Path:
-    """The local folder of the model `name` (a folder or a hub id) that is loaded already."""
-    config = cached_file(name, "config.json")
-    assert config is not None  # cached_file raises if there is none
-    return Path(config).parent
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:

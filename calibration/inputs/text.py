@@ -7,105 +7,152 @@ until they fill a window. Every window is full, because padding would enter the 
 
 import hashlib
 import random
+import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..options import check_positive
-
-FILE_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+from .chat import has_text, read_messages, read_template, render
+from .documents import column_of_texts, document_column, is_text, read_table
+from .faults import explain
 
 
 @dataclass(frozen=True)
 class Samples:
-    """input_ids int64 [samples, seq_len]; the other fields record their origin for the manifest."""
+    """input_ids int64 [samples, seq_len]; dataset, sha256 and seed record their origin for the manifest.
+
+    skipped: empty rows among those that were read.
+    """
 
     input_ids: torch.Tensor
     dataset: str
     sha256: str
     seed: int
+    skipped: int = 0
+
+
+@dataclass
+class _Tally:
+    """What was read and left out. empty: rows, from 1. parts: parts of messages that are no text."""
+
+    read: int = 0
+    empty: list[int] = field(default_factory=list)
+    parts: int = 0
 
 
 def load_samples(
-    dataset: str, tokenizer: PreTrainedTokenizerBase, *, text_column: str, samples: int, seq_len: int, seed: int
-) -> Samples:
+    dataset: str, tokenizer: PreTrainedTokenizerBase, *, text_column: str, samples: int, seq_len: int, seed: int,
+    chat_template: str | None = None, vocab_rows: int | None = None, quiet: bool = False,
+) -> Samples:  # fmt: skip
     """`samples` windows of `seq_len` tokens from `dataset`.
 
-    dataset: a file (.txt, .jsonl, .parquet, .csv) or a hub data set `NAME[:CONFIG][@SPLIT]`.
-    Errors (SmoothQuantError): unreadable or empty data, no such text column, too little text for these samples.
+    dataset: a file or a folder of files (data_files.SUFFIXES), or a hub data set `NAME[:CONFIG][@SPLIT]`. text_column:
+    of texts or chats. chat_template: a Jinja file for chats, instead of the tokenizer's. vocab_rows: rows of the input
+    embedding; None if they are not known. quiet: do not say on stderr what was left out.
+    Errors (SmoothQuantError): unreadable or empty data, no such column, too little text for these samples, a chat that
+    the template refuses, a token without a row in the embedding.
     """
     check_positive(samples=samples, seq_len=seq_len)
-    texts = _shuffled(read_texts(dataset, text_column), seed)
-    windows = list(islice(_windows(texts, tokenizer, seq_len, seed), samples))
+    table = read_table(dataset)
+    column = document_column(table, dataset, text_column, quiet=quiet)
+    if chat_template is not None and is_text(table.features[column]):
+        expected, fix = "a column of chats", "leave the template out, or name another column with --text-column"
+        raise SmoothQuantError("--chat-template", expected, f"the texts of {column!r}", fix)
+    tally = _Tally()
+    documents = _documents(dataset, table.select_columns([column]), tokenizer, chat_template, seed, tally)
+    windows = list(islice(_windows(documents, seq_len, seed), samples))
+    empty = _empty_rows(tally, column, len(table))
+    if len(tally.empty) == tally.read:
+        raise SmoothQuantError(dataset, "at least one row with text", empty, "give some text")
     if len(windows) < samples:
+        got = f"enough for {len(windows)}" + (f" ({empty})" if tally.empty else "")
         fix = "give more text, or fewer --samples or a shorter --seq-len"
-        raise SmoothQuantError(
-            dataset, f"text for {samples} samples of {seq_len} tokens", f"enough for {len(windows)}", fix
-        )
+        raise SmoothQuantError(dataset, f"text for {samples} samples of {seq_len} tokens", got, fix)
+    if not quiet:
+        _report(dataset, empty, tally)
     input_ids = torch.tensor(windows, dtype=torch.int64)
-    return Samples(input_ids, dataset, hashlib.sha256(input_ids.numpy().tobytes()).hexdigest(), seed)
+    check_tokens(dataset, input_ids, tokenizer, vocab_rows)
+    sha256 = hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()
+    return Samples(input_ids, dataset, sha256, seed, len(tally.empty))
 
 
-def read_texts(dataset: str, text_column: str) -> Dataset:
-    """The column of texts, named "text": one document in each row."""
-    table = _load(dataset)
-    if text_column not in table.column_names:
-        columns = f"columns {', '.join(table.column_names) or 'none'}"
-        raise SmoothQuantError(dataset, f"a text column {text_column!r}", columns, "name one with --text-column")
-    if len(table) == 0:
-        raise SmoothQuantError(dataset, "at least one document", "an empty data set", "give some text")
-    return table.select_columns([text_column]).rename_column(text_column, "text") if text_column != "text" else table
+def read_texts(dataset: str, column: str) -> Dataset:
+    """The column of texts, named "text": one document in each row. SmoothQuantError: it is none, or is not UTF-8."""
+    table = column_of_texts(read_table(dataset), dataset, column)
+    return table.rename_column(column, "text") if column != "text" else table
 
 
-def _load(dataset: str) -> Dataset:
-    path = Path(dataset)
-    reader = FILE_READERS.get(path.suffix.lower())
-    try:
-        if reader is not None:
-            if not path.is_file():
-                raise SmoothQuantError(dataset, "a readable file", "no such file", "check the path")
-            if path.stat().st_size == 0:
-                raise SmoothQuantError(dataset, "at least one document", "an empty file", "give some text")
-            # A plain text file is one document. "train" is what `datasets` calls the only split of a file.
-            options = {"sample_by": "document"} if reader == "text" else {}
-            return load_dataset(reader, data_files=str(path), split="train", **options)
-        name, _, split = dataset.partition("@")
-        name, _, config = name.partition(":")
-        table = load_dataset(name, config or None, split=split or None)
-    except SmoothQuantError:
-        raise
-    except (OSError, ValueError, DatasetsError) as error:
-        expected = f"a data set: a file ending in {', '.join(FILE_READERS)} or a hub name"
-        fix = "check the path or the name, and that the hub can be reached"
-        raise SmoothQuantError(dataset, expected, error.__cause__ or error, fix) from error
-    if isinstance(table, DatasetDict):
-        return table["validation"] if "validation" in table else next(iter(table.values()))
-    return table
+def check_tokens(
+    dataset: str, input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase, vocab_rows: int | None
+) -> None:
+    """SmoothQuantError: one of `input_ids` has no row in the input embedding."""
+    if vocab_rows is None or not len(beyond := input_ids[input_ids >= vocab_rows]):
+        return
+    token = int(beyond[0])
+    expected = f"tokens of the {vocab_rows} rows of the input embedding"
+    got = f"token {token} ({tokenizer.convert_ids_to_tokens(token)})"
+    fix = "take this token out of the text, or use the model's own tokenizer"
+    raise SmoothQuantError(f"{dataset}: the tokens", expected, got, fix)
 
 
-def _shuffled(texts: Dataset, seed: int) -> Iterator[str]:
-    order = list(range(len(texts)))
+def _documents(
+    dataset: str, table: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, seed: int,
+    tally: _Tally,
+) -> Iterator[list[int]]:  # fmt: skip
+    """The token ids of each document that is not empty, in shuffled order. table: one column. tally is counted up."""
+    (column,) = table.column_names
+    template: str | None = None
+    order = list(range(len(table)))
     random.Random(seed).shuffle(order)
     for index in order:
-        text = texts[index]["text"]
-        if isinstance(text, str) and text.strip():
-            yield text
+        try:
+            document: Any = table[index][column]
+        except UnicodeDecodeError as error:  # text of some files is decoded only here
+            raise explain(dataset, error) from error
+        tally.read += 1
+        where = f"{dataset}: row {index + 1} of {column!r}"
+        chat = not (document is None or isinstance(document, str))
+        if chat:
+            document, parts = read_messages(document, where)
+            tally.parts += parts
+        if not document or not (has_text(document) if chat else document.strip()):
+            tally.empty.append(index + 1)
+            continue
+        if chat:
+            template = template or read_template(dataset, column, tokenizer, chat_template)
+            document = render(tokenizer, template, document, where)
+        # A chat template writes the special tokens itself. verbose=False: the warning about documents longer than the
+        # model's positions is wrong, they are cut here.
+        special = {"add_special_tokens": False} if chat else {}
+        yield tokenizer(document, verbose=False, **special)["input_ids"]
 
 
-def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int) -> Iterator[list[int]]:
+def _report(dataset: str, empty: str, tally: _Tally) -> None:
+    """Say on stderr what of `dataset` is not in the samples."""
+    if tally.empty:
+        print(f"{dataset}: {empty}: skipped, the first is row {min(tally.empty)}", file=sys.stderr)
+    if tally.parts:
+        print(f"{dataset}: parts of messages that are no text: {tally.parts} left out", file=sys.stderr)
+
+
+def _empty_rows(tally: _Tally, column: str, rows: int) -> str:
+    """Such as "3 of 12 rows of text are empty"; if not all rows were read, also how many there are."""
+    more = f" ({rows} in all)" if tally.read < rows else ""
+    return f"{len(tally.empty)} of {tally.read} rows{more} of {column} are empty"
+
+
+def _windows(documents: Iterable[list[int]], seq_len: int, seed: int) -> Iterator[list[int]]:
     later: list[list[int]] = []
     joined: list[int] = []
-    for text in texts:
-        # verbose=False: the warning about documents longer than the model's positions is wrong, they are cut here.
-        ids = tokenizer(text, verbose=False)["input_ids"]
+    for ids in documents:
         if len(ids) < seq_len:
             joined += ids
             if len(joined) >= seq_len:

@@ -23,7 +23,7 @@ from ..options import Options
 from ..running.modules import LINEAR_TYPES, decoder_of, output_head, weight_shape
 from ..running.precision import compute_dtype, fast_arithmetic
 from ..running.progress import Progress
-from .absmax import checked, watching_absmax
+from .absmax import checked, observed_layer, output_of, watching_absmax
 from .block_outputs import BlockOutputs
 from .blocks import BlockNotIsolated, Blocks, run, try_whole
 from .observation import Observation
@@ -48,10 +48,12 @@ def observe(
     finite, a store or file of other inputs.
     """
     key = observation_key(source, samples)
-    needed = sorted({*layers, *(reader.name for group in graph.groups for reader in group.readers)})
+    sources = {output_of(group.source) for group in graph.groups if group.kind == "linear"}
+    needed = sorted({*layers, *(reader.name for group in graph.groups for reader in group.readers), *sources})
     if options.stats is not None:
         where, fix = f"--stats {options.stats}", "observe again with --save-stats and the same model, data and seed"
-        absmax, findings = load_observation(Path(options.stats), key, where, fix)
+        stats = Path(options.stats)
+        absmax, findings = store.processes.from_first(lambda: load_observation(stats, key, where, fix))
         if missing := [name for name in needed if name not in absmax]:
             raise SmoothQuantError(where, f"the absmax of {missing[0]}", f"none of {len(missing)} layers", fix)
     else:
@@ -90,22 +92,22 @@ def _observe_in_store(
     model, head, processes = source.model, output_head(source.model), store.processes
     # All linear layers, so that another --ignore needs no new pass; the head only on request, because it is expensive.
     linears = {name for name, m in model.named_modules() if isinstance(m, LINEAR_TYPES) and m is not head}
-    observed = sorted({*linears, *needed})
+    observed = sorted({*linears, *map(output_of, linears), *needed})
     # Sums are rounded differently on another device.
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
-    with_head = any(model.get_submodule(name) is head for name in needed)
+    with_head = any(model.get_submodule(observed_layer(name)) is head for name in needed)
     machine = {"device": device, "processes": processes.size, "versions": versions()}
-    if processes.first and store.open(key | machine | {"output_head": with_head}) and not quiet:
+    if store.open(key | machine | {"output_head": with_head}) and processes.first and not quiet:
         print(f"{store.folder}: resuming an interrupted run", file=sys.stderr)
-    processes.wait()
-    if processes.any(processes.first and store.observation.exists()):
-        return load_observation(store.observation, key, str(store.observation), START_OVER)
+    if processes.from_first(store.observation.exists):
+        where = str(store.observation)
+        return processes.from_first(lambda: load_observation(store.observation, key, where, START_OVER))
     readers = {names[0]: list(names) for names in graph.shared_input_groups}
     absmax, peaks, passes = observe_samples(model, observed, list(readers), samples.input_ids, store, quiet=quiet)
     sinks = name_sinks(peaks, readers, samples.input_ids[:SAMPLES], source.tokenizer)
     findings = {"sinks": sinks, "passes": passes, "batch_size": BATCH_SIZE}
-    if processes.first:
-        save_observation(store.observation, absmax, key, findings)
+    processes.from_first(lambda: save_observation(store.observation, absmax, key, findings))
+    store.forget("outputs", "pass")  # gigabytes that no later run reads
     return absmax, findings
 
 
@@ -119,7 +121,7 @@ def observe_samples(
     [samples, tokens], of `peaks_of` and the first SAMPLES samples. passes: BY_BLOCKS, or why the whole model ran.
     """
     quiet = quiet or not store.processes.first
-    decoder = decoder_of(model, names)
+    decoder = decoder_of(model, map(observed_layer, names))
     batches = input_ids.split(BATCH_SIZE)
     with torch.inference_mode():
         with watching_peaks(model, peaks_of) as peaks:
@@ -132,6 +134,7 @@ def observe_samples(
             passes = f"whole model: {reason}"
             if not quiet:
                 print(f"observe: not block by block but the {passes}", file=sys.stderr)
+            store.begin_passes()
             absmax = _by_passes(model, decoder, names, batches, store, quiet)
     # Copied outside inference mode, because its tensors cannot be used everywhere.
     return checked(absmax, absmax), {name: peak.clone()[:SAMPLES] for name, peak in peaks.items()}, passes
@@ -143,12 +146,17 @@ def _by_blocks(
     absmax: Absmax = {}
     processes = store.processes
     last = len(blocks.names)  # the index of what follows the last block
-    first = 0
-    while first <= last and (finished := store.load("block", first)) is not None:
-        absmax |= finished
-        first += 1
     own_batches = processes.share(batches)
-    outputs = BlockOutputs(store.outputs)
+    outputs = BlockOutputs(store.outputs, store.run)
+    finished = store.finished_blocks()
+    first = len(finished)
+    # All start at one block, where each has what the previous block returned: one may have another disk than before.
+    while 0 < first <= last and processes.any(not all(outputs.has(first - 1, b) for b, _ in own_batches)):
+        first -= 1
+    if first < len(finished) and not quiet:
+        print(f"observe: again from block {first + 1}, because what an earlier one returned is lost", file=sys.stderr)
+    for part in finished[:first]:
+        absmax |= part
     samples = sum(len(batch) for _, batch in own_batches)
     with Progress(last, samples, done=min(first, last), quiet=quiet) as progress:
         for index in range(first, last + 1):
@@ -168,11 +176,14 @@ def _by_blocks(
                 except BlockNotIsolated as error:
                     reason = error
             if processes.any(reason is not None):
-                raise reason or BlockNotIsolated("another process found that its blocks cannot run isolated")
+                reason = reason or BlockNotIsolated("another process found that its blocks cannot run isolated")
+                if index == first > 0 and not store.passes_began():
+                    fix = f"resume on the same kind of machine with the same number of threads, or {START_OVER}"
+                    raise SmoothQuantError(str(store.folder), "the rounding of the interrupted run", str(reason), fix)
+                raise reason
             reduced = processes.largest(maxima, _channels(blocks.model, inside))
             absmax |= reduced
-            if processes.first:
-                store.save("block", index, reduced)
+            store.save("block", index, reduced)
             # Wait: rank 0 must record this block before any rank overwrites the outputs it was computed from.
             processes.wait()
             if index < last:
@@ -200,4 +211,6 @@ def _by_passes(
 
 
 def _channels(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
-    return {name: weight_shape(model.get_submodule(name))[1] for name in names}
+    """Length of the absmax of each of `names`."""
+    shapes = {name: weight_shape(model.get_submodule(observed_layer(name))) for name in names}
+    return {name: shape[name == observed_layer(name)] for name, shape in shapes.items()}

@@ -5,12 +5,18 @@ any number of processes. Therefore the result is that of one process, bit for bi
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from vllm_smoothquant.format.errors import SmoothQuantError
+
+from ..options import DeviceMap
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -30,15 +36,13 @@ class Processes:
         state = PartialState(cpu=not torch.cuda.is_available())
         return cls(state.process_index, state.num_processes)
 
-    def placement(self, device_map: str) -> Any:
+    def placement(self, device_map: DeviceMap) -> DeviceMap:
         """The device map of this process. auto: its own GPU, or all GPUs if it is alone; without a GPU the CPU.
 
-        On the CPU, weights stay in their memory-mapped files, so that nothing needs to be offloaded.
+        What does not fit on the GPUs of a process that is alone stays on the CPU, and what does not fit there on disk.
         """
-        if device_map == "auto" and not torch.accelerator.is_available():
-            return "cpu"
         if device_map == "auto" and self.size > 1:
-            return {"": torch.accelerator.current_device_index()}
+            return {"": torch.accelerator.current_device_index()} if torch.accelerator.is_available() else "cpu"
         return device_map
 
     @property
@@ -69,6 +73,25 @@ class Processes:
         flag = torch.tensor([int(here)], device=_device())
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
+
+    def from_first(self, make: Callable[[], Made]) -> Made:
+        """What `make` returns in the first process, in every process. Only the first calls it; the others wait.
+
+        Errors (SmoothQuantError): those of `make`, in every process, because the others would wait for ever.
+        """
+        if self.size == 1:
+            return make()
+        results: list[Any] = [None, None]
+        if self.first:
+            try:
+                results[0] = make()
+            except SmoothQuantError as error:
+                results[1] = error
+        dist.broadcast_object_list(results, device=_device())
+        if results[1] is not None:
+            raise results[1]
+        made: Made = results[0]
+        return made
 
     def wait(self) -> None:
         """Wait until all processes have called this."""

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
-FORMAT = 2
+FORMAT = 3
 KEY = "smoothquant_observation"
 START_OVER = "remove the state folder to start over"
 
@@ -54,10 +54,18 @@ def load_observation(path: Path, key: Mapping[str, Any], where: str, fix: str) -
     return absmax, findings
 
 
-def load_state(path: Path) -> Absmax:
-    """The tensors of a file in the state folder. Errors (SmoothQuantError): it is missing or damaged."""
+def load_state(path: Path, metadata: Mapping[str, str]) -> Absmax | None:
+    """The tensors of a file in the state folder; None if it is missing or has other `metadata`, as that of another run.
+
+    Errors (SmoothQuantError): it is damaged.
+    """
+    if not path.exists():
+        return None
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            if file.metadata() != metadata:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except (OSError, SafetensorError) as error:
         raise SmoothQuantError(str(path), "a file that the interrupted run wrote", error, START_OVER) from error
 

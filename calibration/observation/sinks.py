@@ -57,7 +57,8 @@ def name_sinks(
         tensors.append(
             {
                 "layers": readers[name],
-                "times_median": float(peak.max() / median),
+                # Divided in float64: in float32 it overflows where the median is almost zero, and JSON has no infinity.
+                "times_median": float(peak.max()) / float(median),
                 "first_token": float(sinks[:, 0].sum() / sinks.sum()),
                 "tokens": [tokenizer.decode([token]) for token, _ in common],
             }

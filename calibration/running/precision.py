@@ -17,10 +17,16 @@ from .modules import decoder_blocks, float_parameters, own_parameters
 
 Parameters = dict[str, torch.Tensor]
 
+
+def _mkldnn_has(operator: str) -> bool:
+    """What this operator of MKL-DNN answers. A torch without MKL-DNN has none, and emulates."""
+    return bool(getattr(torch.ops.mkldnn, operator, lambda: False)())
+
+
 # 16-bit dtype -> whether this CPU multiplies it natively. Emulated, it is many times slower than float32.
 _NATIVE_ON_CPU: dict[torch.dtype, Callable[[], bool]] = {
-    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    torch.bfloat16: partial(_mkldnn_has, "_is_mkldnn_bf16_supported"),
+    torch.float16: partial(_mkldnn_has, "_is_mkldnn_fp16_supported"),
 }
 
 

@@ -5,10 +5,13 @@
 
 Source: Xiao et al., SmoothQuant (arXiv 2211.10438), eq. 3 and 4. Channels that are not foldable keep s = 1.
 
-A folding (`Smoothing`) holds only factors; smoothed parameters are computed in float32 on demand, one module at a time.
+A folding (`Smoothing`) holds only factors; smoothed parameters are computed on demand, one module at a time, with the
+values that the checkpoint will store.
 
-Norms are stored in the model's own dtype, where w / s must be rounded. This rounding changes no output, because the
-factor is computed again from the stored value, s' = w / stored, and s' multiplies the readers' columns.
+Exact storage. INT8 weights are rounded once, from float32. All other parameters are stored in the model's own dtype:
+a norm's w / s is rounded, and the factor is computed again from the stored value, s' = w / stored, so that no output
+changes. Nothing follows a second rounding in this way: the bias of a norm or of a divided layer, and the weights of
+layers that stay in floating point. In a 16-bit model such a group gets powers of two, by which a division is exact.
 """
 
 from collections.abc import Collection, Mapping
@@ -21,13 +24,20 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..discovery.graph import Graph, Group
 from ..discovery.probe import NORM_RULES
+from ..observation.absmax import output_of
 from ..running.modules import float_parameters, own_parameters
 
 Tensors = Mapping[str, torch.Tensor]
 
-# The lower bound is the reference implementation's: a channel near zero during calibration would dominate as soon as it
-# is not. The upper bound is its mirror image.
+# The lower bound is the reference implementation's; the upper bound is its mirror image.
 FACTOR_RANGE = (1e-5, 1e5)
+# A maximum counts as at least this share of the group's median. A channel that was quiet in calibration and is loud in
+# service would otherwise be amplified until it decides the scale of its token.
+QUIET = 1 / 16
+# What is divided by s must stay in float16, the smallest range that a model is served in, also for activations that are
+# this many times larger than those of calibration.
+HEADROOM = 8
+LARGEST = torch.finfo(torch.float16).max / HEADROOM
 
 # The factor that parameter p of a norm carries after its value became q: the inverse of NORM_RULES.
 FACTOR_OF = {"p": lambda p, q: p / q, "1+p": lambda p, q: (1 + p) / (1 + q)}
@@ -40,8 +50,9 @@ def smoothing_factors(
 
     absmax: max|X_j| of each reader's input, [in_features]. All readers' columns that come from one channel share
     its s: both maxima are taken over all of them. Readers kept in floating point are rescaled, but do not influence s.
-    A channel whose activation or weight maximum is 0 has no range to balance: s = 1.
+    Quiet channels count as QUIET of the median; if all maxima of an operand are 0, there is no range to balance: s = 1.
     power_of_two rounds s (in the logarithm), so that folding is exact in any floating-point dtype.
+    absmax may also have output_of(source), [channels]: dividing that output by s must not leave float16's range.
     Errors (SmoothQuantError): a reader without a maximum, or a maximum that is not finite; they name the layer.
     """
     maxima = {"activation": torch.zeros(group.channels), "weight": torch.zeros(group.channels)}
@@ -61,25 +72,57 @@ def smoothing_factors(
             # An input that is divided by s ** power needs the power-th root.
             values = values ** (1 / reader.power[mapped])
             maxima[operand].scatter_reduce_(0, reader.channel_of[mapped], values, "amax")
-    activation, weight = maxima["activation"], maxima["weight"]
-    balanced = activation.double() ** alpha / weight.double() ** (1 - alpha)
+    activation, weight = (_without_quiet(maxima[operand], group.foldable).double() for operand in maxima)
     usable = group.foldable & (activation > 0) & (weight > 0)
-    s = torch.where(usable, balanced.clamp(*FACTOR_RANGE), 1.0)
+    s = torch.where(usable, activation**alpha / weight ** (1 - alpha), 1.0)
+    # Both may be divided: the source's output, and the input of the readers, which another tensor may have multiplied.
+    divided = torch.maximum(activation, absmax.get(output_of(group.source), activation.float()).double())
+    s = torch.where(usable, torch.maximum(s.clamp(*FACTOR_RANGE), divided / LARGEST), 1.0)
     if power_of_two:
         s = 2.0 ** s.log2().round()
     return s.to(torch.float32)
 
 
+def _without_quiet(maxima: torch.Tensor, foldable: torch.Tensor) -> torch.Tensor:
+    some = maxima[foldable & (maxima > 0)]
+    return maxima.clamp(min=float(some.median()) * QUIET) if len(some) else maxima
+
+
+def needs_power_of_two(model: nn.Module, group: Group, quantized: Collection[str]) -> bool:
+    """Whether `group` is exact in storage only with powers of two. quantized: layers whose weights become INT8."""
+    if group.kind == "input":
+        return False
+    source = own_parameters(model.get_submodule(group.source))
+    rounded_again = [
+        model.get_submodule(reader.name).get_parameter("weight")
+        for reader in group.readers
+        if reader.name not in quantized
+    ]
+    if group.kind == "linear":
+        rounded_again += [p for name, p in source.items() if name != "weight" or group.source not in quantized]
+    else:
+        divided = [source[name] for name, rule in group.rules.items() if rule != "fixed"]
+        rounded_again += divided[1:]  # the first one decides the factor
+    return any(parameter.dtype.itemsize < 4 for parameter in rounded_again)
+
+
 def smooth_groups(
-    model: nn.Module, graph: Graph, absmax: Tensors, alphas: Mapping[str, float], *, power_of_two: bool = False
-) -> "Smoothing":
-    """The folding of `graph`, with alphas: source -> alpha. A group without an alpha is not smoothed."""
+    model: nn.Module, graph: Graph, absmax: Tensors, alphas: Mapping[str, float], quantized: Collection[str],
+    *, power_of_two: bool = False,
+) -> "Smoothing":  # fmt: skip
+    """The folding of `graph`, with alphas: source -> alpha. A group without an alpha is not smoothed.
+
+    quantized: layers whose weights become INT8. power_of_two: for every group, not only where storage needs it.
+    """
     factors = {
-        group.source: smoothing_factors(group, absmax, model, alphas[group.source], power_of_two=power_of_two)
+        group.source: smoothing_factors(
+            group, absmax, model, alphas[group.source],
+            power_of_two=power_of_two or needs_power_of_two(model, group, quantized),
+        )
         for group in graph.groups
         if group.source in alphas
-    }
-    return Smoothing(model, graph, factors)
+    }  # fmt: skip
+    return Smoothing(model, graph, factors, quantized)
 
 
 class Smoothing:
@@ -88,11 +131,12 @@ class Smoothing:
     factors: source -> float32 [channels], what the source's output is divided by, the norms' rounding included.
     modules: names of all modules whose parameters change. transposed: linear layer -> whether its weight is [in, out].
     runtime: linear layer -> float32 [in], what it must divide its input by itself, because nothing before it does.
+    quantized: layers whose weights become INT8.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, factors: Tensors) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, factors: Tensors, quantized: Collection[str]) -> None:
         """factors: source -> s, [channels], positive and finite, 1 where the group is not foldable."""
-        self.model, self.graph = model, graph
+        self.model, self.graph, self.quantized = model, graph, frozenset(quantized)
         self.factors: dict[str, torch.Tensor] = {}
         self._norms: dict[str, Tensors] = {}
         self._inputs: dict[str, torch.Tensor] = {}
@@ -112,7 +156,9 @@ class Smoothing:
             got = f"{list(s.shape)} from {s.min():.3g} to {s.max():.3g}" if s.numel() else "none"
             raise SmoothQuantError(group.source, expected, got, "compute them with smoothing_factors")
         if group.kind == "norm":
-            s, self._norms[group.source] = _fold_norm(self.model.get_submodule(group.source), group.rules, s)
+            exact = needs_power_of_two(self.model, group, self.quantized)
+            module = self.model.get_submodule(group.source)
+            s, self._norms[group.source] = _fold_norm(module, group.rules, s, power_of_two=exact)
         elif group.kind == "linear":
             self._outputs[group.source] = s
         else:
@@ -132,8 +178,12 @@ class Smoothing:
         return self._outputs.get(name)
 
     def parameters(self, name: str) -> dict[str, torch.Tensor]:
-        """All parameters of module `name` itself in float32, smoothed where the folding says so. New tensors."""
-        params = float_parameters(self.model.get_submodule(name))
+        """All parameters of module `name` itself in float32, smoothed where the folding says so. New tensors.
+
+        They are rounded to the dtype in which the checkpoint stores them, except for weights that become INT8.
+        """
+        module = self.model.get_submodule(name)
+        params = float_parameters(module)
         for parameter, value in self._norms.get(name, {}).items():
             params[parameter] = value.to(params[parameter].device)
         columns, rows = self._inputs.get(name), self._outputs.get(name)
@@ -143,6 +193,13 @@ class Smoothing:
             params["weight"] = weight.t() if transposed else weight
         if rows is not None and "bias" in params:
             params["bias"] = params["bias"] / rows.to(params["bias"].device)
+        if name in self.modules:
+            dtypes = {parameter: p.dtype for parameter, p in own_parameters(module).items()}
+            if name in self.quantized:
+                dtypes["weight"] = torch.float32
+            params = {
+                parameter: _stored(f"{name}.{parameter}", p, dtypes[parameter]) for parameter, p in params.items()
+            }
         return params
 
     def apply_(self) -> None:
@@ -154,13 +211,8 @@ class Smoothing:
             for name in sorted(self.modules):
                 owned = own_parameters(self.model.get_submodule(name))
                 for parameter, value in self.parameters(name).items():
-                    stored = value.to(owned[parameter].dtype)
-                    if not torch.isfinite(stored).all():
-                        expected = f"finite values in {stored.dtype}"
-                        fix = "load the model in bfloat16 or choose a smaller alpha"
-                        raise SmoothQuantError(f"{name}.{parameter}", expected, "overflow after smoothing", fix)
                     if write:
-                        owned[parameter].data.copy_(stored)
+                        owned[parameter].data.copy_(value)
 
     def folded(self) -> "Smoothing":
         """The part of this folding that is done before the model runs."""
@@ -168,7 +220,8 @@ class Smoothing:
 
     def only(self, sources: Collection[str]) -> "Smoothing":
         """The part of this folding that belongs to `sources`."""
-        return Smoothing(self.model, self.graph, {s: f for s, f in self.factors.items() if s in sources})
+        factors = {source: s for source, s in self.factors.items() if source in sources}
+        return Smoothing(self.model, self.graph, factors, self.quantized)
 
     def describe(self, group: Group) -> dict[str, Any]:
         """The manifest's entry of `group`: names, how many channels, the range of its factors."""
@@ -192,11 +245,25 @@ def fold_weight(weight: torch.Tensor, columns: torch.Tensor | None, rows: torch.
     return weight if rows is None else weight / rows.to(weight.device)[:, None]
 
 
-def _fold_norm(module: nn.Module, rules: Mapping[str, str], s: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+def _stored(where: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 `value` after it was stored as `dtype`. Errors (SmoothQuantError): it is not finite then."""
+    if not dtype.is_floating_point:
+        return value
+    stored = value.to(dtype).float()
+    if not torch.isfinite(stored).all():
+        fix = "load the model in bfloat16 or choose a smaller --alpha"
+        raise SmoothQuantError(where, f"finite values in {dtype}", "overflow after smoothing", fix)
+    return stored
+
+
+def _fold_norm(
+    module: nn.Module, rules: Mapping[str, str], s: torch.Tensor, *, power_of_two: bool
+) -> tuple[torch.Tensor, Tensors]:
     """The factors that a norm carries exactly, near `s`, and its float32 parameters that carry them.
 
     The first parameter that follows a rule is rounded to its stored dtype, and the factor is computed from it; the
-    others (the bias) are divided by that factor. A channel whose parameter is 0, or becomes 0, keeps s = 1.
+    others (the bias) are divided by that factor. A channel keeps s = 1 if a parameter is 0 or becomes 0, if another
+    parameter cannot be stored exactly, or, with power_of_two, if the factor of the stored parameter is no such power.
     """
     params = {name: p.detach().to("cpu") for name, p in own_parameters(module).items()}
     first = next(name for name in params if rules[name] != "fixed")
@@ -204,6 +271,12 @@ def _fold_norm(module: nn.Module, rules: Mapping[str, str], s: torch.Tensor) -> 
     q = NORM_RULES[rule](p, s).to(params[first].dtype).float()
     carried = FACTOR_OF[rule](p, q)
     exact = torch.isfinite(carried) & (carried > 0) & torch.isfinite(q) & (s != 1)
+    if power_of_two:
+        exact &= carried.frexp().mantissa == 0.5
+    folded = {name: NORM_RULES[rules[name]](value.float(), carried) for name, value in params.items()}
+    for name, value in params.items():
+        if name != first and value.dtype.itemsize < 4 and rules[name] != "fixed":
+            exact &= folded[name].to(value.dtype).float() == folded[name]
     s = torch.where(exact, carried, 1.0)
     folded = {name: NORM_RULES[rules[name]](value.float(), s) for name, value in params.items()}
     folded[first] = torch.where(exact, q, p)

@@ -70,7 +70,7 @@ def make_plan(observation: Observation, options: Options) -> Plan:
     first = plan()
     if not options.max_fallback:
         return first
-    most = int(options.max_fallback * len(observation.layers))
+    most = int(round(options.max_fallback * len(observation.layers), 6))  # because 0.29 * 100 is 28.999999999999996
     fallbacks = fallback.rank_fallbacks(observation, first.layers(), most)
     if options.budget_ppl is None:
         return plan(fallbacks)
@@ -117,11 +117,14 @@ def _plan(
     }
     # Only the search chooses a division at run time.
     alphas = {group.source: None if group.kind == "input" else grid[0] for group in observation.graph.groups}
+    # Dividing the rows of a layer that has one weight scale spreads them: its readers must gain more than it loses.
+    linear_sources = any(group.kind == "linear" for group in observation.graph.groups)
+    one_scale = scheme.weights.strategy == "tensor" and linear_sources
     result = None
-    if len(grid) > 1 or fallbacks:
-        result = search_alphas(observation, schemes, grid, quiet=options.quiet)
+    if len(grid) > 1 or fallbacks or (one_scale and grid[0] is not None):
+        result = search_alphas(observation, schemes, grid, optional=one_scale, quiet=options.quiet)
         alphas |= result.alphas
     fixed = {source: alpha for source, alpha in alphas.items() if alpha is not None}
-    smoothing = smooth_groups(observation.model, observation.graph, observation.absmax, fixed)
+    smoothing = smooth_groups(observation.model, observation.graph, observation.absmax, fixed, schemes)
     ranges = {name: input_range(observation.absmax[name], smoothing.input_factor(name)) for name in schemes}
     return Plan(scheme, schemes, smoothing, alphas, ranges, target, result)

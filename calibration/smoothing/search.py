@@ -38,7 +38,7 @@ from ..running.hooks import hooked
 from ..running.modules import decoder_of, output_head
 from ..running.precision import fast_arithmetic
 from . import simulate
-from .factors import smoothing_factors
+from .factors import needs_power_of_two, smoothing_factors
 from .simulate import LayerScheme
 
 Alpha = float | None  # None: the group is not smoothed
@@ -65,15 +65,17 @@ class SearchResult:
 
 
 def search_alphas(
-    observation: Observation, schemes: Mapping[str, Scheme], grid: Sequence[Alpha] = GRID, *, quiet: bool = True
-) -> SearchResult:
+    observation: Observation, schemes: Mapping[str, Scheme], grid: Sequence[Alpha] = GRID, *, optional: bool = False,
+    quiet: bool = True,
+) -> SearchResult:  # fmt: skip
     """The best alpha of every group when the layers `schemes` are served by their scheme.
 
-    grid: of several alphas that are equally good, the first is taken.
+    grid: of several alphas that are equally good, the first is taken. optional: a group whose source is a linear layer
+    may also stay as it is.
     """
     model, ids = observation.model, observation.search_ids
     bar = tqdm(total=len(schemes), desc="search", unit="layer", disable=True if quiet else None)
-    search = _Search(observation, schemes, grid, bar)
+    search = _Search(observation, schemes, grid, bar, optional)
     decoder = decoder_of(model, schemes)
     with bar, torch.no_grad(), fast_arithmetic(model), hooked(search.hooks()):
         decoder(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
@@ -82,8 +84,9 @@ def search_alphas(
 
 class _Search:
     def __init__(
-        self, observation: Observation, schemes: Mapping[str, Scheme], grid: Sequence[Alpha], bar: tqdm
+        self, observation: Observation, schemes: Mapping[str, Scheme], grid: Sequence[Alpha], bar: tqdm, optional: bool
     ) -> None:
+        self.optional = optional
         self.model, self.absmax, graph = observation.model, observation.absmax, observation.graph
         self.schemes, self.grid, self.bar, self.samples = schemes, grid, bar, len(observation.search_ids)
         self.result = SearchResult()
@@ -120,6 +123,8 @@ class _Search:
         """Try every alpha of the grid on the readers of `group` that read `x` as layer `first` does."""
         # A grid of one alpha compares nothing: no error shows that a division at run time is worth its cost.
         grid = self.grid if group.kind != "input" or len(self.grid) > 1 else (None,)
+        if self.optional and group.kind == "linear" and None not in grid:
+            grid = (None, *grid)
         pattern = next(reader for reader in group.readers if reader.name == first)
         outputs = {
             reader.name: self.exact(reader.name, x)
@@ -141,8 +146,12 @@ class _Search:
 
     def set_alpha(self, group: Group, alpha: Alpha) -> None:
         self.result.alphas[group.source] = alpha
-        s = torch.ones(group.channels) if alpha is None else smoothing_factors(group, self.absmax, self.model, alpha)
-        self.factors[group.source] = s
+        exact = needs_power_of_two(self.model, group, self.schemes)
+        self.factors[group.source] = (
+            torch.ones(group.channels)
+            if alpha is None
+            else smoothing_factors(group, self.absmax, self.model, alpha, power_of_two=exact)
+        )
 
     def source_error(self, group: Group) -> float:
         """The error that dividing the rows of a group's source adds to the source, if it is a layer with one scale."""

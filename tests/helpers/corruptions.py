@@ -2,6 +2,7 @@
 
     damage(folder, draw)      damage the folder's files; returns descriptions of the changes
     meaning(folder)           the configuration and tensors that a reader gets; None if the folder cannot be read
+    structure(meaning)        names, shapes and kinds of the tensors
 
 The checkpoint has two shards and an index (`shard`), so that the index can be damaged, too.
 """
@@ -49,7 +50,10 @@ def rehash(folder: Path) -> None:
         tiny_checkpoints.rehash(folder)
 
 
-def meaning(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...], bytes]]] | None:
+Meaning = tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...], bytes]]]
+
+
+def meaning(folder: Path) -> Meaning | None:
     """(config.json with its quantization_config resolved layer by layer, name -> (dtype, shape, bytes) of tensors)."""
     if any(path.is_fifo() for path in folder.iterdir()):
         return None
@@ -66,6 +70,11 @@ def meaning(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[in
         return config, tensors
     except Exception:  # any library may raise any exception for a damaged folder
         return None
+
+
+def structure(meaning: Meaning) -> dict[str, tuple[bool, tuple[int, ...]]]:
+    """Tensor -> (whether it is in floating point, shape)."""
+    return {name: ("float" in dtype, shape) for name, (dtype, shape, _) in meaning[1].items()}
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
@@ -96,7 +105,8 @@ def _drop(state: State, draw: Draw) -> str:
 
 def _add(state: State, draw: Draw) -> str:
     name = _pick(state, draw)
-    suffix = draw(st.sampled_from([".weight_scale", ".input_scale", ".smoothing_factor", ".bias", ".zero_point", ""]))
+    suffixes = [".weight_scale", ".input_scale", ".smoothing_factor", ".bias", ".weight_zero_point", ".k_scale", ""]
+    suffix = draw(st.sampled_from(suffixes))
     new = f"{name.rpartition('.')[0]}{suffix}" or "x"
     state[new] = torch.ones(draw(st.sampled_from([(1,), (128,), (128, 1), ()])))
     return f"{new} added"

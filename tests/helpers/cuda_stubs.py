@@ -1,12 +1,13 @@
-"""Run the plugin's CUDA code on a CPU, with vLLM's Python code for CUDA and stubs for the compiled operators.
+"""Run the plugin's CUDA code on a CPU, with vLLM's Python code for CUDA and stand-ins for its compiled operators.
 
     python tests/helpers/cuda_stubs.py            the installed vLLM; PYTHONPATH=FOLDER selects another
     python tests/helpers/cuda_stubs.py --quick    weights per channel only
 
-vLLM runs as on a GPU of compute capability 9.0. Its compiled modules are empty, and the five operators that our code
-calls are plain torch with the rounding of int8.py. This checks that all imports exist, that vLLM's layers, parameters,
-loaders and kernel classes take our calls and use the layouts that we expect, and that every scheme gives the
-reference's result, compiled and eager. It checks nothing that a GPU does.
+vLLM runs as on a GPU of compute capability 9.0. Its compiled modules are empty. The three compiled operators that our
+code calls are written again in numpy, from vLLM's documentation and its CUDA source, whose checks they repeat. Triton
+kernels, ours and vLLM's GEMM, run in Triton's interpreter. This checks that all imports exist, that vLLM's layers,
+parameters, loaders and kernel classes take our calls and use the layouts that we expect, and that every scheme gives
+the reference's result, compiled and eager. It checks nothing that a GPU does.
 
 Prints one line per fact. The exit status is 1 if a fact does not hold. tests/test_cuda.py runs it against the installed
 vLLM, packaging/check_vllm.py against CUDA wheels.
@@ -22,6 +23,7 @@ import tempfile
 import types
 from typing import Any
 
+import numpy as np
 import torch
 
 DTYPE = torch.bfloat16
@@ -44,55 +46,93 @@ class CompiledModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def register_stubs() -> list[torch.library.Library]:
     """Register the operators, before vLLM is imported. They exist as long as the returned libraries."""
-    from vllm_smoothquant.format import int8
-    from vllm_smoothquant.kernels import ops
-
-    def static(result: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, azp: torch.Tensor | None) -> None:
-        result.copy_(int8.quantize(x, scale))
-
-    def dynamic(result: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, azp: torch.Tensor | None) -> None:
-        scale.copy_(int8.input_scale(x, "token"))
-        result.copy_(int8.quantize(x, scale))
-
-    def multiply(
-        out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sa: torch.Tensor, sb: torch.Tensor, bias: Any
-    ) -> None:
-        # The assertions of the CUDA source.
-        assert a.stride(1) == 1, a.stride()
-        assert b.stride(0) == 1, b.stride()
-        assert b.shape[0] % 16 == 0, b.shape
-        assert b.shape[1] % 16 == 0, b.shape
-        assert sa.numel() in (1, a.shape[0]), sa.shape
-        assert sb.numel() in (1, b.shape[1]), sb.shape
-        assert sa.is_contiguous(), sa.stride()
-        assert sb.is_contiguous(), sb.stride()
-        out.copy_(triton(a, b, sa, sb, out.dtype, bias))
-
-    def triton(a: torch.Tensor, b: torch.Tensor, sa: torch.Tensor, sb: torch.Tensor, dtype: Any, bias: Any) -> Any:
-        y = int8.int8_matmul(a, b.t()) * sa.reshape(-1, 1).double() * sb.reshape(1, -1).double()
-        return (y if bias is None else y + bias.double()).to(dtype)
-
-    def per_token(x: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = int8.input_scale(x.float() * inverse, "token")
-        return int8.quantize(x.float() * inverse, scale), scale
-
     compiled = torch.library.Library("_C", "FRAGMENT")
     compiled.define("static_scaled_int8_quant(Tensor! result, Tensor input, Tensor scale, Tensor? azp) -> ()")
     compiled.define("dynamic_scaled_int8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor!? azp) -> ()")
     compiled.define("cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor sa, Tensor sb, Tensor? bias) -> ()")
-    for name, function in (
-        ("static_scaled_int8_quant", static), ("dynamic_scaled_int8_quant", dynamic), ("cutlass_scaled_mm", multiply)
-    ):  # fmt: skip
-        compiled.impl(name, function, "CPU")
-        compiled.impl(name, lambda *_: None, "Meta")
+    for function in (static_scaled_int8_quant, dynamic_scaled_int8_quant, cutlass_scaled_mm):
+        compiled.impl(function.__name__, function, "CPU")
+        compiled.impl(function.__name__, lambda *_: None, "Meta")
     for name in ("fp8", "block_fp8", "fp4"):
         # vLLM calls these when it is imported.
         compiled.define(f"cutlass_scaled_mm_supports_{name}(int capability) -> bool")
         compiled.impl(f"cutlass_scaled_mm_supports_{name}", lambda _: False, "CompositeExplicitAutograd")
-    ours = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
-    ours.impl("triton_int8_mm", triton, "CPU")
-    ours.impl("quantize_per_token", per_token, "CPU")
-    return [compiled, ours]
+    return [compiled]
+
+
+# --- csrc/quantization/w8a8/int8/scaled_quant.cu ---------------------------------------------------------------------
+
+
+def static_scaled_int8_quant(
+    result: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, azp: torch.Tensor | None
+) -> None:
+    """result = x / scale, rounded half to even and saturated."""
+    values = checked_input(result, x, azp)
+    assert scale.shape.numel() == 1, scale.shape
+    result.copy_(saturated(values / as_float32(scale).reshape(())))
+
+
+def dynamic_scaled_int8_quant(
+    result: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, azp: torch.Tensor | None
+) -> None:
+    """scale = absmax / 127 of each row, result = x * (127 / absmax). The maximum passes over NaN."""
+    values = checked_input(result, x, azp)
+    assert scale.is_contiguous(), scale.stride()
+    assert scale.shape == (len(x), 1), scale.shape
+    absmax = np.fmax.reduce(np.abs(values), axis=1, keepdims=True, initial=np.float32(0))
+    as_float32(scale)[:] = absmax / np.float32(127)
+    inverse = np.divide(np.float32(127), absmax, out=np.zeros_like(absmax), where=absmax != 0)
+    result.copy_(saturated(values * inverse))
+
+
+def checked_input(result: torch.Tensor, x: torch.Tensor, azp: torch.Tensor | None) -> np.ndarray:
+    assert x.is_contiguous(), x.stride()
+    assert result.is_contiguous(), result.stride()
+    assert x.is_floating_point(), x.dtype
+    assert (result.dtype, result.shape) == (torch.int8, x.shape), (result.dtype, result.shape)
+    assert azp is None, "a zero point"
+    assert len(x) > 0, "CUDA starts no grid without blocks, and a block quantises a row"
+    return as_float32(x.float())
+
+
+def as_float32(tensor: torch.Tensor) -> np.ndarray:
+    assert tensor.dtype == torch.float32, tensor.dtype
+    return tensor.detach().numpy()
+
+
+def saturated(steps: np.ndarray) -> torch.Tensor:
+    """As cvt.rni.sat.s8.f32, which makes NaN 0."""
+    return torch.from_numpy(np.clip(np.rint(np.nan_to_num(steps)), -128, 127).astype(np.int8))
+
+
+# --- csrc/quantization/w8a8/cutlass/{scaled_mm_entry.cu,Epilogues.md} ------------------------------------------------
+
+
+def cutlass_scaled_mm(
+    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sa: torch.Tensor, sb: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """out = sa * (sb * (a @ b)) + bias, the product in integers and the rest in float32."""
+    (rows, inner), columns = a.shape, b.shape[1]
+    assert (a.dtype, b.dtype) == (torch.int8, torch.int8), (a.dtype, b.dtype)
+    assert out.dtype in (torch.bfloat16, torch.float16), out.dtype
+    assert (b.shape[0], out.shape) == (inner, (rows, columns)), (a.shape, b.shape, out.shape)
+    assert rows > 0, "no rows"
+    assert (a.stride(1), out.stride(1), b.stride(0)) == (1, 1, 1), (a.stride(), out.stride(), b.stride())
+    assert out.stride(0) % 16 == 0, out.stride()
+    assert b.stride(1) % 16 == 0, b.stride()
+    assert sa.numel() in (1, rows), sa.shape
+    assert sb.numel() in (1, columns), sb.shape
+    assert sa.is_contiguous(), sa.stride()
+    assert sb.is_contiguous(), sb.stride()
+    sums = (a.numpy().astype(np.int64) @ b.numpy().astype(np.int64)).astype(np.float32)
+    y = as_float32(sa).reshape(-1, 1) * (as_float32(sb).reshape(1, -1) * sums)
+    if bias is not None:
+        assert (bias.dtype, bias.shape, bias.is_contiguous()) == (out.dtype, (columns,), True), bias
+        y = y + as_float32(bias.detach().float())
+    out.copy_(torch.from_numpy(y))
+
+
+# --- vLLM ------------------------------------------------------------------------------------------------------------
 
 
 def pretend_cuda(capability: tuple[int, int] = (9, 0)) -> None:
@@ -114,7 +154,12 @@ def pretend_cuda(capability: tuple[int, int] = (9, 0)) -> None:
 
 
 def layer_of(
-    scheme: Any, smoothed: bool, shape: tuple[int, int], dtype: torch.dtype = DTYPE, device: str = "cpu"
+    scheme: Any,
+    smoothed: bool,
+    shape: tuple[int, int],
+    dtype: torch.dtype = DTYPE,
+    device: str = "cpu",
+    bias: bool = True,
 ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """vLLM's linear layer "l" [out, in] on `device` with random weights, and its checkpoint tensors on the CPU."""
     from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -128,8 +173,9 @@ def layer_of(
     names = frozenset(["l"]) if smoothed else frozenset()
     config = SmoothQuantVllmConfig(CheckpointConfig(scheme.weights, scheme.input_activations, smoothed=names))
     weight, scale = int8.quantize_weight(torch.randn(shape, generator=generator), scheme.weights.strategy)
-    bias = torch.randn(out_features, generator=generator).to(dtype)
-    tensors = {"weight": weight, "weight_scale": scale, "bias": bias}
+    tensors = {"weight": weight, "weight_scale": scale}
+    if bias:
+        tensors["bias"] = torch.randn(out_features, generator=generator).to(dtype)
     if not scheme.input_activations.dynamic:
         tensors["input_scale"] = torch.tensor([0.03])
     if smoothed:
@@ -140,7 +186,7 @@ def layer_of(
             layer = ReplicatedLinear(
                 in_features,
                 out_features,
-                bias=True,
+                bias=bias,
                 params_dtype=dtype,
                 quant_config=config,
                 prefix="l",
@@ -161,10 +207,6 @@ def check(failures: list[str], fact: str, holds: bool, detail: str = "") -> None
 
 
 def run_schemes(failures: list[str], strategies: tuple[str, ...]) -> None:
-    from vllm.config import VllmConfig
-    from vllm.forward_context import set_forward_context
-
-    from vllm_smoothquant.format import int8
     from vllm_smoothquant.format.config import InputActivations, Scheme, Weights
 
     activations = {
@@ -172,52 +214,91 @@ def run_schemes(failures: list[str], strategies: tuple[str, ...]) -> None:
         "per_tensor": InputActivations("tensor", True),
         "static": InputActivations("tensor", False),
     }
-    x = torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(1)).to(DTYPE)
+    for (label, activation), weights, smoothed in itertools.product(activations.items(), strategies, (False, True)):
+        scheme = Scheme(Weights(weights), activation)
+        cutlass = "cutlass-tensor" if label == "per_tensor" else "vllm"
+        # [out, in], dtype, compute capability, bias, whether to compile it too; the kernel.
+        for shape, dtype, capability, bias, compiles, kernel in (
+            ((48, 64), DTYPE, (9, 0), True, True, cutlass),
+            ((48, 64), torch.float16, (7, 5), False, False, cutlass),
+            ((40, 64), DTYPE, (9, 0), True, True, "triton"),
+            ((48, 1000), DTYPE, (8, 0), False, False, "triton"),
+            ((39, 33), torch.float16, (8, 9), True, False, "triton"),
+            ((48, 64), torch.float32, (9, 0), True, False, "triton"),
+            ((48, 64), DTYPE, (10, 0), True, False, "triton"),
+        ):
+            pretend_cuda(capability)
+            layer, tensors = layer_of(scheme, smoothed, shape, dtype, bias=bias)
+            torch.compiler.reset()
+            functions = {"eager": layer}
+            if compiles:
+                functions["compiled"] = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+            for mode, function in functions.items():
+                fault = fault_of(function, scheme, tensors, dtype)
+                used = layer.quant_method.kernel.name
+                what = f"{label}, weights per {weights}, {'smoothed' if smoothed else 'folded'}, {list(shape)}, {mode}"
+                where = f"{str(dtype).removeprefix('torch.')}, capability {'.'.join(map(str, capability))}"
+                detail = f"{used}, {fault or 'the reference'}"
+                check(failures, f"{what}, {where}", fault is None and used == kernel, detail)
+    pretend_cuda()
+
+
+def fault_of(function: Any, scheme: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> str | None:
+    """How the layer differs from the reference by more than rounding: tokens with padding, in another dtype, none."""
+    from vllm.config import VllmConfig
+    from vllm.forward_context import set_forward_context
+
+    from tests.helpers.vllm_layers import tolerance
+    from vllm_smoothquant.format import int8
+
+    strategy, (out_features, in_features) = scheme.input_activations.strategy, tensors["weight"].shape
+    x = torch.randn(TOKENS, in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
     x[2] = 0
     # The last two rows are padding of a CUDA graph, which holds arbitrary old values.
-    padded = torch.cat([x, torch.full((1, 64), float("nan"), dtype=DTYPE), torch.full((1, 64), 3e38, dtype=DTYPE)])
+    padding = torch.tensor([float("nan"), 3e4], dtype=dtype).reshape(2, 1).expand(2, in_features)
     slots = torch.cat([torch.arange(TOKENS), torch.full((2,), -1)])
-    for (label, activation), weights, smoothed, shape in itertools.product(
-        activations.items(), strategies, (False, True), ((48, 64), (40, 64))
-    ):
-        scheme = Scheme(Weights(weights), activation)
-        layer, tensors = layer_of(scheme, smoothed, shape)
-        kernel = layer.quant_method.kernel
-        expected = "triton" if shape[0] % 16 else "cutlass-tensor" if label == "per_tensor" else "vllm"
-        reference = int8.linear_reference(
-            x,
-            tensors["weight"],
-            tensors["weight_scale"],
-            strategy=activation.strategy,
-            input_scale_static=tensors.get("input_scale"),
-            smoothing_factor=tensors.get("smoothing_factor"),
-            bias=tensors["bias"],
-        ).float()
-        torch.compiler.reset()
-        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
-        for mode, function in (("eager", layer), ("compiled", compiled)):
-            with (
-                torch.no_grad(),
-                set_forward_context(None, VllmConfig(), num_tokens=len(padded), slot_mapping={"attention": slots}),
-            ):
-                y = function(padded)[:TOKENS].float()
-            error = ((y - reference).abs().max() / reference.abs().max()).item()
-            # bfloat16 rounds by 2**-9; x * (1 / f) is within 2**-23 of x / f, which may change an integer by one step.
-            check(
-                failures,
-                f"{label}, weights per {weights}, {'smoothed' if smoothed else 'folded'}, {list(shape)}, {mode}",
-                error < 2**-7 and kernel.name == expected,
-                f"{kernel.name}, error {error:.1e}",
-            )
+    reference = int8.linear_reference(
+        x.float(),
+        tensors["weight"],
+        tensors["weight_scale"],
+        strategy=strategy,
+        input_scale_static=tensors.get("input_scale"),
+        smoothing_factor=tensors.get("smoothing_factor"),
+        bias=tensors.get("bias"),
+    )
+    channels = tensors | {"weight_scale": tensors["weight_scale"].reshape(-1, 1).expand(out_features, 1)}
+    # The output is rounded once; vLLM 0.26's Triton GEMM rounds before it adds the bias, too.
+    size = reference.abs() + tensors.get("bias", torch.zeros(1)).float().abs()
+    bound = tolerance(x.float(), channels, strategy, reference) + torch.finfo(dtype).eps * size
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        slot_mapping = {"attention": slots[: len(rows)]}
+        with torch.no_grad(), set_forward_context(None, VllmConfig(), num_tokens=len(rows), slot_mapping=slot_mapping):
+            return function(rows)
+
+    for rows in (torch.cat([x, padding]), x.float() if dtype == DTYPE else x, x[:0]):
+        try:
+            y = run(rows)
+        except Exception as error:  # whatever vLLM raises is the fault
+            return f"{type(error).__name__} of {rows.dtype} {list(rows.shape)}: {str(error)[:200]}"
+        excess = (y[:TOKENS].float() - reference[: len(y)]).abs() - bound[: len(y)]
+        if y.dtype != rows.dtype or y.shape != (len(rows), out_features) or not (excess <= 0).all():
+            worst = excess.max().item() if excess.numel() else 0
+            return f"{y.dtype} {list(y.shape)} of {rows.dtype} {list(rows.shape)}, {worst:.1e} above the bound"
+    return None
 
 
 def main() -> int:
+    from tests.helpers.triton_interpreter import import_gemm, interpret
+
+    interpret()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     sys.meta_path.append(CompiledModules())
     libraries = register_stubs()
     import vllm
 
     pretend_cuda()
+    import_gemm()
     import vllm_smoothquant
 
     vllm_smoothquant.register()

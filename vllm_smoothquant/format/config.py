@@ -7,11 +7,15 @@ A quantised linear layer `P` is stored as
     P.smoothing_factor  float32  [in], only if smoothing could not be folded away: the layer computes
                                  (x / smoothing_factor) @ weight^T
     P.bias              as in the source model
-All other tensors keep their names, dtypes and shapes. docs/checkpoint_format.md describes the format in words.
+All other tensors keep their names, dtypes and shapes. TRANSFORMS_FILE has the factors that were folded into weights:
+    P.input_factor      float32  [in]: columns of P were multiplied by it, because its input arrives divided
+    P.output_factor     float32  [out]: rows and bias of P (or the parameters of a norm) were divided by it
+docs/checkpoint_format.md describes the format in words.
 
 The calibration host and the serving host share this file, so it needs only torch, safetensors and the standard library.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -22,7 +26,10 @@ import torch
 from .errors import SmoothQuantError
 
 QUANT_METHOD = "smoothquant"
-FORMAT_VERSION = 1
+# In a folder of its own, because several of vLLM's loaders read every safetensors file beside config.json as weights.
+TRANSFORMS_FILE = "transforms/smoothing.safetensors"
+FORMAT_VERSION = 2
+OLDEST_VERSION = 1  # has no `transforms`; adapters of the source model do not fit such a checkpoint, if it is smoothed
 
 # `transformers_weights` in config.json: the weight file that transformers loads. Deliberately not a file name, because
 # transformers then refuses to load and shows this text. Otherwise it casts the weights to float and drops the scales.
@@ -63,6 +70,12 @@ def _names(value: Any, where: str) -> frozenset[str]:
     if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in value):
         raise SmoothQuantError(where, "a list of module names", repr(value), _FIX)
     return frozenset(value)
+
+
+def _sha256(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise SmoothQuantError(where, "a sha256 in hexadecimal", repr(value)[:80], _FIX)
+    return value
 
 
 def _one_of(*allowed: Any) -> dict[str, Any]:
@@ -122,11 +135,22 @@ def _overrides(value: Any, where: str) -> dict[str, InputActivations]:
 
 
 @dataclass(frozen=True)
+class Transforms:
+    """What was folded into the weights. smoothing: sha256 of TRANSFORMS_FILE, which has every folded factor."""
+
+    smoothing: str = field(metadata={"read": _sha256})
+
+    @classmethod
+    def from_dict(cls, value: Any, where: str) -> "Transforms":
+        return _read(cls, value, where)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """`quantization_config` in config.json. Names are module names as the checkpoint's tensors spell them.
 
     ignore: linear layers in floating point. overrides: layers whose activations are scaled in another way than
-    `input_activations`. smoothed: layers that have a `smoothing_factor`.
+    `input_activations`. smoothed: layers that have a `smoothing_factor`. transforms: None if nothing was folded.
     """
 
     weights: Weights = field(default_factory=Weights, metadata={"read": partial(_read, Weights)})
@@ -136,6 +160,7 @@ class CheckpointConfig:
     overrides: Mapping[str, InputActivations] = field(default_factory=dict, metadata={"read": _overrides})
     smoothed: frozenset[str] = field(default=frozenset(), metadata={"read": _names})
     ignore: frozenset[str] = field(default=frozenset(), metadata={"read": _names})
+    transforms: Transforms | None = field(default=None, metadata={"read": Transforms.from_dict})
 
     @classmethod
     def from_dict(cls, value: Any, where: str = "quantization_config") -> "CheckpointConfig":
@@ -146,9 +171,9 @@ class CheckpointConfig:
             at, version = f"{where}.format_version", value.get("format_version")
             if type(version) is int and version > FORMAT_VERSION:
                 raise SmoothQuantError(at, f"at most {FORMAT_VERSION}", str(version), "upgrade vllm-smoothquant")
-            _choice(version, at, (FORMAT_VERSION,))
+            _choice(version, at, tuple(range(OLDEST_VERSION, FORMAT_VERSION + 1)))
             value = {key: entry for key, entry in value.items() if key not in ("quant_method", "format_version")}
-        config = _read(cls, value, where, optional=("overrides", "smoothed"))
+        config = _read(cls, value, where, optional=("overrides", "smoothed", "transforms"))
         for name in sorted(config.ignore & (config.smoothed | set(config.overrides))):
             raise SmoothQuantError(f"{where}.ignore", f"{name} either ignored or quantised", "both", _FIX)
         return config
@@ -163,6 +188,7 @@ class CheckpointConfig:
             "overrides": {name: asdict(_Override(self.overrides[name])) for name in sorted(self.overrides)},
             "smoothed": sorted(self.smoothed),
             "ignore": sorted(self.ignore),
+            **({} if self.transforms is None else {"transforms": asdict(self.transforms)}),
         }
 
     def scheme(self, name: str) -> Scheme | None:

@@ -24,6 +24,12 @@ _FIX = "copy or export the checkpoint again"
 _COUNT = re.compile(r"(^|_)(num|n)_|layers$")
 _NO_COUNT = re.compile(r"position|ctx|^max_")
 
+# Routed experts in the name of a tensor. Without such a name, one tensor of three dimensions holds all of them.
+_EXPERTS = re.compile(r"(?:.*\.)?experts(?=\.)")
+# A scale or zero point, and what it belongs to: `weight`, another tensor of the file, or the cached `k`.
+_SCALE = re.compile(r"(.+?)_(?:global_)?(?:scale|zero_point)(?:_inv)?")
+_SCALED = re.compile(r"(?:.*_)?(?:weight|input)|output|[qkv]")
+
 
 def read_headers(folder: str | Path) -> Headers:
     """Tensor name -> (safetensors' name of the dtype, shape) of every tensor in `folder`; reads no tensor.
@@ -98,20 +104,31 @@ def header_faults(config: CheckpointConfig, tensors: Headers) -> Iterator[Smooth
     """All faults that `tensors` alone shows under `config`: missing tensors, unknown tensors, wrong dtypes and shapes.
 
     A linear layer that has no tensors at all is a fault that only the model shows; an infinite scale needs its value.
+    Scales that do not belong to int8 weights are faults, because some of vLLM's loaders skip them and cast the weights.
     """
 
     def fault(tensor: str, expected: str, got: str = "") -> SmoothQuantError:
         return SmoothQuantError(tensor, expected, got or _describe(tensors, tensor), "export the checkpoint again")
 
-    quantised = {name.removesuffix(".weight") for name, (dtype, _) in tensors.items() if dtype == "I8"}
+    integers = {name for name, (dtype, _) in tensors.items() if dtype == "I8"}
+    experts = {name: match[0] for name in integers if (match := _EXPERTS.match(name))}
+    experts |= {name: name for name in integers - experts.keys() if len(tensors[name][1]) > 2}
+    for name in sorted(set(experts.values())):
+        yield fault(name, "floating point, because this plugin serves linear layers but no routed experts", "int8")
+    quantised = {name.removesuffix(".weight") for name in integers - experts.keys()}
     for name in sorted((config.smoothed | set(config.overrides)) - quantised):
         yield fault(f"{name}.weight", "int8, because quantization_config names the layer")
     scaled = {tensor.removesuffix(f".{s}") for s in SCALES for tensor in tensors if tensor.endswith(f".{s}")}
+    scaled -= {name.removesuffix(".weight") for name in experts}
     unknown: dict[str, list[str]] = {}
     for tensor in tensors:
         name, _, suffix = tensor.rpartition(".")
         if name in quantised and suffix not in (*SCALES, "weight", "bias"):
             unknown.setdefault(name, []).append(tensor)
+            continue
+        owner = match[1] if suffix not in SCALES and (match := _SCALE.fullmatch(tensor)) else ""
+        if _SCALED.fullmatch(owner.rpartition(".")[2]) or (owner in tensors and owner not in experts):
+            yield fault(tensor, "nothing: no tensor of this format")
     for name in sorted(quantised | scaled):
         scheme = config.scheme(name)
         if scheme is None:

@@ -9,14 +9,19 @@ Shapes and dtypes: x [tokens, in] in the model's dtype; q_w int8 [out, in]; s_w 
 may change the layout of the weight, but it never keeps two copies. `apply` computes y for a two-dimensional x.
 """
 
+import functools
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..format.config import Scheme
+
+T = TypeVar("T")
 
 logger = logging.getLogger("vllm.smoothquant")  # a child of "vllm", so that VLLM_LOGGING_LEVEL and its handler apply
 
@@ -26,7 +31,7 @@ class Request:
     """What a layer needs from a kernel.
 
     channelwise: s_w is [out, 1]. capability: 90 for compute capability 9.0; None if the platform is not CUDA.
-    aligned: in and out of this rank are multiples of 16.
+    out_features, in_features: of the weight of this rank. The default is a size that every kernel takes.
     """
 
     layer: str
@@ -35,7 +40,8 @@ class Request:
     dtype: torch.dtype
     platform: str
     capability: int | None = None
-    aligned: bool = True
+    out_features: int = 4096
+    in_features: int = 4096
 
     @property
     def dynamic(self) -> bool:
@@ -44,6 +50,10 @@ class Request:
     @property
     def per_token(self) -> bool:
         return self.scheme.input_activations.strategy == "token"
+
+    @property
+    def aligned(self) -> bool:
+        return self.out_features % 16 == 0 and self.in_features % 16 == 0
 
 
 def request_here(
@@ -54,12 +64,42 @@ def request_here(
 
     platform = "cuda" if current_platform.is_cuda() else "cpu" if current_platform.is_cpu() else "other"
     capability = current_platform.get_device_capability() if platform == "cuda" else None
-    aligned = out_features % 16 == 0 and in_features % 16 == 0
-    return Request(layer, scheme, channelwise, dtype, platform, capability.to_int() if capability else None, aligned)
+    number = capability.to_int() if capability else None
+    return Request(layer, scheme, channelwise, dtype, platform, number, out_features, in_features)
+
+
+def measured(function: Callable[..., T]) -> "functools._lru_cache_wrapper[T]":
+    """Call `function` once for each of its arguments, on the CPU.
+
+    vLLM builds layers with a default device, and those that it skips with "meta", on which nothing can be measured.
+    """
+
+    @functools.wraps(function)
+    def on_cpu(*arguments: Any) -> T:
+        with torch.device("cpu"):
+            return function(*arguments)
+
+    return functools.cache(on_cpu)
 
 
 def frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def packed_elsewhere(weight: torch.Tensor) -> torch.nn.Parameter:
+    """int8 [0, in] on the device of `weight` [out, in], to stand for it once a kernel has packed a copy.
+
+    Not None, because vLLM reads `weight.device` and `weight.dtype` of a layer, for LoRA and for MLA.
+    """
+    return frozen(weight.new_empty(0, weight.shape[1]))
+
+
+def no_rows(x: torch.Tensor) -> bool:
+    """Whether x is known to have no rows. A graph for any number of rows is traced as if it had some, without a guard.
+
+    vLLM's CUDA operators start one block for each row, and CUDA refuses to start none.
+    """
+    return statically_known_true(x.shape[0] == 0)
 
 
 class Kernel(ABC):
@@ -88,4 +128,8 @@ class Kernel(ABC):
 
     @abstractmethod
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Compute y [tokens, out] in x's dtype from x [tokens, in] and bias [out] or None."""
+        """Compute y [tokens, out] in x's dtype from x [tokens, in] and bias [out] or None.
+
+        tokens may be 0. x has the dtype of the request, or another one: vLLM reads the weights of a layer (MLA) as its
+        product with an identity of float32.
+        """

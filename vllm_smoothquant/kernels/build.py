@@ -3,10 +3,12 @@
 vLLM on a CPU needs a C++ compiler anyway, because torch.compile writes C++ there.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from ..format.errors import SmoothQuantError
 
 SOURCE = Path(__file__).with_name("int8_linear.cpp")
 SOURCES = (SOURCE, SOURCE.with_name("int8_tile.h"))
@@ -23,7 +27,8 @@ TARGETS = {
     "vnni": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"),
     "avx2": ("-mavx2", "-mfma"),
 }
-# int32 holds the sum of 2**31 / (255 * 128) products. The widest layer that we know of has 53,248 inputs (Llama 405B).
+# int32 holds the sum of 2**31 / (255 * 128) = 65,793 products. Few layers are wider: Nemotron-4-340B has 73,728 inputs
+# (4 * 18,432), Falcon-180B 59,392, BLOOM 57,344. Each tensor-parallel rank has a part of them.
 MAX_IN_FEATURES = 2**16
 
 
@@ -40,36 +45,79 @@ def int8_linear() -> Callable[..., bool] | str:
     best = target()
     if best is None:
         return "needs an x86 CPU with AVX2"
-    try:
-        library = ctypes.CDLL(str(build(best)))
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"could not compile {SOURCE.name}: {getattr(error, 'stderr', None) or error}"
-    function = library.smoothquant_int8_linear
+    reason = ""
+    for _ in range(2):  # again if the library is cut off, or from another system that shares the folder
+        try:
+            path = build(best)
+        except SmoothQuantError as error:
+            return str(error)
+        except (OSError, subprocess.SubprocessError) as error:
+            return f"could not compile {SOURCE.name}: {getattr(error, 'stderr', None) or error}"
+        try:
+            return _load(path)
+        except (OSError, AttributeError) as error:
+            reason = f"could not load {path}: {error}"
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return reason
+
+
+def _load(path: Path) -> Callable[..., bool]:
+    function: Callable[..., bool] = ctypes.CDLL(str(path)).smoothquant_int8_linear
     pointer, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_bool
-    function.argtypes = [flag, *[pointer] * 6, flag, pointer, *[number] * 3]
-    function.restype = flag
+    function.argtypes = [flag, *[pointer] * 6, flag, pointer, *[number] * 3]  # type: ignore[attr-defined]
+    function.restype = flag  # type: ignore[attr-defined]
     return function
 
 
 def build(target: str) -> Path:
     """The path of the compiled library. Its name has a hash of the sources, the compiler and the flags.
 
-    It is written to a temporary folder and then renamed, because several workers may start at the same time.
+    It is written to a temporary folder and then renamed, because several workers may start at the same time. Raises
+    SmoothQuantError if another user could have put it there, and what subprocess.run raises if it does not compile.
     """
     from vllm import envs
 
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler on PATH (c++, g++, or what CXX names); apt install g++")
-    flags = (*FLAGS, *TARGETS[target])
+    command = [*_compiler(), *FLAGS, *TARGETS[target]]
     sources = b"".join(path.read_bytes() for path in SOURCES)
-    key = hashlib.sha256(sources + repr((compiler, flags)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(sources + repr(command).encode()).hexdigest()[:16]
     path = Path(envs.VLLM_CACHE_ROOT, "smoothquant", f"int8_linear-{key}.so")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            temporary = Path(folder, path.name)
-            command = [compiler, *flags, str(SOURCE), "-o", str(temporary)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            temporary.rename(path)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _refuse_others(path.parent)
+    if path.exists():
+        _refuse_others(path)
+        return path
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder, path.name)
+        command += [str(SOURCE), "-o", str(temporary)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        temporary.chmod(0o700)
+        temporary.rename(path)
     return path
+
+
+def _compiler() -> list[str]:
+    """The program and its first arguments. As in make, CXX may have arguments or a wrapper: "ccache g++ -m64"."""
+    named = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(named)
+    except ValueError as error:
+        raise SmoothQuantError(
+            "CXX", "a command in the syntax of a shell", f"{named!r}: {error}", "correct it"
+        ) from None
+    found = shutil.which("c++") or shutil.which("g++")
+    if not words and found is None:
+        raise FileNotFoundError("no C++ compiler on PATH (c++, g++, or what CXX names); apt install g++")
+    return words or [str(found)]
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise SmoothQuantError if another user owns `path` or may write it: a library that is loaded runs at once."""
+    status = path.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise SmoothQuantError(
+            str(path),
+            f"a file or folder of user {os.geteuid()} that nobody else may write, because its code is run",
+            f"user {status.st_uid}, mode {status.st_mode & 0o7777:04o}",
+            "remove it, or set VLLM_CACHE_ROOT to a folder of your own",
+        )

@@ -1,14 +1,15 @@
 """Kernels for CPUs: vLLM's oneDNN operators per tensor, our own compiled product, and a float32 fallback."""
 
-import functools
 from typing import Any
 
 import torch
 
 from ..format import int8
+from ..format.errors import SmoothQuantError
 from . import build, exact
-from .base import Kernel, Request, frozen, logger
+from .base import Kernel, Request, frozen, no_rows, packed_elsewhere
 from .ops import int8_linear, onednn_tensor_int8, widened_linear
+from .stock import VllmChoice
 
 
 class OneDnnTensor(Kernel):
@@ -20,7 +21,7 @@ class OneDnnTensor(Kernel):
     def rejects(request: Request) -> str | None:
         if request.per_token:
             return "only per_tensor activations"
-        return None if exact.onednn_is_exact() else exact.INEXACT
+        return exact.why_not_onednn()
 
     def prepare(self, layer: Any) -> None:
         from vllm import _custom_ops as vllm_ops
@@ -37,10 +38,14 @@ class OneDnnTensor(Kernel):
             False,  # no zero points
             32,
         )
-        layer.weight = None  # the handler has a packed copy
+        layer.weight = packed_elsewhere(layer.weight.data)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return onednn_tensor_int8(x, self.handler.handler_tensor, self.out_features, layer.input_scale, bias)
+        # The handler writes outputs of this dtype whatever the output tensor's is: past its end if that is narrower.
+        converted = x.to(self.dtype)
+        bias = None if bias is None else bias.to(self.dtype)
+        handler = self.handler.handler_tensor
+        return onednn_tensor_int8(converted, handler, self.out_features, layer.input_scale, bias).to(x.dtype)
 
 
 class Compiled(Kernel):
@@ -50,13 +55,17 @@ class Compiled(Kernel):
     def rejects(cls, request: Request) -> str | None:
         if build.target() != cls.name:
             return f"the instruction set of our product on this CPU is {build.target() or 'none'}"
+        if request.in_features > build.MAX_IN_FEATURES:
+            return f"our sums hold {build.MAX_IN_FEATURES:,} products, and the layer has {request.in_features:,} inputs"
         library = build.int8_linear()
         if isinstance(library, str):
             return library
         return None if exact.compiled_is_exact() else f"wrong sums on this CPU: please report this, {build.SOURCE.name}"
 
     def prepare(self, layer: Any) -> None:
-        assert layer.weight.shape[1] <= build.MAX_IN_FEATURES, layer.weight.shape
+        if layer.weight.shape[1] > build.MAX_IN_FEATURES:  # unlike the request
+            expected, fix = f"at most {build.MAX_IN_FEATURES} inputs", "please report this"
+            raise SmoothQuantError("weight", expected, f"{list(layer.weight.shape)}", fix)
         layer.weight = frozen(layer.weight.data.contiguous())
         layer.weight_scale = frozen(layer.weight_scale.data.reshape(-1).expand(layer.weight.shape[0]).contiguous())
         # In chunks of 256 rows: summing at once would make an int32 copy of the matrix.
@@ -69,14 +78,17 @@ class Compiled(Kernel):
 
 
 class Vnni(Compiled):
-    """For CPUs on which vLLM cannot multiply with AMX. select.py takes it only if it is faster than vLLM's kernel."""
+    """For CPUs with VNNI that have no AMX, if select.py measures it faster; with AMX, for what vLLM does not serve."""
 
     name = "vnni"
     only_if_faster = True
 
     @classmethod
     def rejects(cls, request: Request) -> str | None:
-        return "vLLM multiplies with AMX here" if torch.cpu._is_amx_tile_supported() else super().rejects(request)
+        # vLLM's own AMX operator, or oneDNN, which uses AMX by itself.
+        if torch.cpu._is_amx_tile_supported() and None in (VllmChoice.rejects(request), OneDnnTensor.rejects(request)):
+            return "vLLM multiplies with AMX here"
+        return super().rejects(request)
 
 
 class Avx2(Compiled):
@@ -86,10 +98,10 @@ class Avx2(Compiled):
 
 
 class Float32Integers(Kernel):
-    """The same integers in float32, for CPUs on which oneDNN's INT8 GEMM is wrong and ours cannot be compiled.
+    """The same integers in float32, where neither oneDNN nor our product can serve. Its sums are exact for any `in`.
 
-    float32 holds every sum below 2**24 exactly (in <= 1040 at full range) and rounds longer ones by 6e-8. Weights stay
-    int8 and are widened layer by layer when they are used: this saves memory and is right, but it saves no time.
+    Weights stay int8 and are widened part by part when they are used: this saves memory and is right, but it saves no
+    time.
     """
 
     name = "float32-integers"
@@ -98,23 +110,15 @@ class Float32Integers(Kernel):
     def rejects(request: Request) -> str | None:
         return None
 
-    def __init__(self, request: Request) -> None:
-        super().__init__(request)
-        _warn_slow()
-
     def prepare(self, layer: Any) -> None:
         layer.weight = frozen(layer.weight.data)
         layer.weight_scale = frozen(layer.weight_scale.data.reshape(1, -1))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if no_rows(x):
+            return x.new_empty(0, layer.weight.shape[0])
         # Plain torch around the operator, because Inductor fuses it with the operations before and after.
         scale = layer.input_scale if layer.input_scale is not None else int8.input_scale(x, self.activations.strategy)
         integers = torch.round(x.to(torch.float32) / scale).clamp(int8.QMIN, int8.QMAX)
         y = widened_linear(integers, layer.weight) * scale * layer.weight_scale
         return (y if bias is None else y + bias).to(x.dtype)
-
-
-@functools.cache
-def _warn_slow() -> None:
-    text = "%s, and ours is not available (%s); float32 computes the same integers, not faster than floating point"
-    logger.warning(text, exact.INEXACT, build.int8_linear())

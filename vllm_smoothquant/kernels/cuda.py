@@ -7,7 +7,7 @@ import torch
 from ..format import int8
 from ..format.config import InputActivations
 from ..format.errors import SmoothQuantError
-from .base import Kernel, Request, frozen
+from .base import Kernel, Request, frozen, no_rows
 from .ops import quantize_per_token, real_rows, triton_int8_mm
 
 
@@ -24,8 +24,6 @@ class CutlassTensor(Kernel):
     def rejects(request: Request) -> str | None:
         if not request.dynamic or request.per_token:
             return "only dynamic per_tensor activations"
-        if request.dtype not in (torch.float16, torch.bfloat16):
-            return f"writes float16 or bfloat16, not {request.dtype}"
         return no_cutlass(request)
 
     def __init__(self, request: Request) -> None:
@@ -37,21 +35,30 @@ class CutlassTensor(Kernel):
         self.multiply = vllm_ops.cutlass_scaled_mm
 
     def prepare(self, layer: Any) -> None:
+        self.out_features = layer.weight.shape[0]
         layer.weight = frozen(layer.weight.data.t())  # a view [in, out], column-major, as both GEMMs expect it
         layer.weight_scale = frozen(layer.weight_scale.data)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if no_rows(x):
+            return x.new_empty(0, self.out_features)
         integers, scale = quantize_on_cuda(layer, x, self.activations)
-        return self.multiply(integers, layer.weight, scale, layer.weight_scale, x.dtype, bias)
+        return self.multiply(integers, layer.weight, scale, layer.weight_scale, self.dtype, bias).to(x.dtype)
 
 
 class Triton(CutlassTensor):
-    """vLLM's Triton GEMM, for all schemes: compute capability 10.0 and above, or sizes that CUTLASS does not take."""
+    """vLLM's Triton GEMM, for all schemes: compute capability 10.0 and above, or what CUTLASS does not take.
+
+    It loads the end of a row with a mask and no value for the elements behind it. Triton makes them zero, so `in` need
+    not be a multiple of a tile; tests/test_cuda.py reads this in the code that Triton generates.
+    """
 
     name = "triton"
 
     @staticmethod
     def rejects(request: Request) -> str | None:
+        if request.capability is not None and request.capability < 80:
+            return "Triton has no INT8 product below compute capability 8.0"
         return None
 
     def __init__(self, request: Request) -> None:
@@ -63,6 +70,8 @@ def no_cutlass(request: Request) -> str | None:
     """The reason why vLLM's CUTLASS INT8 GEMM cannot serve `request`, although its `is_supported` returns true."""
     if (request.capability or 0) >= 100:
         return "CUTLASS's INT8 kernels stop below compute capability 10.0"
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        return f"writes float16 or bfloat16, not {request.dtype}"
     return None if request.aligned else "CUTLASS needs in and out to be multiples of 16"
 
 

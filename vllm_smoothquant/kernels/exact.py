@@ -1,23 +1,42 @@
 """Checks that integer products are exact, computed once on the CPU that serves."""
 
-import functools
-
 import torch
 
+from .base import measured
 from .ops import int8_linear
 
 INEXACT = "oneDNN's INT8 GEMM saturates on this CPU (no VNNI) and would silently give wrong sums"
+ABSENT = "this vLLM is built without oneDNN's INT8 GEMM"
+ONEDNN_OPERATORS = (
+    "create_onednn_scaled_mm_handler", "release_dnnl_matmul_handler", "onednn_scaled_mm",
+    "static_scaled_int8_quant", "dynamic_scaled_int8_quant",
+)  # fmt: skip
 
 
-@functools.cache
+def why_not_onednn() -> str | None:
+    """The reason why vLLM's oneDNN INT8 GEMM cannot serve here; None if it can."""
+    if onednn_is_exact():
+        return None
+    return INEXACT if _has_onednn() else ABSENT
+
+
+def _has_onednn() -> bool:
+    from vllm import _custom_ops  # noqa: F401  it loads the operators
+
+    return all(hasattr(torch.ops._C, name) for name in ONEDNN_OPERATORS)
+
+
+@measured
 def onednn_is_exact() -> bool:
     """Whether vLLM's oneDNN INT8 GEMM gives exact sums on this CPU, measured with extreme values of both operands.
 
     Without VNNI, x86 adds pairs of products in 16 bits and clips them: sums with any |weight| above 64 may be wrong,
-    and neither oneDNN nor vLLM reports it. One token and several tokens are tested.
+    and neither oneDNN nor vLLM reports it. One token and several tokens are tested. False where vLLM is built without.
     """
     from vllm import _custom_ops as vllm_ops
 
+    if not _has_onednn():
+        return False
     n = k = 64
     # Pass dtype and device explicitly: vLLM changes torch's defaults while it builds a model.
     one = torch.ones(1, dtype=torch.float32, device="cpu")
@@ -33,7 +52,7 @@ def onednn_is_exact() -> bool:
     return True
 
 
-@functools.cache
+@measured
 def compiled_is_exact() -> bool:
     """Whether Compiled gives exact sums on this CPU, measured with extreme values and sizes that no tile divides."""
     n, in_features = 7, 100  # n tokens and n outputs

@@ -97,6 +97,8 @@ def int8_linear(
     (tokens, in_features), out_features = x.shape, weight.shape[0]
     x = x.contiguous()
     y = x.new_empty(tokens, out_features)
+    if not tokens:
+        return y.to(dtype)
     succeeded = function(
         x.dtype is torch.bfloat16,
         x.data_ptr(),
@@ -116,21 +118,27 @@ def int8_linear(
     return y.to(dtype)
 
 
-# A float32 buffer for the weight of one layer at a time, as large as the largest layer. One is enough because a worker
-# runs one forward pass at a time. A new buffer for each call would cost three times the multiplication, in page faults.
-_buffer = torch.empty(0, dtype=torch.float32, device="cpu")
+# float32 holds the integers up to 2**24 = 128 * 128 * 1024: so many products of int8 add up exactly, in any order.
+EXACT = 1024
 
 
 @_custom_op("CPU", lambda integers, weight: integers.new_empty(integers.shape[0], weight.shape[0]))
 def widened_linear(integers: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    global _buffer
-    if _buffer.numel() < weight.numel():
-        _buffer = torch.empty(weight.numel(), dtype=torch.float32, device="cpu")
-    return torch.nn.functional.linear(integers, _buffer[: weight.numel()].view(weight.shape).copy_(weight))
+    """The exact sums, each rounded to float32 once."""
+    y = integers.new_empty(integers.shape[0], weight.shape[0])
+    buffer = torch.empty(512 * EXACT, dtype=torch.float32, device="cpu")  # 2 MiB, which stay in the cache
+    for outputs, rows in zip(y.split(512, dim=1), weight.split(512), strict=True):
+        sums = torch.zeros_like(outputs, dtype=torch.float64)
+        for x, block in zip(integers.split(EXACT, dim=1), rows.split(EXACT, dim=1), strict=True):
+            sums += torch.nn.functional.linear(x, buffer[: block.numel()].view(block.shape).copy_(block))
+        outputs.copy_(sums)
+    return y
 
 
+# For any device, because Triton's interpreter runs on a CPU.
 @_custom_op(
-    "CUDA", lambda x, r: (x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32))
+    "CompositeExplicitAutograd",
+    lambda x, r: (x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)),
 )
 def quantize_per_token(x: torch.Tensor, inverse_smoothing_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     from .triton_quantize import quantize_per_token
@@ -138,7 +146,10 @@ def quantize_per_token(x: torch.Tensor, inverse_smoothing_factor: torch.Tensor) 
     return quantize_per_token(x, inverse_smoothing_factor)
 
 
-@_custom_op("CUDA", lambda x, weight, sx, sw, dtype, _: x.new_empty(x.shape[0], weight.shape[1], dtype=dtype))
+@_custom_op(
+    "CompositeExplicitAutograd",
+    lambda x, weight, sx, sw, dtype, _: x.new_empty(x.shape[0], weight.shape[1], dtype=dtype),
+)
 def triton_int8_mm(
     integers: torch.Tensor,
     weight: torch.Tensor,

@@ -6,6 +6,8 @@ Sources: vllm/model_executor/kernels/linear/scaled_mm/{cpu,cutlass,triton}.py of
 packaging/check_vllm.py compares them with what the kernels use. docs/cuda.md gives the reasons for the CUDA order.
 """
 
+import functools
+
 from ..format.errors import SmoothQuantError
 from . import timing
 from .base import Kernel, Request, logger
@@ -28,7 +30,8 @@ def explain_kernels(request: Request) -> list[tuple[str, str | None]]:
 def _reason(request: Request, kernel: type[Kernel], later: tuple[type[Kernel], ...]) -> str | None:
     reason = kernel.rejects(request)
     if reason is None and kernel.only_if_faster:
-        return timing.slower_than(kernel, next(k for k in later if k.rejects(request) is None), request)
+        rival = next(k for k in later if k.rejects(request) is None)
+        return None if rival is Float32Integers else timing.slower_than(kernel, rival, request)
     return reason
 
 
@@ -38,6 +41,8 @@ def select_kernel(request: Request) -> Kernel:
     for (name, reason), kernel in zip(reasons, CANDIDATES.get(request.platform, ()), strict=True):
         if reason is None:
             logger.debug("%s: %s", request.layer, name)
+            if kernel is Float32Integers:
+                _warn_slow("; ".join(f"{name}: {reason}" for name, reason in reasons if reason))
             return kernel(request)
         logger.debug("%s: not %s: %s", request.layer, name, reason)
     raise SmoothQuantError(
@@ -46,3 +51,8 @@ def select_kernel(request: Request) -> Kernel:
         "; ".join(f"{name}: {reason}" for name, reason in reasons) or f"no kernels for platform {request.platform!r}",
         "serve on a CPU or an NVIDIA GPU, or calibrate with other --activations",
     )
+
+
+@functools.cache
+def _warn_slow(reasons: str) -> None:
+    logger.warning("float32 computes the INT8 products, exactly but no faster than floating point: %s", reasons)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from . import exact
-from .base import Kernel, Request
+from .base import Kernel, Request, no_rows, packed_elsewhere
 from .cuda import no_cutlass, quantize_on_cuda
 
 
@@ -23,8 +23,8 @@ class VllmChoice(Kernel):
             return "vLLM has no kernel for dynamic per_tensor activations"
         if request.platform == "cpu" and not request.dynamic:
             return "vLLM's AMX kernel never reads input_scale: static would silently become dynamic"
-        if request.platform == "cpu" and not exact.onednn_is_exact():
-            return exact.INEXACT
+        if request.platform == "cpu":
+            return exact.why_not_onednn() or _no_amx(request)
         return no_cutlass(request) if request.platform == "cuda" else None
 
     def __init__(self, request: Request) -> None:
@@ -43,10 +43,28 @@ class VllmChoice(Kernel):
         self.multiply = vllm_ops.cutlass_scaled_mm if self.smooths else None
 
     def prepare(self, layer: Any) -> None:
+        self.out_features = layer.weight.shape[0]
+        placeholder = packed_elsewhere(layer.weight.data)
         self.kernel.process_weights_after_loading(layer)
+        if layer.weight is None:  # vLLM's oneDNN kernel has a packed copy
+            layer.weight = placeholder
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if no_rows(x):
+            return x.new_empty(0, self.out_features)
         if self.multiply is None:
-            return self.kernel.apply_weights(layer, x, bias)
-        integers, scale = quantize_on_cuda(layer, x, self.activations)
-        return self.multiply(integers, layer.weight, scale, layer.weight_scale, x.dtype, bias)
+            y: torch.Tensor = self.kernel.apply_weights(layer, x.to(self.dtype), bias)
+        else:
+            integers, scale = quantize_on_cuda(layer, x, self.activations)
+            y = self.multiply(integers, layer.weight, scale, layer.weight_scale, self.dtype, bias)
+        return y.to(x.dtype)
+
+
+def _no_amx(request: Request) -> str | None:
+    """The reason why vLLM's AMX operator, which its CPU class calls for some sizes, cannot serve `request`."""
+    from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
+
+    if request.dtype in (torch.bfloat16, torch.float16):
+        return None
+    takes_sizes = check_cpu_sgl_kernel(request.out_features, request.in_features, torch.int8)
+    return f"vLLM's AMX operator computes in bfloat16 and float16, not {request.dtype}" if takes_sizes else None

@@ -5,13 +5,12 @@ This takes about a second when an engine starts, once for each scheme and dtype.
 """
 
 import dataclasses
-import functools
 import time
 from typing import Any
 
 import torch
 
-from .base import Kernel, Request, frozen
+from .base import Kernel, Request, frozen, measured
 
 FEATURES = 2048  # in and out
 LAYERS = 16  # 64 MiB of weights
@@ -25,14 +24,15 @@ GIVE_UP_RATIO = 0.1
 def slower_than(kernel: type[Kernel], rival: type[Kernel], request: Request) -> str | None:
     """Reason to prefer `rival`: it was faster at some number of tokens. None if `kernel` was faster at each."""
     # The replaced fields differ between layers, but all layers of a scheme share one timing.
-    ratios = _ratios(kernel, rival, dataclasses.replace(request, layer="timing", channelwise=True, aligned=True))
+    shared = dataclasses.replace(request, layer="timing", channelwise=True, out_features=FEATURES, in_features=FEATURES)
+    ratios = _ratios(kernel, rival, shared)
     tokens = max(ratios, key=ratios.__getitem__)
     if ratios[tokens] < 1:
         return None
     return f"measured here: {ratios[tokens]:.2f} of the time of {rival.name!r} at {tokens} tokens"
 
 
-@functools.cache
+@measured
 def _ratios(kernel: type[Kernel], rival: type[Kernel], request: Request) -> dict[int, float]:
     """Tokens per call -> the time of `kernel` over the time of `rival`."""
     kernels = [kernel(request), rival(request)]
@@ -66,6 +66,6 @@ def random_layer(kernel: Kernel, seed: int, out_features: int, in_features: int,
     scale = torch.ones(out_features, 1, dtype=torch.float32, device="cpu")
     layer.weight_scale = frozen(scale)
     layer.input_scale = None if dynamic else frozen(scale[0].clone())
-    layer.input_zero_point, layer.azp_adj, layer.logical_widths = None, None, [out_features]
+    layer.input_zero_point, layer.azp_adj, layer.logical_widths, layer.bias = None, None, [out_features], None
     kernel.prepare(layer)
     return layer

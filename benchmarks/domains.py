@@ -1,0 +1,120 @@
+"""docs/domains.md: does smoothing hurt on text of another kind than the text that calibrated it?
+
+`python -m benchmarks.domains`. Each model is calibrated on English Wikipedia articles and scored on other articles, on
+Python source code and on Bulgarian Wikipedia articles, with and without smoothing. KL is measured on the calibration
+host by simulate.py, whose integers are those that vLLM serves. The last line printed is JSON.
+"""
+
+import json
+import math
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import qwen_coder
+from benchmarks.machine import describe
+from calibration.options import Options
+from calibration.pipeline import observe_model
+from calibration.running.precision import fast_arithmetic
+from calibration.smoothing import simulate
+from calibration.smoothing.plan import make_plan
+from calibration.smoothing.simulate import LayerScheme
+from demo import assets
+
+ROOT = Path(__file__).parent.parent
+OUTPUT = ROOT / "docs" / "domains.md"
+FIGURES = ROOT / "benchmarks" / "results" / "domains.json"
+SAMPLES, WINDOWS, SEQ_LEN = 16, 4, 512
+BULGARIAN = "gensim/test/test_data/bgwiki-latest-pages-articles-shortened.xml.bz2"
+# Modules of Python's standard library, without tests and tables.
+CODE = ("argparse", "ast", "configparser", "difflib", "inspect", "pathlib", "subprocess", "tarfile", "threading")
+MODELS: dict[str, Callable[[], Path]] = {
+    "SmolLM2-135M-Instruct": assets.model_dir,
+    qwen_coder.NAME: qwen_coder.model_dir,
+}
+SCHEMES: dict[str, dict[str, Any]] = {"per channel, per token (default)": {}, "O1": {"level": "O1"}}
+HEADER = """# Smoothing on text of other kinds
+
+Written by `python -m benchmarks.domains`; not by hand. {machine}
+
+Calibrated on {samples} x {seq_len} tokens of English Wikipedia articles, scored on {windows} x {seq_len} tokens of each
+text: other articles, Python {python}'s standard library, Bulgarian Wikipedia. KL: nats per token from floating point's
+distribution, with the standard error over the windows. Ratio: smoothed (alpha 0.5) to no smoothing. Simulated on the
+calibration host: the integers are those that vLLM serves, and everything around them is float32.
+
+| model | scheme | text | no smoothing | smoothed | ratio |
+|---|---|---|---|---|---|
+"""
+
+
+def texts() -> dict[str, str]:
+    library = Path(sysconfig.get_path("stdlib"))
+    lines = assets.evaluation_text().read_text().splitlines()
+    return {
+        "English Wikipedia": "\n\n".join(json.loads(line)["text"] for line in lines),
+        "Python source": "\n\n".join((library / f"{name}.py").read_text() for name in CODE),
+        "Bulgarian Wikipedia": "\n\n".join(text for _, text in assets.articles_of(BULGARIAN)),
+    }
+
+
+def log_probabilities(model: nn.Module, windows: torch.Tensor, layers: dict[str, LayerScheme]) -> torch.Tensor:
+    """float32 [windows, tokens, vocabulary] of the model with `layers` as they are served; {} is the model as it is."""
+    with torch.inference_mode(), fast_arithmetic(model), simulate.as_served(model, layers):
+        return torch.log_softmax(model(input_ids=windows, use_cache=False).logits.float(), dim=-1)
+
+
+def divergences(expected: torch.Tensor, got: torch.Tensor) -> list[float]:
+    """KL(expected || got) in nats, mean over the tokens of each window."""
+    return [float((a.exp() * (a - b)).sum(-1).mean()) for a, b in zip(expected, got, strict=True)]
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def measure(name: str) -> Iterator[tuple[str, str, tuple[float, float], tuple[float, float]]]:
+    """(scheme, text, KL without smoothing, KL with it) of the model `name`, each KL with its standard error."""
+    calibration = {"dataset": str(assets.calibration_text()), "samples": SAMPLES, "seq_len": SEQ_LEN}
+    observation = observe_model(Options(model=str(MODELS[name]()), quiet=True, **calibration))
+    model, tokenizer = observation.model, observation.source.tokenizer
+    plans = {
+        (scheme, plain): make_plan(observation, Options(quiet=True, no_smoothing=plain, **options)).layers()
+        for scheme, options in SCHEMES.items()
+        for plain in (True, False)
+    }
+    for text, content in texts().items():
+        ids = tokenizer(content, verbose=False)["input_ids"][: WINDOWS * SEQ_LEN]
+        windows = torch.tensor(ids).view(WINDOWS, SEQ_LEN)
+        expected = log_probabilities(model, windows, {})
+        for scheme in SCHEMES:
+            without, smoothed = (
+                mean_and_error(divergences(expected, log_probabilities(model, windows, plans[scheme, plain])))
+                for plain in (True, False)
+            )
+            yield scheme, text, without, smoothed
+
+
+def main() -> None:
+    rows, figures = [], {}
+    for name in MODELS:
+        for scheme, text, without, smoothed in measure(name):
+            cells = [f"{kl:.4f} ± {error:.4f}" for kl, error in (without, smoothed)]
+            rows.append(f"| {name} | {scheme} | {text} | {' | '.join(cells)} | {smoothed[0] / without[0]:.2f} |")
+            figures[f"{name}, {scheme}, {text}"] = {"no smoothing": without, "smoothed": smoothed}
+            print(rows[-1], file=sys.stderr)
+    python = ".".join(map(str, sys.version_info[:2]))
+    facts = {"samples": SAMPLES, "seq_len": SEQ_LEN, "windows": WINDOWS, "python": python}
+    OUTPUT.write_text(HEADER.format(machine=describe(), **facts) + "\n".join(rows) + "\n")
+    FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
