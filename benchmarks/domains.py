@@ -1,8 +1,8 @@
 """docs/domains.md: does smoothing hurt on text of another kind than the text that calibrated it?
 
-`python -m benchmarks.domains`. Each model is calibrated on English Wikipedia articles and scored on other articles, on
-Python source code and on Bulgarian Wikipedia articles, with and without smoothing. KL is measured on the calibration
-host by simulate.py, whose integers are those that vLLM serves. The last line printed is JSON.
+`python -m benchmarks.domains [MODEL ...]`. Each model is calibrated on English Wikipedia articles and scored on other
+articles, on Python source code and on Bulgarian Wikipedia articles, with and without smoothing. KL is measured on the
+calibration host by simulate.py, whose integers are those that vLLM serves. The last line printed is JSON.
 """
 
 import json
@@ -102,18 +102,23 @@ def measure(name: str) -> Iterator[tuple[str, str, tuple[float, float], tuple[fl
 
 
 def main() -> None:
-    rows, figures = [], {}
-    for name in MODELS:
-        for scheme, text, without, smoothed in measure(name):
-            cells = [f"{kl:.4f} ± {error:.4f}" for kl, error in (without, smoothed)]
-            rows.append(f"| {name} | {scheme} | {text} | {' | '.join(cells)} | {smoothed[0] / without[0]:.2f} |")
-            figures[f"{name}, {scheme}, {text}"] = {"no smoothing": without, "smoothed": smoothed}
-            print(rows[-1], file=sys.stderr)
+    figures: dict[str, list[Any]] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    for name in sys.argv[1:] or MODELS:
+        figures[name] = list(measure(name))
+        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+        OUTPUT.write_text(page(figures))
+    print(json.dumps(figures))
+
+
+def page(figures: dict[str, list[Any]]) -> str:
     python = ".".join(map(str, sys.version_info[:2]))
     facts = {"samples": SAMPLES, "seq_len": SEQ_LEN, "windows": WINDOWS, "python": python}
-    OUTPUT.write_text(HEADER.format(machine=describe(), **facts) + "\n".join(rows) + "\n")
-    FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures))
+    rows = []
+    for name, measured in figures.items():
+        for scheme, text, without, smoothed in measured:
+            cells = [f"{kl:.4f} ± {error:.4f}" for kl, error in (without, smoothed)]
+            rows.append(f"| {name} | {scheme} | {text} | {' | '.join(cells)} | {smoothed[0] / without[0]:.2f} |\n")
+    return HEADER.format(machine=describe(), **facts) + "".join(rows)
 
 
 if __name__ == "__main__":
