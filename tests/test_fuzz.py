@@ -76,8 +76,8 @@ def check_verify(folder: Path, source: Path, sound: Any) -> None:
     if verdict.faults or means == sound:
         return
     assert means is not None, "what cannot be read was accepted"
-    # Hashes show any other change, unless the manifest was made anew. Then the format and the architecture still show
-    # other names and shapes, and the source shows other values, except for those that only calibration could know.
+    # Hashes show any other change, unless the manifest was written again. Then the format and the architecture still
+    # show other names and shapes, and the source shows other values, except those that only calibration could know.
     assert json.loads((folder / MANIFEST).read_text())["files"] == export.file_hashes(folder)
     assert corruptions.structure(means) == corruptions.structure(sound)
     assert verify(folder, str(source)).faults or only_claims(sound, means)

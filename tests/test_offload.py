@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from calibration import __main__ as cli
 from calibration.checkpoint.verify import verify
 from calibration.inputs import model as inputs
-from calibration.inputs.model import load
+from calibration.inputs.model import empty_model, load
 from calibration.observation.processes import Processes
 from calibration.options import RECIPE, Options, dump_recipe, read_recipe
 from calibration.pipeline import calibrate, observe_model, smooth
@@ -457,3 +457,7 @@ def test_the_command_line_takes_a_map(models, text, tmp_path, capsys):
     assert not (tmp_path / "out.state").exists()
     assert cli.main([*command, "--device-map", json.dumps(NAMED)]) == 0
     assert read_recipe(str(tmp_path / "out" / RECIPE))["device_map"] == NAMED
+
+
+def test_the_model_that_a_map_is_completed_for_takes_no_memory(models):
+    assert all(tensor.is_meta for tensor in empty_model(models("llama")).state_dict().values())

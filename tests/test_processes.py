@@ -180,7 +180,7 @@ def outputs_of_another_run(outputs, source) -> None:
 
 
 def no_state_of_the_first(outputs, source) -> None:
-    """All start anew, and the files of the other process are of no use."""
+    """All start again, and the files of the other process are of no use."""
     shutil.rmtree(f"{outputs[0]}.state")
 
 

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
+from .format.config import ADAPTER_CONFIG, QUANT_METHOD
 from .format.errors import SmoothQuantError
 
-CONFIG = "adapter_config.json"
-MARK = "smoothquant"
 # Layers that are loaded with LoRA -> (sha256 of their checkpoint's folded factors, the checkpoint).
 _watched: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
 _installed = False
@@ -42,7 +41,7 @@ def check(path: str) -> None:
     """SmoothQuantError if the adapter_config.json at `path` is not of an adapter for a checkpoint that is loaded."""
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
-    mark = config.get(MARK) if isinstance(config, dict) else None
+    mark = config.get(QUANT_METHOD) if isinstance(config, dict) else None
     made_for = mark.get("smoothing") if isinstance(mark, dict) else None
     loaded = dict(_watched.values())
     if loaded and made_for not in loaded:
@@ -59,7 +58,7 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
     if event != "open" or not _watched or getattr(_inside, "check", False):
         return
     path = args[0]
-    if isinstance(path, str) and os.path.basename(path) == CONFIG and _opened_by_vllm():
+    if isinstance(path, str) and os.path.basename(path) == ADAPTER_CONFIG and _opened_by_vllm():
         _inside.check = True
         try:
             check(path)

@@ -21,18 +21,14 @@ from vllm.platforms import current_platform
 
 from . import adapters
 from .bloom import RepeatingMapper, repeating_mapper
-from .format.config import QUANT_METHOD, CheckpointConfig, Scheme
+from .format.config import ABSORBED, QUANT_METHOD, CheckpointConfig, Scheme
 from .format.errors import SmoothQuantError
-from .format.files import header_faults, read_headers, read_json, size_faults
+from .format.files import header_faults, int8_layers, read_headers, read_json, size_faults
 from .linear import SmoothQuantLinearMethod
 from .loading import CheckedLoading
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
-
-
-# Last part of a layer's name -> multiplied with others by vLLM's attention (MLA), which reads the weight by itself.
-FLOAT_IN_VLLM = ("kv_b_proj",)
 
 
 class SmoothQuantVllmConfig(VllmQuantizationConfig):
@@ -89,8 +85,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
             for fault in (*sizes, *header_faults(self.config, headers)):
                 raise fault
             self.tensors = frozenset(headers)
-            weights = (name for name, (dtype, _) in headers.items() if dtype == "I8" and name.endswith(".weight"))
-            self.quantised = frozenset(name.removesuffix(".weight") for name in weights)
+            self.quantised = frozenset(int8_layers(headers))
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
         """vLLM calls this from 0.32 on, and BLOOM's loader reorders scales from the same version on."""
@@ -122,19 +117,19 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
             return None
         if self.config is None:
             raise _not_quantised(prefix)
-        names = self._checkpoint_names(self.config, prefix)
+        names, last = self._checkpoint_names(self.config, prefix), prefix.rpartition(".")[2]
         self._seen_layers.update(names)
         if torch.empty(0).is_meta:  # vLLM loads nothing into this layer: a tower or a head that it does not need
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         scheme, smoothed = _shared_scheme(self.config, prefix, self._stored(names))
-        if isinstance(layer, ParallelLMHead) and prefix.rpartition(".")[2] in self.config.ignore:
+        if isinstance(layer, ParallelLMHead) and last in self.config.ignore:
             scheme = None  # vLLM may put the head below a part of the model, and its mapper renames only what is inside
         if scheme is None:
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-        if prefix.rpartition(".")[2] in FLOAT_IN_VLLM:
+        if last == ABSORBED:
             raise SmoothQuantError(
                 prefix, "a layer in floating point, because vLLM's attention reads its weight as such", "INT8",
-                f"calibrate the model again, with --ignore '*.{prefix.rpartition('.')[2]}'",
+                f"calibrate the model again, with --ignore '*.{last}'",
             )  # fmt: skip
         loading = CheckedLoading(prefix, names, self.tensors, self.repeating, scheme.weights.strategy == "channel")
         vllm_config = get_current_vllm_config_or_none()

@@ -12,7 +12,6 @@ Source: Hu et al., LoRA (arXiv 2106.09685), eq. 3; PEFT's names of files and ten
 
 import json
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,20 +20,19 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from vllm_smoothquant.format.config import TRANSFORMS_FILE
+from vllm_smoothquant.format.config import ADAPTER_CONFIG, QUANT_METHOD, TRANSFORMS_FILE
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import MANIFEST, read_json
 
 from ..inputs.model import sha256
-from ..inputs.side_files import side_files
+from ..inputs.side_files import copy_side_files
 from . import transforms
-from .export import check_output, staging, write_json
+from .export import check_output, save_tensors, staging, write_json
 from .transforms import Factors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MARK = "smoothquant"  # vllm_smoothquant/adapters.py reads it
+WEIGHTS = "adapter_model.safetensors"
 # Largest relative error of the adapted layer's output, in float32: sums over thousands of channels, each 2**-24.
 PROVED = 1e-4
 # Key of adapter_config.json -> why an adapter with it cannot be expressed on a checkpoint.
@@ -65,7 +63,7 @@ def adapt(adapter: str | Path, checkpoint: str | Path, output: str | Path) -> di
         fix = "serve the checkpoint with the adapter as it is"
         raise SmoothQuantError(str(folder), f"folded factors in {TRANSFORMS_FILE}", "none", fix)
     source = _adapter_folder(str(adapter))
-    config = read_json(source / CONFIG)
+    config = read_json(source / ADAPTER_CONFIG)
     _check_expressible(source, config)
     check_output(output)
     tensors = _tensors(source)
@@ -77,12 +75,10 @@ def adapt(adapter: str | Path, checkpoint: str | Path, output: str | Path) -> di
         fix = "nothing was written; check the adapter's values"
         raise SmoothQuantError(str(source), f"the same outputs within {PROVED:.0e}", f"{error:.1e}", fix)
     with staging(output) as staged:
-        save_file(adapted, staged / WEIGHTS, metadata={"format": "pt"})
-        (staged / WEIGHTS).chmod(0o644)
-        write_json(staged / CONFIG, config | {MARK: {"smoothing": sha256(folder / TRANSFORMS_FILE)}})
-        for name in side_files(source):
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, staged / name)
+        save_tensors(staged / WEIGHTS, adapted)
+        # vllm_smoothquant/adapters.py reads this mark.
+        write_json(staged / ADAPTER_CONFIG, config | {QUANT_METHOD: {"smoothing": sha256(folder / TRANSFORMS_FILE)}})
+        copy_side_files(source, staged)
     unchanged = set(map(_layer, tensors)) - touched
     return {"output": str(output), "layers": sorted(touched), "unchanged": sorted(unchanged), "error": error}
 
@@ -98,12 +94,12 @@ def _adapter_folder(adapter: str) -> Path:
 
 def _check_expressible(source: Path, config: Mapping[str, Any]) -> None:
     def refuse(key: str, expected: str, fix: str) -> SmoothQuantError:
-        return SmoothQuantError(f"{source / CONFIG}: {key}", expected, json.dumps(config.get(key)), fix)
+        return SmoothQuantError(f"{source / ADAPTER_CONFIG}: {key}", expected, json.dumps(config.get(key)), fix)
 
     if config.get("peft_type") != "LORA":
         raise refuse("peft_type", '"LORA"', "only LoRA adapters can be adapted; merge others before calibration")
-    if MARK in config:
-        raise refuse(MARK, "an adapter of the source model", "give the original adapter")
+    if QUANT_METHOD in config:
+        raise refuse(QUANT_METHOD, "an adapter of the source model", "give the original adapter")
     merge = "merge the adapter into the source model and calibrate that"
     for key, why in REFUSED.items():
         if config.get(key):

@@ -1,10 +1,9 @@
 """The tensors that an architecture has by config.json, compared with those of the files. Weights take no memory."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import SCALES, Headers
@@ -20,21 +19,6 @@ def fault(
     where: str, expected: str, got: str | BaseException, fix: str = "copy or export the checkpoint again"
 ) -> SmoothQuantError:
     return SmoothQuantError(where, expected, got, fix)
-
-
-def build_empty(folder: Path) -> PreTrainedModel:
-    """The model of `folder` on the meta device; no code from the folder runs.
-
-    Errors (SmoothQuantError): transformers cannot build it.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # for a damaged config, transformers may raise any exception
-        raise fault(f"{folder}/config.json", "a causal language model transformers can build", error) from error
 
 
 def architecture_faults(model: PreTrainedModel, headers: Headers) -> Faults:

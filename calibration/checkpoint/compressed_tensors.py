@@ -24,17 +24,17 @@ from vllm_smoothquant.format.files import (
     MANIFEST,
     Headers,
     header_faults,
+    int8_layers,
     read_headers,
     read_json,
     read_tensors,
     size_faults,
 )
 
-from ..inputs.model import sha256
+from ..inputs.model import empty_model, sha256
 from ..options import ACTIVATIONS
 from ..running.modules import LINEAR_TYPES, own_parameters
 from . import export
-from .architecture import build_empty
 from .verify import hash_faults, link_faults
 
 # compressed-tensors' formats that store `weight` as int8.
@@ -94,7 +94,7 @@ def translate(folder: Path, config: dict[str, Any]) -> Translation:
     kinds = {name: "static" if f"{name}.input_scale" in headers else "token" for name in int8_layers(headers)}
     if not kinds:
         raise SmoothQuantError(str(folder), "int8 weights", "none", "give an int-quantized checkpoint")
-    model = build_empty(folder)
+    model = empty_model(folder)
     in_float = _float_layers(model, kinds)
     most = max(sorted(set(kinds.values())), key=list(kinds.values()).count)
     overrides = {name: ACTIVATIONS[kind] for name, kind in kinds.items() if kind != most}
@@ -123,11 +123,6 @@ def our_tensors(folder: Path, headers: Headers) -> Iterator[tuple[str, torch.Ten
 def arguments(strategy: str, dynamic: bool) -> dict[str, Any]:
     """compressed-tensors' arguments of symmetric 8-bit integers."""
     return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
-
-
-def int8_layers(headers: Headers) -> list[str]:
-    weights = [name for name, (dtype, _) in headers.items() if dtype == "I8" and name.endswith(".weight")]
-    return sorted(name.removesuffix(".weight") for name in weights)
 
 
 def matrices(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, list[str]]]:

@@ -28,14 +28,14 @@ from vllm_smoothquant.format.config import (
     CheckpointConfig,
 )
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import MANIFEST, Headers, read_headers, read_json
+from vllm_smoothquant.format.files import MANIFEST, Headers, int8_layers, read_headers, read_json
 
+from ..inputs.model import empty_model
 from ..inputs.side_files import side_files
 from ..options import ACTIVATIONS
 from ..running.modules import block_of
 from . import compressed_tensors, export, model_card
-from .architecture import build_empty
-from .compressed_tensors import arguments, int8_layers
+from .compressed_tensors import arguments
 from .manifest import FORMAT_VERSION
 from .model_card import CARD
 from .verify import verify
@@ -111,7 +111,7 @@ def _check_expressible(folder: Path, ours: CheckpointConfig, headers: Headers, c
         if reordered and shape == (1,) and name.rpartition(".")[0].endswith(reordered):
             fix = "calibrate with --weights channel and --activations token"
             raise refuse(name, "one scale for a layer whose rows stock vLLM reorders", fix)
-    for name, module in build_empty(folder).named_modules():
+    for name, module in empty_model(folder).named_modules():
         if isinstance(module, Conv1D) and headers.get(f"{name}.weight", ("",))[0] == "I8":
             raise refuse(f"{name}.weight", "a Conv1D weight, [in, out]", "serve it with this plugin")
 

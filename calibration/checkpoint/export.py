@@ -102,6 +102,11 @@ def hub_module_name(model: PreTrainedModel, name: str) -> str:
     return names[0].removesuffix(".weight")
 
 
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors creates it with 0600, which would lock out another user who serves it
+
+
 def write_tensors(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
@@ -111,9 +116,7 @@ def write_tensors(
     last = size = total = 0  # number of the last shard, its bytes, all bytes
 
     def save() -> None:
-        file = folder / f"shard-{last}"
-        save_file(shard, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors creates it with 0600, which would lock out another user who serves it
+        save_tensors(folder / f"shard-{last}", shard)
         shard.clear()
 
     for name, tensor in tensors:

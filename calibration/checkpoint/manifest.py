@@ -8,12 +8,14 @@ from ..observation.observe import versions
 from ..options import public_name
 from ..running.precision import compute_dtype
 from ..smoothing.factors import Smoothing
-from .export import file_hashes, unread
+from .export import file_hashes
 
 FORMAT_VERSION = 1
 
 
-def manifest(observation: Observation, folder: Path, smoothing: Smoothing, gate_report: dict[str, Any]) -> dict:
+def manifest(
+    observation: Observation, folder: Path, smoothing: Smoothing, gate_report: dict[str, Any], carried: list[str]
+) -> dict:
     """The manifest of the files in `folder`, without the entries that rounding adds."""
     samples, source = observation.samples, observation.source
     return {
@@ -40,7 +42,7 @@ def manifest(observation: Observation, folder: Path, smoothing: Smoothing, gate_
         "gate": gate_report,
         "quantized": [],
         "kept": observation.in_float,
-        "carried": unread(source),
+        "carried": carried,
         "versions": versions(),
         "files": file_hashes(folder),
     }

@@ -1,4 +1,4 @@
-"""The factors that smoothing folded into a checkpoint's weights, exactly: whoever reads inside the model needs them.
+"""The factors that smoothing folded into a checkpoint's weights, exactly, because LoRA adapters and drafts need them.
 
     input_factor   float32 [in]    the layer's columns were multiplied by it: its input arrives divided
     output_factor  float32 [out]   the layer's rows and bias, or the norm's parameters, were divided by it
@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from vllm_smoothquant.format.config import TRANSFORMS_FILE, Transforms
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..inputs.model import sha256
 from ..smoothing.factors import Smoothing
+from .export import save_tensors
 
 KINDS = ("input_factor", "output_factor")
 Factors = dict[str, dict[str, torch.Tensor]]
@@ -27,11 +28,8 @@ Factors = dict[str, dict[str, torch.Tensor]]
 def factors(smoothing: Smoothing) -> Factors:
     """Module -> the KINDS of factors that were folded into it."""
     folded, found = smoothing.folded(), Factors()
-    norms = {
-        group.source: folded.factors[group.source] for group in folded.graph.groups if group.source in folded.factors
-    }
     for name in sorted(folded.modules):
-        each = (folded.input_factor(name), norms.get(name))
+        each = (folded.input_factor(name), folded.factors.get(name))
         found[name] = {kind: factor for kind, factor in zip(KINDS, each, strict=True) if factor is not None}
     return found
 
@@ -43,8 +41,7 @@ def write(folder: Path, smoothing: Smoothing) -> Transforms | None:
         return None
     path = folder / TRANSFORMS_FILE
     path.parent.mkdir(mode=0o755)
-    save_file({name: factor.cpu().contiguous().clone() for name, factor in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors creates it with 0600, which would lock out another user who serves it
+    save_tensors(path, {name: factor.cpu().contiguous().clone() for name, factor in tensors.items()})
     return Transforms(sha256(path))
 
 

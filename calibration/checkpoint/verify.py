@@ -35,10 +35,10 @@ from vllm_smoothquant.format.files import (
     size_faults,
 )
 
-from ..inputs.model import sha256
+from ..inputs.model import empty_model, sha256
 from ..running.modules import LINEAR_TYPES
 from . import export, transforms
-from .architecture import Faults, architecture_faults, build_empty, fault, missing_from_ignore
+from .architecture import Faults, architecture_faults, fault, missing_from_ignore
 from .verify_source import compare_with_source
 
 # Scales that tools give to a row of zeros: 1 (int8.py), the dtype's epsilon (compressed-tensors), or that of a lower
@@ -203,7 +203,7 @@ def _missing_headers(files: _Files) -> Faults:
 def _architecture_faults(files: _Files, config: CheckpointConfig) -> Faults:
     for too_large in size_faults(read_json(files.folder / "config.json"), files.headers):
         raise too_large
-    model = build_empty(files.folder)
+    model = empty_model(files.folder)
     yield from architecture_faults(model, files.headers)
     yield from missing_from_ignore(model, files.headers, config.ignore)
     yield from _dtype_faults(model, files.headers)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from vllm_smoothquant.format.config import CheckpointConfig, Scheme
 from vllm_smoothquant.format.files import MANIFEST
 
-from ..inputs.model import Source
 from ..inputs.unread import read_tensors
 from ..observation.observation import Observation
 from ..options import RECIPE, Options, dump_recipe
@@ -32,19 +31,19 @@ def write_checkpoint(
     folder: where the files are written before the folder is renamed to the output (export.staging).
     """
     source, groups = observation.source, observation.graph.shared_input_groups
-    model = source.model
+    model, carried = source.model, export.unread(source)
     inputs = [[export.hub_module_name(model, name) for name in names if name in plan.schemes] for names in groups]
     fallbacks = {name: f"fell back: {to}" for name, to in plan.fallbacks.items() if name not in plan.schemes}
     in_float = observation.in_float | fallbacks
     with export.staging(Path(options.output), folder) as staged:
         with torch.inference_mode():
             tensors = _tensors(model, plan.smoothing, plan.schemes, plan.input_ranges)
-            export.write_tensors(staged, chain(tensors, _carried(source)))
+            export.write_tensors(staged, chain(tensors, read_tensors(source.folder, carried)))
             folded = transforms.write(staged, plan.smoothing)
-        config = replace(_config(source, plan, in_float), transforms=folded).to_dict()
+        config = replace(_config(model, plan, in_float, carried), transforms=folded).to_dict()
         export.write_config(staged, source, config)
         channel_statistics.write(staged, channel_statistics.collect(observation, plan))
-        record = manifest(observation, staged, plan.smoothing, gate_report) | {
+        record = manifest(observation, staged, plan.smoothing, gate_report, carried) | {
             "inputs": [names for names in inputs if names],
             "kept": in_float,
             "quantized": list(plan.schemes),
@@ -66,31 +65,29 @@ def write_smoothed(
 ) -> dict[str, Any]:
     """Write the smoothed floating-point model into the new folder `output`; returns the manifest."""
     source = observation.source
+    carried = export.unread(source)
     with export.staging(output) as staged:
         with torch.inference_mode():
-            export.write_tensors(staged, chain(_tensors(source.model, smoothing, {}, {}), _carried(source)))
+            tensors = _tensors(source.model, smoothing, {}, {})
+            export.write_tensors(staged, chain(tensors, read_tensors(source.folder, carried)))
             transforms.write(staged, smoothing)
         export.write_config(staged, source, None)
         kept = dict.fromkeys(observation.layers, "smoothed, in floating point") | observation.in_float
-        record = manifest(observation, staged, smoothing, gate_report) | {"kept": kept}
+        record = manifest(observation, staged, smoothing, gate_report, carried) | {"kept": kept}
         export.write_json(staged / MANIFEST, record)
     return record
 
 
-def _carried(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
-    return read_tensors(source.folder, export.unread(source))
-
-
-def _config(source: Source, plan: Plan, in_float: Mapping[str, str]) -> CheckpointConfig:
-    file_name = partial(export.hub_module_name, source.model)
-    carried = {name.removesuffix(".weight") for name in export.unread(source) if name.endswith(".weight")}
+def _config(model: PreTrainedModel, plan: Plan, in_float: Mapping[str, str], carried: list[str]) -> CheckpointConfig:
+    file_name = partial(export.hub_module_name, model)
+    carried_layers = {name.removesuffix(".weight") for name in carried if name.endswith(".weight")}
     return CheckpointConfig(
         plan.scheme.weights,
         plan.scheme.input_activations,
         overrides={file_name(name): s.input_activations for name, s in plan.schemes.items() if s != plan.scheme},
         smoothed=frozenset(map(file_name, plan.smoothing.runtime)),
         # vLLM's own models use the names of the files; its Transformers backend uses the names of the modules.
-        ignore=frozenset(in_float) | frozenset(map(file_name, in_float)) | carried,
+        ignore=frozenset(in_float) | frozenset(map(file_name, in_float)) | carried_layers,
     )
 
 

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from vllm_smoothquant.format.config import ABSORBED
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..running.modules import LINEAR_TYPES, output_head, own_parameters, weight_shape
@@ -26,7 +27,7 @@ NO_TEXT = "text does not reach it"
 ROUTED = re.compile(r"(^|\.)experts\.\d+\.")
 # Last part of a layer's name -> why vLLM needs it in floating point, in every architecture that has such a layer.
 FLOAT_IN_VLLM = {
-    "kv_b_proj": "vLLM's attention (MLA) multiplies it into other matrices, in floating point",
+    ABSORBED: "vLLM's attention (MLA) multiplies it into other matrices, in floating point",
     "gate": "vLLM routes tokens to experts in floating point",
     "router": "vLLM routes tokens to experts in floating point",
     "shared_expert_gate": "vLLM computes the gate of shared experts in floating point",

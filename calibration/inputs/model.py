@@ -48,7 +48,7 @@ def load(name: str, device_map: DeviceMap = "auto") -> Source:
         check_devices([] if device_map in PLACEMENTS else [device_map])
     else:
         check_devices(device_map.values())
-        device_map = complete_map(_empty_model(name), device_map)
+        device_map = complete_map(empty_model(name), device_map)
     with offload_folder() as folder:
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -78,14 +78,20 @@ def _check_head(name: str, model: PreTrainedModel, missing: Collection[str]) -> 
         raise SmoothQuantError(name, f"an output head ({min(names)})", "a model without one", fix)
 
 
-def _empty_model(name: str) -> PreTrainedModel:
-    """The model `name` on the meta device. SmoothQuantError: transformers cannot build it."""
+def empty_model(name: str | Path) -> PreTrainedModel:
+    """The model `name` in floating point on the meta device: it takes no memory, and no code from its folder runs.
+
+    Errors (SmoothQuantError): transformers cannot build it.
+    """
     try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # for a damaged config, transformers may raise any exception
-        raise SmoothQuantError(name, "a causal language model", error, "check the name") from error
+        expected, fix = "a causal language model transformers can build", "copy or export the checkpoint again"
+        raise SmoothQuantError(f"{name}/config.json", expected, error, fix) from error
 
 
 def check_source(name: str) -> None:

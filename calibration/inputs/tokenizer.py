@@ -16,7 +16,7 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 PROBE = 'def f(x):\n    return x + 1234  # naïve\n\n\tDon\'t stop: 東京, Ωmega ... "end"'
 
 
-def load_tokenizer(name: str, folder: Path, *, quiet: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of `name`, whose files are in `folder`. Its ids are those of tokenizer.json, if there is one.
 
     Errors (SmoothQuantError): there is no tokenizer, or a library that it needs is not installed.
@@ -34,8 +34,7 @@ def load_tokenizer(name: str, folder: Path, *, quiet: bool = False) -> PreTraine
     expected = Tokenizer.from_file(str(path)).encode(PROBE, add_special_tokens=False).ids
     if tokenizer(PROBE, add_special_tokens=False)["input_ids"] == expected:
         return tokenizer
-    if not quiet:
-        text = f"tokenizer.json gives other ids than {type(tokenizer).__name__}, which tokenizer_config.json names"
-        print(f"{name}: {text}: calibrating with those of tokenizer.json", file=sys.stderr)
+    text = f"tokenizer.json gives other ids than {type(tokenizer).__name__}, which tokenizer_config.json names"
+    print(f"{name}: {text}: calibrating with those of tokenizer.json", file=sys.stderr)
     special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     return PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=tokenizer.chat_template, **special)

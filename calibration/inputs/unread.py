@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import read_json
 
-# What transformers' loading passes over in every model: buffers that are computed anew.
+# What transformers' loading passes over in every model: buffers that are computed again.
 BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 

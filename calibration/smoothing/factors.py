@@ -273,10 +273,10 @@ def _fold_norm(
     exact = torch.isfinite(carried) & (carried > 0) & torch.isfinite(q) & (s != 1)
     if power_of_two:
         exact &= carried.frexp().mantissa == 0.5
-    folded = {name: NORM_RULES[rules[name]](value.float(), carried) for name, value in params.items()}
     for name, value in params.items():
         if name != first and value.dtype.itemsize < 4 and rules[name] != "fixed":
-            exact &= folded[name].to(value.dtype).float() == folded[name]
+            divided = NORM_RULES[rules[name]](value.float(), carried)
+            exact &= divided.to(value.dtype).float() == divided
     s = torch.where(exact, carried, 1.0)
     folded = {name: NORM_RULES[rules[name]](value.float(), s) for name, value in params.items()}
     folded[first] = torch.where(exact, q, p)

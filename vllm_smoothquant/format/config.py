@@ -35,6 +35,11 @@ OLDEST_VERSION = 1  # has no `transforms`; adapters of the source model do not f
 # transformers then refuses to load and shows this text. Otherwise it casts the weights to float and drops the scales.
 TRANSFORMERS_WEIGHTS = "INT8 for vLLM; transformers needs `import calibration.from_pretrained` (vllm-smoothquant) first"
 
+# The layer that vLLM's attention (MLA) multiplies into other matrices; it reads the weight as floating point.
+ABSORBED = "kv_b_proj"
+# In a LoRA adapter that was made for a checkpoint, its key QUANT_METHOD is {"smoothing": Transforms.smoothing}.
+ADAPTER_CONFIG = "adapter_config.json"
+
 # model_type -> name of the layer whose rows vLLM's weight loader reorders.
 REORDERED = {"bloom": "query_key_value"}
 

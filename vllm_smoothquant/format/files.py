@@ -100,6 +100,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def int8_layers(headers: Headers) -> list[str]:
+    """The names of the quantised layers, sorted."""
+    weights = [name for name, (dtype, _) in headers.items() if dtype == "I8" and name.endswith(".weight")]
+    return sorted(name.removesuffix(".weight") for name in weights)
+
+
 def header_faults(config: CheckpointConfig, tensors: Headers) -> Iterator[SmoothQuantError]:
     """All faults that `tensors` alone shows under `config`: missing tensors, unknown tensors, wrong dtypes and shapes.
 
