@@ -6,14 +6,12 @@ import os
 import shutil
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import tqdm
 
 from calibration.checkpoint import export
 from calibration.observation import observe
@@ -23,6 +21,7 @@ from calibration.observation.processes import Processes
 from calibration.observation.resume import ObservationStore
 from calibration.pipeline import calibrate
 from tests.helpers import tiny_checkpoints
+from tests.helpers.forked import own_tqdm_locks
 
 FORK = multiprocessing.get_context("fork")
 
@@ -43,7 +42,7 @@ def launched(rank: int, port: int, model: Path, output: Path, text: Path, before
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    tqdm.tqdm.set_lock(threading.RLock())  # its own is shared, and a process that is killed may hold it
+    own_tqdm_locks()
     ran, write = [], BlockOutputs.write
 
     def record(self, block, batch, output):

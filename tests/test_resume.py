@@ -12,12 +12,10 @@ import random
 import shutil
 import signal
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-import tqdm
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -30,10 +28,13 @@ from calibration.observation.resume import ObservationStore
 from calibration.pipeline import calibrate, smooth
 from calibration.smoothing import plan
 from tests.helpers import tiny_checkpoints
+from tests.helpers.forked import own_tqdm_locks
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import MANIFEST
 
 FORK = multiprocessing.get_context("fork")
+
+TIMEOUT_S = 120  # a run takes half a second
 
 SHARD = 60_000  # bytes: several shards of a tiny model
 
@@ -49,15 +50,6 @@ def small_shards():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.write_tensors, "__defaults__", (SHARD,))
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def a_lock_of_tqdm_in_each_process():
-    """tqdm's own lock is a semaphore that forked processes share: one that is killed while it holds it stops all."""
-    lock = tqdm.tqdm.get_lock()
-    tqdm.tqdm.set_lock(threading.RLock())
-    yield
-    tqdm.tqdm.set_lock(lock)
 
 
 def run(source, output, **options):
@@ -79,11 +71,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
+def with_own_locks(target, *args) -> None:
+    own_tqdm_locks()
+    target(*args)
+
+
 def forked(target, *args) -> int:
     """Exit code of target(*args) in a process of its own; -9 if it was killed."""
-    process = FORK.Process(target=target, args=args)
+    process = FORK.Process(target=with_own_locks, args=(target, *args))
     process.start()
-    process.join()
+    process.join(TIMEOUT_S)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail(f"{target.__name__}: no end after {TIMEOUT_S} s")
     return process.exitcode
 
 
@@ -161,7 +161,7 @@ def test_killed_again_and_again_at_random(source, whole, tmp_path):
     rng, kills = random.Random(0), 0
     output = tmp_path / "out"
     for attempt in range(40):
-        process = FORK.Process(target=run, args=(source, output))
+        process = FORK.Process(target=with_own_locks, args=(run, source, output))
         process.start()
         process.join(rng.uniform(0.05, 0.2) * (attempt + 1))
         if process.exitcode is not None:
