@@ -82,7 +82,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 def measure(name: str) -> Iterator[tuple[str, str, tuple[float, float], tuple[float, float]]]:
     """(scheme, text, KL without smoothing, KL with it) of the model `name`, each KL with its standard error."""
     calibration = {"dataset": str(assets.calibration_text()), "samples": SAMPLES, "seq_len": SEQ_LEN}
-    observation = observe_model(Options(model=str(MODELS[name]()), quiet=True, **calibration))
+    observation = observe_model(Options(model=str(MODELS[name]()), rotation="none", quiet=True, **calibration))
     model, tokenizer = observation.model, observation.source.tokenizer
     plans = {
         (scheme, plain): make_plan(observation, Options(quiet=True, no_smoothing=plain, **options)).layers()

@@ -119,16 +119,23 @@ class Options:
         'device; {"": "disk"} leaves weights on disk until they are needed', metavar="MAP", smooth=True,
     )  # fmt: skip
     quiet: bool = option(False, "print no progress and no summary", recipe=False, smooth=True)
-    alpha: float | str = option(
-        0.5, "migration strength of eq. 4: 0 to 1; auto: the best for each group; grid: the best single value",
-        metavar="ALPHA", parse=_alpha, smooth=True,
+    alpha: float | str | None = option(
+        None, "migration strength of eq. 4: 0 to 1; auto: the best for each group; grid: the best single value "
+        "(default: 0.5, or auto for a rotated model)", metavar="ALPHA", parse=_alpha, smooth=True,
+    )  # fmt: skip
+    rotation: str = option(
+        "auto", "rotate the hidden states by an orthogonal matrix that is folded into the weights: auto, where it "
+        "lowers the simulated error under the scheme by a tenth; always; none", choices=("auto", "always", "none"),
     )  # fmt: skip
     level: str | None = option(
         None, "the paper's levels, weights per tensor: inputs per token (O1), dynamic per tensor (O2) or static (O3)",
         choices=tuple(LEVELS),
     )  # fmt: skip
     weights: str | None = option(None, "scope of a weight scale (default: channel)", choices=("channel", "tensor"))
-    activations: str | None = option(None, "scope of an input scale (default: token)", choices=tuple(ACTIVATIONS))
+    activations: str | None = option(
+        None, "scope of an input scale (default: token); static keeps a scale per token where a stored one would more "
+        "than double the error, --level O3 nowhere", choices=tuple(ACTIVATIONS),
+    )  # fmt: skip
     max_fallback: float = option(
         0.0, "share of the linear layers, such as 10%%, that may change from static to per-token scales or to floating "
         "point", metavar="SHARE", parse=_share,
@@ -162,7 +169,7 @@ class Options:
             expected = f"{implied}, which --level {self.level} implies"
             raise SmoothQuantError("--activations", expected, str(self.activations), "give only one of the two options")
         number = isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1
-        if not (number or self.alpha in ("auto", "grid")):
+        if not (number or self.alpha in (None, "auto", "grid")):
             raise SmoothQuantError("--alpha", "a number in [0, 1], auto or grid", str(self.alpha), "the paper uses 0.5")
         check_positive(samples=self.samples)
         if self.seq_len < 2:
@@ -178,6 +185,15 @@ class Options:
         for folder in (self.output, f"{self.output}.state"):  # the second one is removed by a run that succeeds
             if stats and Path(folder).resolve() in (stats, *stats.parents):
                 raise SmoothQuantError("--save-stats", "a file outside the output", str(stats), "choose another file")
+
+    @property
+    def static_by_design(self) -> bool:
+        """Whether layers that static scales cannot serve keep a scale per token; a level is static everywhere."""
+        return self.level is None and self.activations == "static"
+
+    def alpha_for(self, *, rotated: bool) -> float | str:
+        """alpha, or its default: the paper's 0.5, which a search replaces where a rotation has changed the ranges."""
+        return self.alpha if self.alpha is not None else "auto" if rotated else 0.5
 
     @property
     def scheme(self) -> Scheme:

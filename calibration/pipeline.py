@@ -17,7 +17,7 @@ import torch
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import MANIFEST, read_json
 
-from .checkpoint.export import check_output, hub_module_name
+from .checkpoint.export import check_output, hub_module_name, unread
 from .checkpoint.write import write_checkpoint, write_smoothed
 from .discovery.discover import TRACE_SHAPE, discover
 from .discovery.linears import choose_layers, choose_linears
@@ -30,6 +30,7 @@ from .observation.processes import Processes
 from .observation.resume import ObservationStore, temporary_store
 from .observation.saved import check_writable
 from .options import RECIPE, Options, dump_recipe
+from .smoothing.choose_rotation import choose_rotation
 from .smoothing.factors import Smoothing, smooth_groups
 from .smoothing.gate import check_equivalence
 from .smoothing.plan import make_plan
@@ -85,8 +86,9 @@ def _is_finished(options: Options, store: ObservationStore) -> bool:
 
 def smooth(model: str, output: str | Path, **options: Any) -> dict[str, Any]:
     """Write the smoothed floating-point `model` in its own dtype, with the same function, into the folder `output`."""
-    smooth_options = Options(model=model, output=str(output), **options)
-    if isinstance(alpha := smooth_options.alpha, str):
+    # Powers of two keep every bit of a smoothed model; a rotation would not.
+    smooth_options = Options(model=model, output=str(output), **options | {"rotation": "none"})
+    if isinstance(alpha := smooth_options.alpha_for(rotated=False), str):
         raise SmoothQuantError("--alpha", "a number in [0, 1]", alpha, "the paper uses 0.5")
     check_output(Path(output))
     observation = observe_model(smooth_options)
@@ -120,7 +122,8 @@ def observe_model(options: Options, store: ObservationStore | None = None) -> Ob
             options.dataset, source.tokenizer, text_column=options.text_column, chat_template=options.chat_template,
             vocab_rows=source.model.get_input_embeddings().weight.shape[0], quiet=not store.processes.first, **size,
         )  # fmt: skip
-    with timed("3. discover who reads what", options, quiet):
+    with timed("3. discover who reads what, and rotate", options, quiet):
+        rotation, rotated = choose_rotation(options, source, samples, unread(source), quiet=quiet)
         trace_ids = samples.input_ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]]
         graph = discover(source.model, trace_ids)
         layers, in_float = choose_layers(source.model, graph, ignore, lm_head=lm_head)
@@ -129,7 +132,8 @@ def observe_model(options: Options, store: ObservationStore | None = None) -> Ob
         if not quiet:
             print(_choice(layers, in_float), file=sys.stderr)
     with timed("4. observe the activations", options, quiet):
-        return observe(options, source, samples, graph.keeping(in_float), layers, in_float, store)
+        kept = graph.keeping(in_float)
+        return observe(options, source, samples, kept, layers, in_float, store, rotation, rotated)
 
 
 def float16_overflow(observation: Observation) -> Iterator[str]:

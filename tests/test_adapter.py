@@ -62,7 +62,7 @@ def test_every_folded_factor_is_stored_exactly(checkpoint: Callable[..., Path]) 
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["format_version"] == 2
     assert len(config["transforms"]["smoothing"]) == 64
-    factors = transforms.read(folder)
+    factors = transforms.read(folder).modules
     source, stored = (
         load_file(next(path.glob("model*.safetensors"))) for path in (tiny_checkpoints.source(folder), folder)
     )
@@ -72,7 +72,7 @@ def test_every_folded_factor_is_stored_exactly(checkpoint: Callable[..., Path]) 
     for layer in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"):
         name = f"model.layers.1.{layer}"
         weight = stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"]
-        s, r = (factors[name].get(kind, torch.ones(())) for kind in transforms.KINDS)
+        s, r = (factors[name].get(kind, torch.ones(())) for kind in (transforms.INPUT_FACTOR, transforms.OUTPUT_FACTOR))
         weight = weight / s * (r[:, None] if r.dim() else r)
         step = stored[f"{name}.weight_scale"] / s * (r[:, None] if r.dim() else r)
         assert ((weight - source[f"{name}.weight"]).abs() <= 0.5001 * step).all()

@@ -43,7 +43,7 @@ def models(tmp_path_factory):
 
 
 def run(model, output, text, **options):
-    size = {"samples": tiny_checkpoints.SAMPLES, "seq_len": tiny_checkpoints.SEQ_LEN}
+    size = {"samples": tiny_checkpoints.SAMPLES, "seq_len": tiny_checkpoints.SEQ_LEN, "rotation": "none"}
     return calibrate(str(model), output, **({"dataset": str(text), "quiet": True} | size | options))
 
 

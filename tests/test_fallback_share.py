@@ -20,7 +20,10 @@ def allowed(monkeypatch):
     monkeypatch.setattr(plan.fallback, "rank_fallbacks", lambda observation, layers, most: counts.append(most) or ())
 
     def count(share: str, layers: int) -> int:
-        plan.make_plan(SimpleNamespace(layers=range(layers)), options("channel", "static", max_fallback=_share(share)))
+        plan.make_plan(
+            SimpleNamespace(layers=range(layers), rotation=None),
+            options("channel", "token", max_fallback=_share(share)),
+        )
         return counts.pop()
 
     return count

@@ -70,7 +70,7 @@ def test_the_gate_runs_in_float32_whatever_the_dtype_of_the_model() -> None:
     """The gate's original model is the float32 model, not the bfloat16 one."""
     model = tiny_architectures.build("llama", dtype=torch.bfloat16)
     with torch.no_grad():
-        outputs = gate._Original(model, BATCHES[0], ["lm_head"]).outputs
+        outputs = gate.Original(model, BATCHES[0], ["lm_head"]).outputs
     expected = logits(model.float(), BATCHES[0])
     (rows,) = outputs[gate.LOGITS]
     torch.testing.assert_close(rows, expected.reshape(-1, tiny_architectures.VOCAB), rtol=1e-5, atol=1e-5)
@@ -258,7 +258,7 @@ def test_a_tie_that_rounding_decides_is_not_a_fault() -> None:
         factors = {group.source: 1 + torch.rand(16, generator=torch.Generator().manual_seed(seed))}
         smoothing = Smoothing(toy, graph, factors, layers_of(graph))
         gate.check_equivalence(smoothing, [toy_block.tokens(seed)])
-        with gate._settled(toy):
+        with gate.settled(toy):
             comparisons = gate._compare(smoothing, toy_block.tokens(seed), [], floors=1)
         flips += not comparisons[gate.LOGITS].within
     assert flips, "rounding changed no decision, so the test shows nothing"

@@ -50,9 +50,10 @@ def options(
     weights: str, activations: str, alpha: float | str | None = 0.5, max_fallback: float = 0.0,
     budget_ppl: float | None = None,
 ) -> Options:  # fmt: skip
-    """alpha None: no smoothing."""
+    """alpha None: no smoothing. Static scales are those of the paper's level, in every layer."""
+    level = "O3" if activations == "static" else None
     return Options(
-        weights=weights, activations=activations, alpha=0.5 if alpha is None else alpha, no_smoothing=alpha is None,
+        weights=weights, activations=activations, level=level, alpha=0.5 if alpha is None else alpha, no_smoothing=alpha is None,
         max_fallback=max_fallback, budget_ppl=budget_ppl, quiet=True,
     )  # fmt: skip
 
@@ -178,6 +179,22 @@ def test_static_layers_with_an_outlier_fall_back_to_a_scale_per_token():
     static = make_plan(observation, options("channel", "static", None))
     original = perplexity(observation)
     assert abs(perplexity(observation, plan) - original) < abs(perplexity(observation, static) - original)
+
+
+def test_static_by_design_keeps_the_kinds_per_token_that_static_scales_cannot_serve():
+    """No option asks for it; a kind is found by what it does to the error, not by its name."""
+    observation = observe("llama", spike=1000)
+    design = Options(activations="static", alpha=0.5, quiet=True)
+    plan = make_plan(observation, design)
+    assert dict(plan.fallbacks) == {f"model.layers.{i}.mlp.down_proj": fallback.TOKEN for i in (0, 1)}
+    errors = fallback.block_errors(
+        observation.model, observation.graph, make_plan(observation, options("channel", "static")).layers(),
+        observation.samples.input_ids[: fallback.SAMPLES],
+    )  # fmt: skip
+    down = [errors[f"model.layers.{i}.mlp.down_proj",] for i in (0, 1)]
+    assert sum(static - token for static, token in down) > sum(token for _, token in errors.values())
+    assert not make_plan(observe("llama"), design).fallbacks
+    assert not make_plan(observation, replace(design, level="O3", weights="channel")).fallbacks
 
 
 def test_a_layer_that_adds_little_to_its_block_does_not_fall_back():

@@ -54,7 +54,8 @@ def small_shards():
 
 def run(source, output, **options):
     model, text = source
-    options = {"samples": 2 * BATCH_SIZE + 1, "seq_len": tiny_checkpoints.SEQ_LEN, "activations": "static"} | options
+    size = {"samples": 2 * BATCH_SIZE + 1, "seq_len": tiny_checkpoints.SEQ_LEN}
+    options = {"activations": "static", "rotation": "none"} | size | options
     return calibrate(str(model), output, **({"dataset": str(text), "quiet": True} | options))
 
 
@@ -535,7 +536,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_observation(source, whole, tmp_pa
 
     model, text = source
     argv = ["calibrate", str(model), "-o", str(output), "--dataset", str(text), "--samples", "9", "--seq-len"]
-    argv += [str(tiny_checkpoints.SEQ_LEN), "--activations", "static", "--quiet"]
+    argv += [str(tiny_checkpoints.SEQ_LEN), "--activations", "static", "--rotation", "none", "--quiet"]
     with monkeypatch.context() as patch:
         patch.setattr(export, "save_file", full)
         assert cli.main(argv) == 1

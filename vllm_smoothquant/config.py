@@ -21,9 +21,10 @@ from vllm.platforms import current_platform
 
 from . import adapters
 from .bloom import RepeatingMapper, repeating_mapper
-from .format.config import ABSORBED, QUANT_METHOD, CheckpointConfig, Scheme
+from .format.config import ABSORBED, QUANT_METHOD, STREAM, CheckpointConfig, Scheme
 from .format.errors import SmoothQuantError
 from .format.files import header_faults, int8_layers, read_headers, read_json, size_faults
+from .hidden_states import check_readers
 from .linear import SmoothQuantLinearMethod
 from .loading import CheckedLoading
 
@@ -134,6 +135,8 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         loading = CheckedLoading(prefix, names, self.tensors, self.repeating, scheme.weights.strategy == "channel")
         vllm_config = get_current_vllm_config_or_none()
         if vllm_config is not None:
+            if self.config.transforms is not None and STREAM in self.config.transforms.rotation:
+                check_readers(vllm_config, self.checkpoint)
             loading.dummy = vllm_config.load_config.load_format == "dummy"
             if self.config.transforms is not None and vllm_config.lora_config is not None:
                 adapters.watch(layer, self.config.transforms.smoothing, self.checkpoint)

@@ -1,10 +1,11 @@
 """`smoothquant adapter`: a LoRA adapter of the source model, made to fit a checkpoint with folded factors.
 
-    source       y += B A x                                   x the layer's input, y its output
-    checkpoint   y / r += (diag(1/r) B) (A diag(s)) (x / s)   s, r: input_factor and output_factor (transforms.py)
+    source       y += B A x               x the layer's input, y its output
+    checkpoint   x' = S x, y' = R y       S, R: what was folded into the layer's columns and rows (transforms.py)
+                 y' += (R B) (A S^-1) x'
 
-So A gets the input factor and B is divided by the output factor; alpha, rank and rank-stabilised scaling do not change.
-Both are float32, because in 16 bits A diag(s) would be rounded again. What this cannot express is refused: DoRA, whose
+So A changes as the layer's columns, and B as its rows; alpha, rank and rank-stabilised scaling do not change. Both are
+float32, because in 16 bits A would be rounded again. What this cannot express is refused: DoRA, whose
 magnitudes are norms over the input channels; trained biases and whole modules; initialisations that change the base.
 
 Source: Hu et al., LoRA (arXiv 2106.09685), eq. 3; PEFT's names of files and tensors.
@@ -30,7 +31,7 @@ from ..inputs.model import sha256
 from ..inputs.side_files import copy_side_files
 from . import transforms
 from .export import check_output, save_tensors, staging, write_json
-from .transforms import Factors
+from .transforms import Folded
 
 WEIGHTS = "adapter_model.safetensors"
 # Largest relative error of the adapted layer's output, in float32: sums over thousands of channels, each 2**-24.
@@ -58,8 +59,8 @@ def adapt(adapter: str | Path, checkpoint: str | Path, output: str | Path) -> di
     Errors (SmoothQuantError): no LoRA adapter, one that cannot be expressed, one of another model, a failed proof.
     """
     folder, output = Path(checkpoint), Path(output)
-    factors = transforms.read(folder)
-    if not factors:
+    folded = transforms.read(folder)
+    if not folded.modules:
         fix = "serve the checkpoint with the adapter as it is"
         raise SmoothQuantError(str(folder), f"folded factors in {TRANSFORMS_FILE}", "none", fix)
     source = _adapter_folder(str(adapter))
@@ -68,9 +69,9 @@ def adapt(adapter: str | Path, checkpoint: str | Path, output: str | Path) -> di
     check_output(output)
     tensors = _tensors(source)
     layers = _layers(read_json(folder / MANIFEST))
-    adapted = {name: _adapted(source, name, tensor, factors, layers) for name, tensor in tensors.items()}
-    touched = {layer for layer in map(_layer, tensors) if layer in factors}
-    error = max((_error(layer, tensors, adapted, factors[layer]) for layer in touched), default=0.0)
+    adapted = {name: _adapted(source, name, tensor, folded, layers) for name, tensor in tensors.items()}
+    touched = {layer for layer in map(_layer, tensors) if layer in folded.modules}
+    error = max((_error(layer, tensors, adapted, folded) for layer in touched), default=0.0)
     if not error <= PROVED:
         fix = "nothing was written; check the adapter's values"
         raise SmoothQuantError(str(source), f"the same outputs within {PROVED:.0e}", f"{error:.1e}", fix)
@@ -151,36 +152,39 @@ def _layers(manifest: Mapping[str, Any]) -> set[str]:
     return {*map(str, manifest.get("quantized", ())), *map(str, manifest.get("kept", ()))}
 
 
-def _adapted(source: Path, name: str, tensor: torch.Tensor, factors: Factors, layers: set[str]) -> torch.Tensor:
+def _adapted(source: Path, name: str, tensor: torch.Tensor, folded: Folded, layers: set[str]) -> torch.Tensor:
     match = _TENSOR.fullmatch(name)
     assert match is not None
     layer, kind = match["layer"], match["kind"]
-    if kind.startswith("lora_embedding"):  # no factor is ever folded into embeddings
-        return tensor.float().contiguous()
-    if layer not in layers and layer not in factors:
+    if layer not in layers and layer not in folded.modules and not kind.startswith("lora_embedding"):
         fix = "give the checkpoint of the model that the adapter was trained on"
         raise SmoothQuantError(f"{source}: {name}", "a linear layer of the checkpoint", "no such layer", fix)
-    side, dim = ("input_factor", 1) if kind == "lora_A" else ("output_factor", 0)
-    factor = factors.get(layer, {}).get(side)
-    if factor is None:
+    if kind == "lora_embedding_A":  # an index chooses a column of it
         return tensor.float().contiguous()
-    if tensor.shape[dim if tensor.dim() == 2 else 0] != len(factor):
+    columns, dim = kind == "lora_A", 1 if kind == "lora_A" else 0
+    features = folded.features(layer)[0 if columns else 1]
+    if features is not None and tensor.shape[dim if tensor.dim() == 2 else 0] != features:
         shape, fix = str(list(tensor.shape)), "give the checkpoint of the model that the adapter was trained on"
-        raise SmoothQuantError(f"{source}: {name}", f"{len(factor)} channels in dimension {dim}", shape, fix)
-    scaled = tensor.float() * factor if side == "input_factor" else (tensor.float().t() / factor).t()
-    return scaled.contiguous()
+        raise SmoothQuantError(f"{source}: {name}", f"{features} channels in dimension {dim}", shape, fix)
+    changed = folded.columns(layer, tensor.float()) if columns else folded.rows(layer, tensor.float())
+    return changed.contiguous()
 
 
 def _error(
-    layer: str, tensors: Mapping[str, torch.Tensor], adapted: Mapping[str, torch.Tensor],
-    factors: Mapping[str, torch.Tensor],
-) -> float:  # fmt: skip
-    """Relative difference of the two sides of the module docstring on random x, in float32."""
+    layer: str, tensors: Mapping[str, torch.Tensor], adapted: Mapping[str, torch.Tensor], folded: Folded
+) -> float:
+    """Relative difference of the two sides of the module docstring on random x, in float32.
+
+    x' is chosen and x = S^-1 x' computed, because a norm's weight may be 0.
+    """
     a, b = (dict(_pair(layer, each)) for each in (tensors, adapted))
-    x = torch.randn(16, a["lora_A"].shape[1], generator=torch.Generator().manual_seed(0))
-    s, r = factors.get("input_factor", torch.ones(())), factors.get("output_factor", torch.ones(()))
-    expected = x @ a["lora_A"].t() @ a["lora_B"].t()
-    got = (x / s) @ b["lora_A"].t() @ b["lora_B"].t() * r
+    if "lora_A" not in a:
+        a, b = ({"lora_A": each["lora_embedding_A"].t(), "lora_B": each["lora_embedding_B"]} for each in (a, b))
+    x = torch.randn(16, b["lora_A"].shape[1], generator=torch.Generator().manual_seed(0))
+    # Row i of the matrix that turns A into A S^-1 is S^-1 of unit vector i.
+    inverse = folded.columns(layer, torch.eye(x.shape[1]))
+    expected = folded.rows(layer, (x @ inverse.t() @ a["lora_A"].t() @ a["lora_B"].t()).t()).t()
+    got = x @ b["lora_A"].t() @ b["lora_B"].t()
     size = float(expected.norm())
     difference = float((got - expected).norm())
     return difference / size if size else difference

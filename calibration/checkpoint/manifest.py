@@ -36,6 +36,7 @@ def manifest(
             "batch_size": observation.batch_size,
             "passes": observation.passes,
         },
+        "rotation": observation.rotated,
         "groups": [smoothing.describe(group) for group in observation.graph.groups],
         "not_folded": [str(refusal) for refusal in observation.graph.refusals],
         "sinks": observation.sinks,

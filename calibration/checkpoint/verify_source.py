@@ -48,8 +48,9 @@ from ..observation.observation import input_range
 from ..running.modules import output_head
 from ..smoothing.factors import FACTOR_OF, Smoothing, needs_power_of_two
 from ..smoothing.gate import check_equivalence
-from . import export
+from . import export, transforms
 from .architecture import Faults, fault
+from .verify_transforms import folded_faults, rotated
 
 _fault = partial(fault, fix="check --source, or calibrate the model again")
 # Half a step, plus the float32 rounding errors of up to 127 steps: 127 * 16 * 2**-24.
@@ -80,7 +81,13 @@ def compare_with_source(checkpoint: Path, source: str, manifest: Mapping[str, An
     in_float = {n: why for n, why in _claim(manifest, "kept", dict).items() if not str(why).startswith("fell back")}
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, GATE_SHAPE, generator=torch.Generator().manual_seed(0))
-    discovered = discover(model, ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]])
+    trace_ids = ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]]
+    claims = transforms.read(checkpoint)
+    rotation = rotated(source, model, trace_ids, claims) if claims.matrices else None
+    described = {} if rotation is None else rotation.describe()
+    claimed_rotation = {key: manifest.get("rotation", {}).get(key) for key in described}
+    yield from _differences("manifest: rotation", described, claimed_rotation)
+    discovered = discover(model, trace_ids)
     ignore = frozenset(name for name, why in in_float.items() if why == REQUESTED)
     names, reasons = choose_layers(model, discovered, ignore, lm_head=head_is_int8)
     yield from _differences("manifest: kept", reasons, in_float)
@@ -97,6 +104,7 @@ def compare_with_source(checkpoint: Path, source: str, manifest: Mapping[str, An
         )
     smoothing = Smoothing(model, graph, factors, stored.quantised)
     yield from _groups(smoothing, width, _claim(manifest, "groups", list))
+    yield from folded_faults(transforms.folded(smoothing, rotation), claims, max(width.values(), default=0.0))
     inputs = [[stored.quantised[n] for n in group if n in stored.quantised] for group in graph.shared_input_groups]
     if sorted(map(str, filter(None, inputs))) != sorted(map(str, _claim(manifest, "inputs", list))):
         yield _fault("manifest: inputs", "the layers that read one tensor when the source runs", "others")

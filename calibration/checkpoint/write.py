@@ -39,7 +39,7 @@ def write_checkpoint(
         with torch.inference_mode():
             tensors = _tensors(model, plan.smoothing, plan.schemes, plan.input_ranges)
             export.write_tensors(staged, chain(tensors, read_tensors(source.folder, carried)))
-            folded = transforms.write(staged, plan.smoothing)
+            folded = transforms.write(staged, plan.smoothing, observation.rotation)
         config = replace(_config(model, plan, in_float, carried), transforms=folded).to_dict()
         export.write_config(staged, source, config)
         channel_statistics.write(staged, channel_statistics.collect(observation, plan))

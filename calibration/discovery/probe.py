@@ -14,6 +14,7 @@ stand-ins in their place.
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -106,6 +107,78 @@ def norm_rules(module: nn.Module, shape: torch.Size) -> dict[str, str] | None:
         if y is not None and torch.equal(y * s, unfolded):
             return rules
     return None
+
+
+@dataclass(frozen=True)
+class NormForm:
+    """A norm that computes n(x) * scale + shift, where n commutes with rotations.
+
+    scale, shift: names of parameters, "" if there is none. rule: that of `scale` in NORM_RULES ("1+p": n(x) * (1 +
+    scale)). centred: n subtracts the mean, so that only a rotation that leaves (1, ..., 1) where it is commutes.
+    """
+
+    scale: str
+    rule: str
+    shift: str
+    centred: bool
+
+
+def norm_form(module: nn.Module, shape: torch.Size) -> NormForm | None:
+    """What a norm computes of an input of `shape` [..., channels]; None if that is not proved."""
+    rules = norm_rules(module, shape)
+    if rules is None:
+        return None
+    params, channels = own_parameters(module), shape[-1]
+    device = next(iter(params.values())).device
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(device)
+
+    x, scale, shift = normal(*shape), 1 + normal(channels) / 4, normal(channels)
+    scaled = [name for name, rule in rules.items() if rule != "fixed"]
+    fixed = {name: p.detach().float() for name, p in params.items() if rules[name] == "fixed"}
+    for name in scaled:
+        others = [other for other in scaled if other != name]
+        if len(others) > 1:
+            continue
+        offset = 1 if rules[name] == "1+p" else 0
+        plain = fixed | dict.fromkeys(others, torch.zeros_like(shift)) | {name: torch.ones_like(scale) - offset}
+        n = _run(module, plain, x)
+        y = _run(module, fixed | dict.fromkeys(others, shift) | {name: scale - offset}, x)
+        if n is None or y is None or not _close(y, n * scale + (shift if others else 0)):
+            continue
+        for centred in (False, True):
+            rotated = _run(module, plain, _reflected(x, centred))
+            if rotated is not None and _close(rotated, _reflected(n, centred)):
+                return NormForm(name, rules[name], "".join(others), centred)
+    return None
+
+
+def embedding_is_linear(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a rotation of the rows of an embedding's table rotates its output for the arguments of a call."""
+    weight = own_parameters(module)["weight"]
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(weight.shape, generator=generator).to(weight.device)
+    try:
+        with torch.no_grad():
+            y, rotated = (functional_call(module, {"weight": t}, args, kwargs) for t in (table, _reflected(table)))
+    except _MISFITS:
+        return False
+    return _close(rotated.float(), _reflected(y.float()))
+
+
+def _reflected(x: torch.Tensor, centred: bool = False) -> torch.Tensor:
+    """x times a random reflection, which is orthogonal and cheap; with `centred` (1, ..., 1) stays where it is."""
+    u = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(1)).to(x.device)
+    u = u - u.mean() if centred else u
+    u = u / u.norm()
+    return x - 2 * (x @ u)[..., None] * u
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal up to the rounding of float32: sums over the channels, a few operations each."""
+    return a.shape == b.shape and bool(((a - b).abs().max() <= 2e-5 * b.abs().max()).item())
 
 
 def _run(module: nn.Module, stand_ins: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:

@@ -28,10 +28,11 @@ class LabelStore(Protocol):
     def pin_read(self, tree: Any, reader: Any, reason: str) -> None: ...
 
 
-Rule = Callable[[LabelStore, Any, tuple, dict], Any]
+# The first argument is a LabelStore, or what else a table of rules needs.
+Rule = Callable[[Any, Any, tuple, dict], Any]
 
 
-def _data_movement(move: Callable | None = None) -> Rule:
+def data_movement(move: Callable | None = None) -> Rule:
     """Argument 0 is data, moved without arithmetic; `move` (None: the operation itself) moves its labels alike."""
 
     def rule(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -41,11 +42,11 @@ def _data_movement(move: Callable | None = None) -> Rule:
     return rule
 
 
-def _join(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> Any:
+def join(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> Any:
     return func([trace.ids(t) for t in args[0]], *args[1:], **kwargs)
 
 
-def _to_copy(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> Any:
+def to_copy(trace: LabelStore, func: Any, args: tuple, kwargs: dict) -> Any:
     dtype = kwargs.get("dtype")
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return trace.pin_read(args, func, "a conversion that is not between floating-point numbers")
@@ -121,18 +122,18 @@ RULES: dict[Any, Rule] = {
         aten.diagonal, aten.expand, aten.flip, aten.index, aten.index_select, aten.gather, aten.movedim,
         aten.permute, aten.repeat, aten.roll, aten.select, aten.slice, aten.split, aten.split_with_sizes,
         aten.squeeze, aten.t, aten.transpose, aten.tril, aten.triu, aten.unbind, aten.unfold, aten.unsqueeze,
-    ), _data_movement()),
+    ), data_movement()),
     # Labels may be broadcast where the data is not, so a view of the data may be a copy of the labels.
-    **dict.fromkeys((aten.view, aten._unsafe_view, aten.reshape), _data_movement(torch.reshape)),
-    aten.constant_pad_nd: _data_movement(lambda ids, pad, *value: aten.constant_pad_nd(ids, pad, 0)),
-    **dict.fromkeys((aten.cat, aten.stack), _join),
+    **dict.fromkeys((aten.view, aten._unsafe_view, aten.reshape), data_movement(torch.reshape)),
+    aten.constant_pad_nd: data_movement(lambda ids, pad, *value: aten.constant_pad_nd(ids, pad, 0)),
+    **dict.fromkeys((aten.cat, aten.stack), join),
     aten.where: _where,
     aten.masked_fill: _masked_fill,
     # Elementwise and positively homogeneous: f(x / s) = f(x) / s.
     **dict.fromkeys((
         aten.abs, aten.alias, aten.clone, aten.detach, aten.leaky_relu, aten.lift_fresh, aten.neg, aten.relu,
-    ), _data_movement(lambda ids, *args, **kwargs: ids)),
-    aten._to_copy: _to_copy,
+    ), data_movement(lambda ids, *args, **kwargs: ids)),
+    aten._to_copy: to_copy,
     **dict.fromkeys((aten.clamp, aten.clamp_min, aten.clamp_max), _clamp),
     aten.mul: _mul,
     aten.div: _div,

@@ -22,7 +22,7 @@ rule: it pins 1 to 4, and the source is not folded.
 
 import bisect
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .rules import DEGREE, NO_RULE, RULES, aten
+from .rules import DEGREE, NO_RULE, RULES, Rule, aten
 
 
 class Labels(NamedTuple):
@@ -67,6 +67,12 @@ class Ledger:
             self.sources[name] = Source(name, first, channels, torch.zeros(channels, dtype=torch.bool))
         return self.sources[name]
 
+    def source_of(self, label: int) -> Source:
+        """The source of a label above 0."""
+        # `first` grows from source to source, so a label belongs to the last source that starts at or before it.
+        sources = list(self.sources.values())
+        return sources[bisect.bisect_right(sources, label, key=lambda source: source.first) - 1]
+
     def channels(self, ids: torch.Tensor) -> Iterator[tuple[Source, torch.Tensor]]:
         """Each source that occurs in the labels `ids`, with the channels that occur: int64, ascending."""
         for dim, stride in enumerate(ids.stride()):
@@ -74,10 +80,8 @@ class Ledger:
                 ids = ids.narrow(dim, 0, 1)  # a broadcast dimension repeats its labels
         labels = (ids % DEGREE).unique().cpu()
         labels = labels[labels != 0]
-        sources = list(self.sources.values())
         while len(labels):
-            # `first` grows from source to source, so a label belongs to the last source that starts at or before it.
-            source = sources[bisect.bisect_right(sources, int(labels[0]), key=lambda s: s.first) - 1]
+            source = self.source_of(int(labels[0]))
             count = int((labels < source.first + source.channels).sum())
             yield source, labels[:count] - source.first
             labels = labels[count:]
@@ -111,8 +115,11 @@ class Trace(TorchDispatchMode):
     operations then read only these and the module's input.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    no_rule = "an operation that does not carry a per-channel scale"
+
+    def __init__(self, model: nn.Module, rules: Mapping[Any, Rule] = RULES) -> None:
         super().__init__()
+        self.rules = rules
         self.ledger = Ledger()
         self.path: list[str] = [""]
         self.scopes: defaultdict[str, set[str]] = defaultdict(set)
@@ -193,15 +200,15 @@ class Trace(TorchDispatchMode):
         self.scopes[self.path[-1]].update(sources)
         if func._schema.is_mutable:
             return self._mutate(func, args, kwargs)
-        rule = None if func in NO_RULE else RULES.get(func.overloadpacket)
+        rule = None if func in NO_RULE else self.rules.get(func.overloadpacket)
         if rule is None:
-            return self.pin_read((args, kwargs), func, "an operation that does not carry a per-channel scale")
+            return self.pin_read((args, kwargs), func, self.no_rule)
         return rule(self, func, args, kwargs)
 
     def _mutate(self, func: Any, args: tuple, kwargs: dict) -> None:
         """In place, an operation whose rule leaves every label as it was (x *= 2) is harmless; any other pins all."""
         name = func.overloadpacket.__name__
-        rule = RULES.get(getattr(aten, name[:-1], None)) if name.endswith("_") else None
+        rule = self.rules.get(getattr(aten, name[:-1], None)) if name.endswith("_") else None
         if rule is not None:
             carried = rule(self, func, args, kwargs)
             if carried is not None and torch.equal(carried.expand(args[0].shape), self.ids(args[0])):

@@ -1,5 +1,6 @@
 """The figures of an evaluation: key, headings, format. `evaluate`, its table and the report all use this list."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +15,23 @@ _speed = "{:.1f} tok/s".format
 
 @dataclass(frozen=True)
 class Column:
-    """key: of a row of evaluate()'s result. short: heading on a terminal. long: heading on a page."""
+    """key: of a row of evaluate()'s result. short: heading on a terminal. long: heading on a page.
+
+    error: key of the figure's standard error, if it has one.
+    """
 
     key: str
     short: str
     long: str
     format: Callable[[float], str]
     more_is_better: bool
+    error: str = ""
 
 
 COLUMNS = (
     Column("perplexity", "perplexity", "perplexity", "{:.3f}".format, False),
-    Column("perplexity_change", "change", "change", "{:+.2%}".format, False),
-    Column("kl_divergence", "KL", "KL divergence", "{:.4f}".format, False),
+    Column("perplexity_change", "change", "change", "{:+.2%}".format, False, "perplexity_change_standard_error"),
+    Column("kl_divergence", "KL", "KL divergence", "{:.4f}".format, False, "kl_standard_error"),
     Column("top1_agreement", "top-1", "top-1 agreement", "{:.1%}".format, True),
     Column("last_word_accuracy", "last word", "last word", "{:.1%}".format, True),
     Column("disk_bytes", "on disk", "on disk", _mib, False),
@@ -40,10 +45,21 @@ COLUMNS = (
 )
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of at least two `values`."""
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
 def cells(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column] = COLUMNS) -> dict[Column, list[str]]:
-    """Column -> its text for every row, "" where the row lacks the figure. Columns without any figure are left out."""
-    return {
-        c: [c.format(float(row[c.key])) if c.key in row else "" for row in rows]
-        for c in columns
-        if any(c.key in row for row in rows)
-    }
+    """Column -> its text (with its standard error) for every row, "" where the row lacks the figure.
+
+    Columns without any figure are left out.
+    """
+    return {c: [_text(c, row) for row in rows] for c in columns if any(c.key in row for row in rows)}
+
+
+def _text(column: Column, row: Mapping[str, Any]) -> str:
+    if column.key not in row:
+        return ""
+    error = f" ± {column.format(float(row[column.error])).lstrip('+')}" if row.get(column.error) else ""
+    return column.format(float(row[column.key])) + error

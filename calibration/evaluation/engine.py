@@ -26,6 +26,7 @@ from vllm.platforms import current_platform
 from vllm_smoothquant.linear import SmoothQuantLinearMethod
 
 from ..running.progress import anonymous_bytes
+from .columns import standard_error
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -67,11 +68,18 @@ class Agreement:
         self.figures.append(torch.stack([(p.exp() * (p - q)).sum(-1), agrees.float()]).cpu())
 
     def result(self) -> dict[str, float] | None:
-        """kl_divergence in nats per token; top1_agreement: share of tokens whose likeliest word is the baseline's."""
+        """kl_divergence in nats per token; top1_agreement: share of tokens whose likeliest word is the baseline's.
+
+        kl_standard_error: of kl_divergence over the prompts, if there are several.
+        """
         if not self.figures:
             return None
         kl_divergence, top1_agreement = torch.cat(self.figures, dim=1).double().mean(1).tolist()
-        return {"kl_divergence": kl_divergence, "top1_agreement": top1_agreement}
+        means = [float(figures[0].double().mean()) for figures in self.figures]
+        return {
+            "kl_divergence": kl_divergence, "top1_agreement": top1_agreement,
+            **({"kl_standard_error": standard_error(means)} if len(means) > 1 else {}),
+        }  # fmt: skip
 
 
 def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
@@ -139,14 +147,18 @@ def prompt_logprobs(llm: LLM, prompts: list[list[int]], *, batched: bool = True)
     ]
 
 
-def score(llm: LLM, windows: list[list[int]], *, keep: str | None, compare: str | None) -> dict[str, float]:
-    """perplexity, scored_tokens and, with `compare`, the agreement with the model that wrote that file."""
+def score(llm: LLM, windows: list[list[int]], *, keep: str | None, compare: str | None) -> dict[str, Any]:
+    """perplexity, scored_tokens, window_losses: mean -log p of each; `compare` adds the agreement with its model."""
     agreement = keep is not None or compare is not None
     if agreement:
         llm.collective_rpc("start_agreement", args=(keep, compare))
     # One window at a time for an agreement, because the logits must come in the order of the windows.
-    logprobs = [p.logprob for window in prompt_logprobs(llm, windows, batched=not agreement) for p in window]
-    result: dict[str, float] = {"perplexity": math.exp(-statistics.fmean(logprobs)), "scored_tokens": len(logprobs)}
+    scored = [[p.logprob for p in window] for window in prompt_logprobs(llm, windows, batched=not agreement)]
+    logprobs = [logprob for window in scored for logprob in window]
+    result: dict[str, Any] = {
+        "perplexity": math.exp(-statistics.fmean(logprobs)), "scored_tokens": len(logprobs),
+        "window_losses": [-statistics.fmean(window) for window in scored],
+    }  # fmt: skip
     for figures in llm.collective_rpc("finish_agreement") if agreement else []:
         result |= figures or {}
     return result

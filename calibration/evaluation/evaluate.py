@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .columns import cells
+from .columns import cells, standard_error
 from .evaluate_options import EvaluateOptions
 from .last_word import Passage, load_passages
 from .measure import DECODE, SERVE, make_request, measure_all, require_vllm, run_tasks
@@ -53,12 +53,23 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     for row in rows:
         row.update(weight_bytes(row["model"], linear))
         if options.baseline:
-            row["perplexity_change"] = row["perplexity"] / rows[0]["perplexity"] - 1
+            row |= _change(row, rows[0])
         if options.tasks:
             limits: dict[str, Any] = {"include_path": options.include_path, "limit": options.limit}
             row["tasks"] = run_tasks(row["model"], options.tasks, **limits, **engine)
     about = {"vllm": version("vllm"), **engine, "score_dtype": options.score_dtype or options.dtype}
     return {"text": text, "engine": about, "decode": DECODE, "serve": SERVE if options.table else None, "models": rows}
+
+
+def _change(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, float]:
+    """The relative change of perplexity, and its standard error over the windows, which are the same for both."""
+    change = row["perplexity"] / baseline["perplexity"] - 1
+    figures = {"perplexity_change": change}
+    differences = [a - b for a, b in zip(row["window_losses"], baseline["window_losses"], strict=True)]
+    if len(differences) > 1 and row is not baseline:
+        # d exp(x) = exp(x) dx, x the mean difference of the losses.
+        figures["perplexity_change_standard_error"] = (1 + change) * standard_error(differences)
+    return figures
 
 
 def _requests(
@@ -98,7 +109,13 @@ def format_table(result: Mapping[str, Any]) -> str:
     lines += [
         f"perplexity: {text['windows']} windows of {text['seq_len']} tokens of {text['source']}, "
         f"{rows[0]['scored_tokens']} tokens scored, dtype {engine['score_dtype']}",
-        *(["KL: nats per token from the baseline's distribution; top-1: the same likeliest token"] * ("KL" in header)),
+        *(
+            [
+                "KL: nats per token from the baseline's distribution; top-1: the same likeliest token",
+                "±: standard error over the windows",
+            ]
+            * ("KL" in header)
+        ),
         *([f"last word: guessed, of {rows[0].get('passages')} passages"] * ("last word" in header)),
         "on disk: all weight files; linear: the tensors of the layers that are INT8 in a checkpoint given here",
         "in memory: what loading the weights added to the process that holds them",

@@ -1,7 +1,7 @@
 """Load a floating-point causal language model and its tokenizer, or raise an error that gives the reason."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,15 +126,27 @@ def check_seq_len(source: Source, seq_len: int) -> None:
         raise SmoothQuantError("--seq-len", expected, str(seq_len), "reduce it")
 
 
-def untie_head(name: str, model: PreTrainedModel) -> None:
-    """Give the output head of `model` its own weight, so that it can be rounded and the embeddings stay as they are."""
+def untie_head(name: str, model: PreTrainedModel) -> Callable[[], None]:
+    """Give the output head of `model` its own weight, so that it can change and the embeddings stay as they are.
+
+    Returns what takes that back.
+    """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None:
         raise SmoothQuantError("--quantize-lm-head", "a model with an output head", f"none in {name}", "leave it out")
-    if head.weight is embeddings.weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in (model.config, model.config.get_text_config()):
+    weight, configs = head.weight, (model.config, model.config.get_text_config())
+    ties = [config.tie_word_embeddings for config in configs]
+    if weight is embeddings.weight:
+        head.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+    for config in configs:
         config.tie_word_embeddings = False
+
+    def undo() -> None:
+        head.weight = weight
+        for config, tie in zip(configs, ties, strict=True):
+            config.tie_word_embeddings = tie
+
+    return undo
 
 
 def check_finite(name: str, model: torch.nn.Module) -> None:

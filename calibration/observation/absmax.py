@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
+from ..discovery.graph import Graph
 from ..running.hooks import hooked
 from ..running.modules import decoder_of
 from ..running.precision import fast_arithmetic
@@ -33,6 +34,12 @@ def output_of(name: str) -> str:
 def observed_layer(name: str) -> str:
     """The layer of `name`, which is a layer or output_of(layer)."""
     return name.removesuffix(OUTPUT)
+
+
+def needed_absmax(graph: Graph, layers: Iterable[str]) -> list[str]:
+    """The names to observe for INT8 `layers` and the groups of `graph`: all that a factor is computed from."""
+    sources = {output_of(group.source) for group in graph.groups if group.kind == "linear"}
+    return sorted({*layers, *(reader.name for group in graph.groups for reader in group.readers), *sources})
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..discovery.graph import Graph
 from ..inputs.model import Source
 from ..inputs.text import Samples
+from ..rotation.rotation import Rotation
 
 # Tokens that searches and simulations run on: enough for a mean over tokens, few compared with calibration itself.
 SEARCH_TOKENS = 4096
@@ -22,7 +23,8 @@ class Observation:
     graph: groups and linear layers. layers: those that become INT8, in the model's order. in_float: name -> reason for
     every linear layer or other matrix that stays in floating point. absmax: layer -> max|X_j| over all calibration
     tokens, float32 [in] on the CPU, of `layers` and of every reader of a group. sinks: see sinks.py. passes: "block by
-    block", or the reason why not. batch_size: samples that ran together.
+    block", or the reason why not. batch_size: samples that ran together. rotation: what the model was rotated by;
+    rotated: the manifest's entry.
     """
 
     source: Source
@@ -34,6 +36,8 @@ class Observation:
     sinks: list[dict[str, Any]] = field(default_factory=list)
     passes: str = ""
     batch_size: int = 0
+    rotation: Rotation | None = None
+    rotated: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> PreTrainedModel:

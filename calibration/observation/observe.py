@@ -20,10 +20,11 @@ from ..discovery.graph import Graph
 from ..inputs.model import Source
 from ..inputs.text import Samples
 from ..options import Options
+from ..rotation.rotation import Rotation
 from ..running.modules import LINEAR_TYPES, decoder_of, output_head, weight_shape
 from ..running.precision import compute_dtype, fast_arithmetic
 from ..running.progress import Progress
-from .absmax import checked, observed_layer, output_of, watching_absmax
+from .absmax import checked, needed_absmax, observed_layer, output_of, watching_absmax
 from .block_outputs import BlockOutputs
 from .blocks import BlockNotIsolated, Blocks, run, try_whole
 from .observation import Observation
@@ -39,17 +40,18 @@ LIBRARIES = ("vllm-smoothquant", "torch", "transformers", "accelerate", "dataset
 
 def observe(
     options: Options, source: Source, samples: Samples, graph: Graph, layers: list[str], in_float: dict[str, str],
-    store: ObservationStore,
+    store: ObservationStore, rotation: Rotation | None = None,
+    rotated: dict[str, Any] | None = None,
 ) -> Observation:  # fmt: skip
     """The ranges of the inputs of `layers` and of every reader of a group in `graph`, over all `samples`.
 
     options: stats is a file to take the ranges from, save_stats a file to write them to. store: what an interrupted run
-    observed; this run adds to it. Errors (SmoothQuantError): a layer that no sample reached, a range that is not
-    finite, a store or file of other inputs.
+    observed; this run adds to it. rotation: that of the source's model; rotated: the manifest's entry.
+    Errors (SmoothQuantError): a layer that no sample reached, a range that is not finite, a store or file of other
+    inputs.
     """
-    key = observation_key(source, samples)
-    sources = {output_of(group.source) for group in graph.groups if group.kind == "linear"}
-    needed = sorted({*layers, *(reader.name for group in graph.groups for reader in group.readers), *sources})
+    key = observation_key(source, samples, rotation)
+    needed = needed_absmax(graph, layers)
     if options.stats is not None:
         where, fix = f"--stats {options.stats}", "observe again with --save-stats and the same model, data and seed"
         stats = Path(options.stats)
@@ -65,11 +67,19 @@ def observe(
     findings["sinks"] = [sink for sink in sinks if sink["layers"]]
     # INT8 layers whose input nothing can smooth offline form groups of their own.
     return Observation(
-        source, samples, graph.with_inputs(layers), layers, checked(needed, absmax), in_float, **findings
+        source,
+        samples,
+        graph.with_inputs(layers),
+        layers,
+        checked(needed, absmax),
+        in_float,
+        **findings,
+        rotation=rotation,
+        rotated=rotated or {},
     )
 
 
-def observation_key(source: Source, samples: Samples) -> dict[str, Any]:
+def observation_key(source: Source, samples: Samples, rotation: Rotation | None = None) -> dict[str, Any]:
     """Everything that the observation depends on and that another alpha or scheme leaves alone."""
     rows, seq_len = samples.input_ids.shape
     return {
@@ -77,6 +87,7 @@ def observation_key(source: Source, samples: Samples) -> dict[str, Any]:
         "config": source.config_hash,
         "arithmetic": str(compute_dtype(source.model)).removeprefix("torch."),
         "tokens": {"sha256": samples.sha256, "samples": rows, "seq_len": seq_len},
+        "rotation": {} if rotation is None else rotation.hashes(),
     }
 
 

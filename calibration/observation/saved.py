@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
-FORMAT = 3
+FORMAT = 4
 KEY = "smoothquant_observation"
 START_OVER = "remove the state folder to start over"
 

@@ -166,10 +166,10 @@ def _values(
     # The index has the dtype before transformers' exceptions for parameters that stay in float32.
     plan = model._get_dtype_plan(empty.dtype).items()
     dtype = next((dtype for glob, dtype in plan if re.search(glob.replace("*", ".*"), name)), empty.dtype)
-    return value if file.parent != folder and value.dtype == dtype else _mapped(value.to(dtype), folder)
+    return value if file.parent != folder and value.dtype == dtype else mapped(value.to(dtype), folder)
 
 
-def _mapped(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
+def mapped(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
     """A copy of `tensor` in a mapped file.
 
     It begins a page, as a tensor in memory begins a cache line. In safetensors files tensors begin at any eighth byte,

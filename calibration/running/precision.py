@@ -103,7 +103,7 @@ def in_float32(
             module = model.get_submodule(name)
             if module in unchanged:
                 continue
-            if type(module).forward is nn.Embedding.forward and module.max_norm is None:
+            if stays(module):
                 yield module.register_forward_hook(widen, prepend=True)
                 continue
             yield module.register_forward_pre_hook(partial(enter, inside), prepend=True)
@@ -115,6 +115,11 @@ def in_float32(
     finally:
         while calls:  # a module raised an error
             leave()
+
+
+def stays(module: nn.Module) -> bool:
+    """Whether `in_float32` leaves the table of an embedding as it is."""
+    return type(module).forward is nn.Embedding.forward and module.max_norm is None
 
 
 def _replace(tensor: torch.Tensor, new: torch.Tensor, restore: ExitStack) -> None:

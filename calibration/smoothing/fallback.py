@@ -1,5 +1,8 @@
 """Which layers leave the scheme: those whose rounding changes the output of their decoder block most.
 
+Under static scales, some kinds of layers leave it without being asked for (`per_token_kinds`); the others only as far
+as --max-fallback allows.
+
     error(layers) = sum over tokens t of |z_t - z^_t|^2 / |z_t|, divided by the sum of |z_t|
 
 z is the block's output; z^ is the block's output when only these layers compute as they will be served. A layer's own
@@ -8,6 +11,7 @@ one forward pass, in which each block runs again for every tensor that quantised
 served, once with a scale per token.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +34,7 @@ from . import simulate
 from .search import relative_error
 from .simulate import LayerScheme
 
+_NUMBER = re.compile(r"\.\d+\.")  # of a block, in the name of a layer
 TOKEN, FLOAT = "token", "floating point"  # what a layer can fall back to
 # Each block runs some nine times. More samples than these give the same ranking.
 SAMPLES = 2
@@ -65,6 +70,25 @@ def rank_fallbacks(observation: Observation, layers: Mapping[str, LayerScheme], 
         if sum(len(fallback.names) for fallback in (*fallbacks, candidate)) <= most:
             fallbacks.append(candidate)
     return tuple(fallbacks)
+
+
+def per_token_kinds(observation: Observation, layers: Mapping[str, LayerScheme]) -> tuple[Fallback, ...]:
+    """The static `layers` that keep a scale per token whatever may fall back, all layers of one kind together.
+
+    A kind is a place in the block (`down_proj`). It keeps a scale per token if static scales in this kind alone would
+    more than double the error that the model has with scales per token in all kinds.
+    """
+    errors = block_errors(observation.model, observation.graph, layers, observation.samples.input_ids[:SAMPLES])
+    kinds: dict[str, list[tuple[str, ...]]] = {}
+    for names in errors:
+        kinds.setdefault(_NUMBER.sub(".N.", names[0]), []).append(names)
+    per_token_error = sum(token_error for _, token_error in errors.values())
+    kept = []
+    for groups in kinds.values():
+        excess = sum(errors[names][0] - errors[names][1] for names in groups)
+        if excess > per_token_error:
+            kept += [Fallback(names, TOKEN, errors[names][0] - errors[names][1]) for names in groups]
+    return tuple(kept)
 
 
 def block_errors(

@@ -76,7 +76,7 @@ def check_equivalence(smoothing: Smoothing, batches: Sequence[torch.Tensor]) -> 
     groups = [group for group in smoothing.graph.groups if group.source in smoothing.factors]
     readers = {reader.name for group in groups for reader in group.readers}
     worst: dict[str, Comparison] = {}
-    with _settled(smoothing.model):
+    with settled(smoothing.model):
         for batch in batches if groups else ():
             comparisons = _compare(smoothing, batch, readers)
             if not all(c.within for c in comparisons.values()):
@@ -94,7 +94,7 @@ def _compare(
     smoothing: Smoothing, batch: torch.Tensor, layers: Iterable[str], floors: int = FLOORS
 ) -> dict[str, Comparison]:
     """Change of the logits and of the output of each of `layers` under `smoothing`, with its bound."""
-    original = _Original(smoothing.model, batch, layers)
+    original = Original(smoothing.model, batch, layers)
     changes = original.change(smoothing.parameters, factor=smoothing.output_factor)
     floor = dict.fromkeys(changes, 0.0)
     for seed in range(floors):
@@ -135,7 +135,7 @@ def _refusal(smoothing: Smoothing, batch: torch.Tensor, comparisons: dict[str, C
 # --- Running in float32 ---
 
 
-class _Original:
+class Original:
     """The original model in float32 on `batch`: its outputs, and how far other parameters move them.
 
     outputs: name -> float32 [rows, features] for each time that the module ran, of `layers` and LOGITS.
@@ -258,7 +258,7 @@ class _Rounded:
 
 
 @contextmanager
-def _settled(model: nn.Module) -> Iterator[None]:
+def settled(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, plain kernels, float32 products that are float32 (no TF32); all restored."""
     precision, training = torch.get_float32_matmul_precision(), model.training
     torch.set_float32_matmul_precision("highest")

@@ -5,7 +5,9 @@
     alpha is "auto"      for each group the one with the smallest error        (search.py)
     no smoothing         only rounding, as a baseline
 
-Layers whose error stays too large may fall back: from static to per-token scales, from there to floating point.
+With static scales, the kinds of layers for which these are too coarse keep a scale per token (fallback.py), unless a
+--level asks for the paper's scheme to the letter. Layers whose error stays too large may fall back: from static to
+per-token scales, from there to floating point.
 """
 
 import math
@@ -56,7 +58,9 @@ def make_plan(observation: Observation, options: Options) -> Plan:
 
     Errors (SmoothQuantError): a budget that no number of fallbacks can meet.
     """
-    alpha: Alpha | str = None if options.no_smoothing else options.alpha
+    alpha: Alpha | str = None
+    if not options.no_smoothing:
+        alpha = options.alpha_for(rotated=observation.rotation is not None)
     perplexities: dict[str, float] = {}
     if alpha == "grid":
         losses = {a: perplexity(observation, _plan(observation, options, (a,))) for a in GRID if a is not None}
@@ -64,8 +68,13 @@ def make_plan(observation: Observation, options: Options) -> Plan:
         perplexities = {f"alpha {a}": value for a, value in losses.items()}
     grid = GRID if isinstance(alpha, str) else (alpha,)
 
+    kept: tuple[Fallback, ...] = ()
+    if options.static_by_design:
+        decisive = None if alpha is None else alpha if isinstance(alpha, float) else 0.5
+        kept = fallback.per_token_kinds(observation, _plan(observation, options, (decisive,)).layers())
+
     def plan(fallbacks: tuple[Fallback, ...] = ()) -> Plan:
-        return replace(_plan(observation, options, grid, fallbacks), perplexities=perplexities)
+        return replace(_plan(observation, options, grid, kept + fallbacks), perplexities=perplexities)
 
     first = plan()
     if not options.max_fallback:

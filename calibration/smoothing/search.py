@@ -44,7 +44,7 @@ from .simulate import LayerScheme
 Alpha = float | None  # None: the group is not smoothed
 
 # 0.5 is the paper's choice; for harder models the paper takes 0.75 to 0.9.
-GRID: tuple[Alpha, ...] = (None, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+GRID: tuple[Alpha, ...] = (None, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Tokens on which each alpha is tried, spread evenly over all samples: a mean over tokens converges early.
 ROWS = 1024
 # A factor that cannot be folded costs a multiplication of every activation at run time. It must remove a quarter of the

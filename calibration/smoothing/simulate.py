@@ -112,6 +112,15 @@ def as_served(model: nn.Module, layers: Mapping[str, LayerScheme]) -> Iterator[N
         yield
 
 
+def log_probabilities(
+    model: nn.Module, input_ids: torch.Tensor, layers: Mapping[str, LayerScheme]
+) -> list[torch.Tensor]:
+    """float32 [tokens, vocabulary] of each sample of `input_ids` on the CPU, with `layers` as they will be served."""
+    with torch.no_grad(), fast_arithmetic(model), as_served(model, layers):
+        batches = input_ids.to(next(model.parameters()).device).split(1)
+        return [model(input_ids=b, use_cache=False).logits[0].float().log_softmax(-1).cpu() for b in batches]
+
+
 def loss(
     model: nn.Module, input_ids: torch.Tensor, layers: Mapping[str, LayerScheme] | None = None, *, batch_size: int = 2
 ) -> float:

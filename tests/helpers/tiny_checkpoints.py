@@ -55,7 +55,8 @@ def checkpoints(root: Path, dtype: torch.dtype = torch.float32, **defaults: obje
         folder = root / "-".join([name, *(f"{key}={value}" for key, value in options.items())])
         if not folder.exists():
             model = save(name, source(folder), dtype)
-            common = {"dataset": str(text), "samples": SAMPLES, "seq_len": SEQ_LEN, "quiet": True}
+            # On random weights the choice of a rotation is a coin flip, and it takes as long as the rest.
+            common = {"dataset": str(text), "samples": SAMPLES, "seq_len": SEQ_LEN, "quiet": True, "rotation": "none"}
             calibrate(str(model), folder, **(common | defaults | options))
         return folder
 

@@ -10,6 +10,7 @@ A quantised linear layer `P` is stored as
 All other tensors keep their names, dtypes and shapes. TRANSFORMS_FILE has the factors that were folded into weights:
     P.input_factor      float32  [in]: columns of P were multiplied by it, because its input arrives divided
     P.output_factor     float32  [out]: rows and bias of P (or the parameters of a norm) were divided by it
+and what rotated them (calibration/checkpoint/transforms.py).
 docs/checkpoint_format.md describes the format in words.
 
 The calibration host and the serving host share this file, so it needs only torch, safetensors and the standard library.
@@ -37,6 +38,8 @@ TRANSFORMERS_WEIGHTS = "INT8 for vLLM; transformers needs `import calibration.fr
 
 # The layer that vLLM's attention (MLA) multiplies into other matrices; it reads the weight as floating point.
 ABSORBED = "kv_b_proj"
+# The matrix that rotates hidden states, in `transforms.rotation`.
+STREAM = "stream"
 # In a LoRA adapter that was made for a checkpoint, its key QUANT_METHOD is {"smoothing": Transforms.smoothing}.
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -141,13 +144,20 @@ def _overrides(value: Any, where: str) -> dict[str, InputActivations]:
 
 @dataclass(frozen=True)
 class Transforms:
-    """What was folded into the weights. smoothing: sha256 of TRANSFORMS_FILE, which has every folded factor."""
+    """What was folded into the weights. smoothing: sha256 of TRANSFORMS_FILE, which has every folded factor.
+
+    rotation: the matrices in it; STREAM among them means that the hidden states are rotated.
+    """
 
     smoothing: str = field(metadata={"read": _sha256})
+    rotation: frozenset[str] = field(default=frozenset(), metadata={"read": _names})
 
     @classmethod
     def from_dict(cls, value: Any, where: str) -> "Transforms":
-        return _read(cls, value, where)
+        return _read(cls, value, where, optional=("rotation",))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"smoothing": self.smoothing, **({"rotation": sorted(self.rotation)} if self.rotation else {})}
 
 
 @dataclass(frozen=True)
@@ -193,7 +203,7 @@ class CheckpointConfig:
             "overrides": {name: asdict(_Override(self.overrides[name])) for name in sorted(self.overrides)},
             "smoothed": sorted(self.smoothed),
             "ignore": sorted(self.ignore),
-            **({} if self.transforms is None else {"transforms": asdict(self.transforms)}),
+            **({} if self.transforms is None else {"transforms": self.transforms.to_dict()}),
         }
 
     def scheme(self, name: str) -> Scheme | None:
