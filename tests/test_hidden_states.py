@@ -27,7 +27,7 @@ def test_drafts_that_read_hidden_states_are_refused(method):
 
 
 def test_prompt_embeddings_are_refused():
-    with pytest.raises(SmoothQuantError, match="--enable-prompt-embeds.*--rotation none"):
+    with pytest.raises(SmoothQuantError, match=r"--enable-prompt-embeds.*--rotation none"):
         check_readers(settings(embeddings=True), "OUT")
 
 

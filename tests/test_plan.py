@@ -53,8 +53,8 @@ def options(
     """alpha None: no smoothing. Static scales are those of the paper's level, in every layer."""
     level = "O3" if activations == "static" else None
     return Options(
-        weights=weights, activations=activations, level=level, alpha=0.5 if alpha is None else alpha, no_smoothing=alpha is None,
-        max_fallback=max_fallback, budget_ppl=budget_ppl, quiet=True,
+        weights=weights, activations=activations, level=level, alpha=0.5 if alpha is None else alpha,
+        no_smoothing=alpha is None, max_fallback=max_fallback, budget_ppl=budget_ppl, quiet=True,
     )  # fmt: skip
 
 
