@@ -1,8 +1,9 @@
-"""docs/architectures.md: what smoothing does to every architecture of tests/helpers/tiny_architectures.py.
+"""docs/architectures.md: what smoothing and rotation do to every architecture of tests/helpers/tiny_architectures.py.
 
 `python -m benchmarks.architectures`. For each tiny model: discover, smooth with alpha 0.5, pass the gate, write the
-smoothed parameters, and compare the logits of other tokens in float32. Whether vLLM serves the INT8 checkpoint is read
-from SERVED (JSON: {model: what to print}) if that file exists. The last line printed is JSON.
+smoothed parameters, and compare the logits of other tokens in float32; the same with a rotation. Whether vLLM serves
+the INT8 checkpoint is read from SERVED (JSON: {model: what to print}) if that file exists. The last line printed is
+JSON.
 """
 
 import json
@@ -16,10 +17,15 @@ import torch
 from calibration.discovery.discover import discover
 from calibration.discovery.graph import Graph
 from calibration.discovery.linears import choose_layers
+from calibration.discovery.rotations import find_rotations
+from calibration.inputs.model import untie_head
 from calibration.observation.absmax import observe_absmax, output_of
+from calibration.smoothing.choose_rotation import rotation_of
 from calibration.smoothing.factors import smooth_groups
 from calibration.smoothing.gate import check_equivalence
+from calibration.smoothing.rotation_gate import check_rotation
 from tests.helpers import tiny_architectures
+from vllm_smoothquant.format.config import STREAM
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 ROOT = Path(__file__).parent.parent
@@ -33,10 +39,11 @@ Written by `python -m benchmarks.architectures`; not by hand. Models are tiny an
 norm (tests/helpers/tiny_architectures.py). *Groups*: sources with a foldable scale, over both layers. *Folds*: source →
 the linear layers that take its scale; [64/256] where only that many channels of a fused projection can. *Change*:
 largest change of a logit, relative to the largest logit, when the smoothed model is written and run in float32; at most
-1e-4 is asked for. *Not folded*: linear layers whose input keeps its scale, and the norms among the reasons.
+1e-4 is asked for. *Rotated*: whether hidden states and heads are, with the change of the logits, or what stands in the
+way. *Not folded*: linear layers whose input keeps its scale, and the norms among the reasons.
 
-| model | groups | folds | change | not folded, and why | INT8 served by vLLM |
-|---|---|---|---|---|---|
+| model | groups | folds | change | rotated | not folded, and why | INT8 served by vLLM |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -68,6 +75,30 @@ def not_folded(graph: Graph) -> str:
     return "<br>".join(([f"inputs of {', '.join(unsmoothed)}"] if unsmoothed else []) + reasons) or "nothing"
 
 
+def rotated(name: str) -> dict[str, Any]:
+    """`hidden`, `heads`: whether these are rotated; `change` of the logits; `why`: what forbids the hidden states."""
+    model, other = tiny_architectures.build(name), tiny_architectures.tokens(2)
+    graph = find_rotations(model, tiny_architectures.tokens(1))
+    why = next((f"{short(refusal.reader)}: {refusal.reason}" for refusal in graph.refusals), "")
+    row = {"hidden": STREAM in graph.sizes, "heads": bool(graph.sizes.keys() - {STREAM}), "why": why}
+    if not graph.sizes:
+        return row | {"change": 0.0}
+    with torch.no_grad():
+        before = model(input_ids=other, use_cache=False).logits
+        untie_head(name, model)
+        rotation = rotation_of(graph, model)
+        check_rotation(rotation, [tiny_architectures.tokens(3)])
+        rotation.apply_()
+        after = model(input_ids=other, use_cache=False).logits
+    return row | {"change": float((after - before).abs().max() / before.abs().max())}
+
+
+def rotation_text(row: dict[str, Any]) -> str:
+    parts = [part for part, name in (("hidden states", "hidden"), ("heads", "heads")) if row[name]]
+    done = f"{', '.join(parts)}: {row['change']:.1e}" if parts else "no"
+    return done if row["hidden"] else f"{done}<br>hidden states not: {row['why']}"
+
+
 def measure(name: str) -> dict[str, Any]:
     """One row of the table."""
     model, sample, other = tiny_architectures.build(name), tiny_architectures.tokens(1), tiny_architectures.tokens(2)
@@ -82,7 +113,8 @@ def measure(name: str) -> dict[str, Any]:
     graph = discovered.keeping(in_float)
     seconds["discover"] = time.perf_counter() - start
     row: dict[str, Any] = {
-        "groups": len(graph.groups), "folds": folds(graph), "not_folded": not_folded(graph), "seconds": seconds,
+        "rotated": rotated(name), "groups": len(graph.groups), "folds": folds(graph),
+        "not_folded": not_folded(graph), "seconds": seconds,
     }  # fmt: skip
     sources = [output_of(group.source) for group in graph.groups if group.kind == "linear"]
     absmax = observe_absmax(model, [*(linear.name for linear in graph.linears), *sources], sample)
@@ -107,7 +139,7 @@ def main() -> None:
     table = "".join(
         f"| {name} | {row['groups']} | {row['folds']} | "
         + (f"{row['change']:.1e}" if "change" in row else f"refused: {row['refused']}")
-        + f" | {row['not_folded']} | {served.get(name, '')} |\n"
+        + f" | {rotation_text(row['rotated'])} | {row['not_folded']} | {served.get(name, '')} |\n"
         for name, row in rows.items()
     )
     OUTPUT.write_text(HEADER + table)
@@ -125,6 +157,8 @@ def main() -> None:
         "exact": sum(change <= BOUND for change in changes),
         "refused": [name for name, row in rows.items() if "refused" in row],
         "worst_change": max(changes),
+        "rotated": sum(row["rotated"]["hidden"] for row in rows.values()),
+        "worst_rotation": max(row["rotated"]["change"] for row in rows.values()),
         "median_times_forward": {stage: round(values[len(values) // 2], 1) for stage, values in ratios.items()},
     }
     print(json.dumps(summary))

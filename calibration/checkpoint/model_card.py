@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
+from vllm_smoothquant.format.config import STREAM
+
 CARD = "README.md"
 # Metadata that is copied from the source model's card.
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -40,6 +42,13 @@ def write(folder: Path, manifest: Mapping[str, Any], source: str | Path) -> None
     (folder / CARD).write_text(str(card).rstrip("\n") + "\n", encoding="utf-8")
 
 
+def rotated_parts(manifest: Mapping[str, Any]) -> str:
+    """What the rotation of a manifest changed, in words; "" if there is none."""
+    matrices = dict(dict(manifest.get("rotation", {})).get("matrices", {}))
+    words = ["hidden states"] if STREAM in matrices else []
+    return ", ".join([*words, *(f"heads of {int(shape[0])}" for name, shape in matrices.items() if name != STREAM)])
+
+
 def _body(manifest: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
     calibration, config = manifest["calibration"], manifest["quantization_config"]
     compressed = config["quant_method"] != "smoothquant"
@@ -59,6 +68,7 @@ def _body(manifest: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
         ("kept in floating point", str(len(manifest["kept"]))),
         *([("fell back", f"{len(fallbacks)} layers")] if fallbacks else []),
         ("smoothing", f"{smoothed} groups, alpha {alpha}" if smoothed else "none"),
+        *([("rotated", what)] if (what := rotated_parts(manifest)) else []),
         ("calibrated on", f"{calibration['samples']} x {calibration['seq_len']} tokens of {_plain(dataset)}"),
         ("change of the logits by smoothing alone", f"{manifest['gate']['logits']['change']:.1e}"),
         *((f"perplexity on calibration text, simulated, {_plain(k)}", f"{v:.3f}") for k, v in perplexities.items()),

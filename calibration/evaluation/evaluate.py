@@ -53,7 +53,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     for row in rows:
         row.update(weight_bytes(row["model"], linear))
         if options.baseline:
-            row |= _change(row, rows[0])
+            row |= change(row, rows[0])
         if options.tasks:
             limits: dict[str, Any] = {"include_path": options.include_path, "limit": options.limit}
             row["tasks"] = run_tasks(row["model"], options.tasks, **limits, **engine)
@@ -61,14 +61,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     return {"text": text, "engine": about, "decode": DECODE, "serve": SERVE if options.table else None, "models": rows}
 
 
-def _change(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, float]:
+def change(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, float]:
     """The relative change of perplexity, and its standard error over the windows, which are the same for both."""
-    change = row["perplexity"] / baseline["perplexity"] - 1
-    figures = {"perplexity_change": change}
+    relative = row["perplexity"] / baseline["perplexity"] - 1
+    figures = {"perplexity_change": relative}
     differences = [a - b for a, b in zip(row["window_losses"], baseline["window_losses"], strict=True)]
     if len(differences) > 1 and row is not baseline:
         # d exp(x) = exp(x) dx, x the mean difference of the losses.
-        figures["perplexity_change_standard_error"] = (1 + change) * standard_error(differences)
+        figures["perplexity_change_standard_error"] = (1 + relative) * standard_error(differences)
     return figures
 
 

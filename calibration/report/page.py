@@ -26,6 +26,7 @@ from vllm_smoothquant.format.files import MANIFEST, read_json, read_tensors
 
 from ..checkpoint import channel_statistics as channel_file
 from ..checkpoint.channel_statistics import Channels
+from ..checkpoint.model_card import rotated_parts
 from ..checkpoint.verify import SATURATED
 from ..evaluation.columns import cells
 
@@ -119,6 +120,7 @@ def gather(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
             for sink in manifest.get("sinks", [])
         ],
         "perplexities": {str(k): float(v) for k, v in manifest.get("simulated_perplexity", {}).items()},
+        "rotated": rotated_parts(manifest),
         "gate": float(manifest["gate"]["logits"]["change"]),
         "versions": dict(manifest["versions"]),
         "disk_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),

@@ -105,14 +105,15 @@ def _divergence(
     alpha = "auto" if options.alpha == "grid" else options.alpha
     options = replace(options, alpha=alpha, max_fallback=0.0, budget_ppl=None, quiet=True)
     ranges = replace(samples, input_ids=samples.input_ids[:RANGE_SAMPLES])
-    observation = _observe(options, source, ranges, rotation)
+    observation = observe_at_once(options, source, ranges, rotation)
     layers = make_plan(observation, options).layers()
     found = simulate.log_probabilities(source.model, samples.input_ids[-COMPARED_SAMPLES:], layers)
     tokens = sum(len(rows) for rows in reference)
     return sum(float((a.exp() * (a - b)).sum()) for a, b in zip(reference, found, strict=True)) / tokens
 
 
-def _observe(options: Options, source: Source, samples: Samples, rotation: Rotation | None) -> Observation:
+def observe_at_once(options: Options, source: Source, samples: Samples, rotation: Rotation | None) -> Observation:
+    """The observation of a few `samples`, in one pass and without a store; sinks are not looked for."""
     model, ids = source.model, samples.input_ids
     found = discover(model, ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]])
     layers, in_float = choose_layers(model, found, frozenset(options.ignore), lm_head=options.quantize_lm_head)
