@@ -1,11 +1,11 @@
 """benchmarks/results/served.json: which architectures of tests/helpers/tiny_architectures.py vLLM's CPU backend serves
 in INT8, and how exactly.
 
-`python -m benchmarks.served [NAME ...]`. Each tiny model is calibrated (per token, alpha auto) and served by vLLM's own
-implementation of its architecture in float32. Its log-probabilities of random prompts are compared with those of the
-plain reference on the same files (tests/helpers/reference.py); the mean difference is in brackets. The answers of the
-models named on the command line are replaced. benchmarks/architectures.py puts the answers into its table. The last
-line printed is JSON.
+`python -m benchmarks.served [NAME ...]`. Each tiny model is calibrated (per token, alpha auto, rotated where that is
+possible) and served by vLLM's own implementation of its architecture in float32. Its log-probabilities of random
+prompts are compared with those of the plain reference on the same files (tests/helpers/reference.py); the mean
+difference is in brackets. The answers of the models named on the command line are replaced. benchmarks/architectures.py
+puts the answers into its table. The last line printed is JSON.
 """
 
 import argparse
@@ -21,9 +21,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from calibration.discovery.rotations import find_rotations
 from calibration.pipeline import calibrate
 from tests.helpers import engine, tiny_architectures, tiny_checkpoints
 from tests.helpers.reference import load_reference
+from vllm_smoothquant.format.config import STREAM
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 # Set in the processes that main starts.
@@ -68,6 +70,8 @@ def serve(name: str, folder: Path) -> str:
     try:
         # With auto, inputs whose factors cannot be folded are divided at run time, so that this is tested, too.
         options = {"alpha": "auto", "dataset": str(text), "samples": 8, "seq_len": 32, "quiet": True}
+        graph = find_rotations(tiny_architectures.build(name), tiny_architectures.tokens(1))
+        options["rotation"] = "always" if STREAM in graph.sizes else "none"
         calibrate(str(folder / "model"), folder / "int8", **options)
     except SmoothQuantError as error:
         return f"refused: {error}"

@@ -57,14 +57,17 @@ def test_every_scheme_of_a_real_model_is_served_as_the_reference_computes(smollm
     point; a wrong scheme is not: static is several times as far as per-token. The tolerance is a quarter, because the
     distance is a mean over 49152 words at about twenty positions.
     """
-    model = {"model": str(smollm2), "dataset": str(calibration_file), "samples": 4, "seq_len": 128, "quiet": True}
+    model = {
+        "model": str(smollm2), "dataset": str(calibration_file), "samples": 4, "seq_len": 128, "quiet": True,
+        "rotation": "always", "alpha": 0.5,
+    }  # fmt: skip
     observation = observe_model(Options(**model))
     folders, gate_report = [], None
     for weights, activations in SCHEMES:
         folders.append(tmp_path / f"{weights}-{activations}")
         options = Options(**model, output=str(folders[-1]), weights=weights, activations=activations)
         plan = make_plan(observation, options)
-        gate_report = gate_report or check_gate(observation, plan.smoothing)  # the same factors for all: alpha 0.5
+        gate_report = gate_report or check_gate(observation, plan.smoothing)  # alpha 0.5 for all
         write_checkpoint(observation, plan, gate_report, options)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompts = [tokenizer(TEXT)["input_ids"]]

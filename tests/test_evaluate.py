@@ -260,6 +260,13 @@ def test_all_figures_equal_pytorchs(model, int8, text, capsys):
     with torch.no_grad():
         p, q = (m[:, :-1].float().log_softmax(-1) for m in (logits, load_reference(int8)(ids).logits))
     assert quantized["kl_divergence"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.05)
+    # Standard errors over the four windows; a value on a rounding tie changes one window by more than the mean.
+    divergences = (p.exp() * (p - q)).sum(-1).mean(-1)
+    assert quantized["kl_standard_error"] == pytest.approx(float(divergences.std() / 2), rel=0.2)
+    p_loss, q_loss = (-each.gather(-1, ids[:, 1:, None]).mean((1, 2)) for each in (p, q))
+    expected = float((q_loss - p_loss).std() / 2) * quantized["perplexity"] / baseline["perplexity"]
+    assert quantized["perplexity_change_standard_error"] == pytest.approx(expected, rel=0.2)
+    assert "perplexity_change_standard_error" not in baseline
     agreement = float((p.argmax(-1) == q.argmax(-1)).float().mean())
     assert quantized["top1_agreement"] == pytest.approx(agreement, abs=2 / (4 * 31))
     assert "kl_divergence" not in baseline

@@ -4,8 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_smoothquant import hidden_states
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.hidden_states import check_readers
+
+
+@pytest.fixture(autouse=True)
+def llama(monkeypatch):
+    """vLLM's class of the model; the settings below have no architecture."""
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    monkeypatch.setattr(hidden_states, "get_model_architecture", lambda config: (LlamaForCausalLM, ""))
 
 
 def settings(method: str | None = None, *, embeddings: bool = False) -> SimpleNamespace:
@@ -24,6 +33,14 @@ def test_drafts_that_see_only_tokens_are_served(method):
 def test_drafts_that_read_hidden_states_are_refused(method):
     with pytest.raises(SmoothQuantError, match=rf"OUT rotates .* got {method}.*--rotation none"):
         check_readers(settings(method), "OUT")
+
+
+def test_a_model_whose_head_is_the_embeddings_is_refused(monkeypatch):
+    from vllm.model_executor.models.commandr import CohereForCausalLM
+
+    monkeypatch.setattr(hidden_states, "get_model_architecture", lambda config: (CohereForCausalLM, ""))
+    with pytest.raises(SmoothQuantError, match=r"CohereForCausalLM, which has none.*--rotation none"):
+        check_readers(settings(), "OUT")
 
 
 def test_prompt_embeddings_are_refused():

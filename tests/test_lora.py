@@ -31,7 +31,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, An
             model.lm_head.weight *= 4  # or the distributions would be nearly uniform
         model.save_pretrained(folder / "source")
         tiny_checkpoints.tokenizer().save_pretrained(folder / "source")
-        calibrate(str(folder / "source"), folder / "out", dataset=str(text), samples=8, seq_len=32, quiet=True)
+        size = {"samples": 8, "seq_len": 32, "rotation": "always", "quiet": True}
+        calibrate(str(folder / "source"), folder / "out", dataset=str(text), **size)
         adapter = save_adapter(folder / "adapter", model)
         adapt(adapter, folder / "out", folder / "adapted")
         adapters = [None, folder / "adapted", adapter]

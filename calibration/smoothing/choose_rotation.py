@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vllm_smoothquant.format.config import STREAM
+from vllm_smoothquant.format.config import STREAM, TIED_IN_VLLM
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..discovery.discover import TRACE_SHAPE, discover
@@ -59,13 +59,13 @@ def choose_rotation(
         return None, {"rotated": False, "reason": reason}
     model, ids = source.model, samples.input_ids
     graph = find_rotations(model, ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]])
-    obstacle = _obstacle(graph, carried)
+    obstacle = _obstacle(graph, carried, model.config.get_text_config().model_type)
     if obstacle and not quiet:
         print(f"hidden states are not rotated: {obstacle}", file=sys.stderr)
     if obstacle and options.rotation == "always":
         fix = "use --rotation auto or none"
         raise SmoothQuantError("--rotation always", "hidden states that can be rotated", obstacle, fix)
-    if not graph.sizes or carried:
+    if not graph.sizes or carried or (obstacle and STREAM in graph.sizes):
         return None, {"rotated": False, "reason": obstacle}
     tie = untie_head(source.name, model) if STREAM in graph.sizes else lambda: None
     rotation = rotation_of(graph, model)
@@ -89,8 +89,10 @@ def choose_rotation(
     return rotation, {"rotated": True, **rotation.describe(), **report}
 
 
-def _obstacle(graph: RotationGraph, carried: list[str]) -> str:
+def _obstacle(graph: RotationGraph, carried: list[str], model_type: str) -> str:
     """Why the stream is not rotated; "" if it can be."""
+    if model_type in TIED_IN_VLLM:
+        return "vLLM computes the output head of this architecture with the embeddings, which a rotation separates"
     if carried:
         return f"{carried[0]}: transformers does not read it, but something that reads hidden states may"
     if STREAM in graph.sizes:

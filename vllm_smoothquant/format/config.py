@@ -43,6 +43,9 @@ STREAM = "stream"
 # In a LoRA adapter that was made for a checkpoint, its key QUANT_METHOD is {"smoothing": Transforms.smoothing}.
 ADAPTER_CONFIG = "adapter_config.json"
 
+# model_type of models whose output head vLLM computes with the embeddings, whatever config.json says.
+TIED_IN_VLLM = frozenset({"cohere", "cohere2"})
+
 # model_type -> name of the layer whose rows vLLM's weight loader reorders.
 REORDERED = {"bloom": "query_key_value"}
 
