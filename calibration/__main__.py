@@ -214,10 +214,13 @@ def _print(args: argparse.Namespace, result: Mapping[str, Any], text: str) -> in
 
 
 def _summary(manifest: dict[str, Any]) -> str:
+    from .checkpoint.model_card import rotated_parts
+
     fallbacks = manifest.get("fallen_back")
     parts = [
         f"{len(manifest['quantized'])} linear layers in INT8" if manifest["quantized"] else "floating point",
         *([f"{len(fallbacks)} layers fell back"] if fallbacks else []),
+        *([f"{what} rotated"] if (what := rotated_parts(manifest)) else []),
         f"{sum(group['smoothed'] for group in manifest['groups'])} groups smoothed",
         f"logits moved {manifest['gate']['logits']['change']:.1e} by smoothing",
     ]
@@ -226,7 +229,7 @@ def _summary(manifest: dict[str, Any]) -> str:
         worst = max(manifest["sinks"], key=lambda sink: sink["times_median"])
         text += (
             f"\nsink tokens in {len(manifest['sinks'])} inputs, the largest {worst['times_median']:.0f} times the "
-            f"median token ({', '.join(worst['layers'])}): static scales need --max-fallback there"
+            f"median token ({', '.join(worst['layers'])}): static scales fail there"
         )
     return text
 

@@ -88,8 +88,8 @@ def test_smoothing_reduces_the_error_of_the_checkpoint(name, models, text, tmp_p
 def test_static_scale_is_the_range_of_the_smoothed_activation(models, text, tmp_path):
     """Calibration computes it from the original's ranges and the factors; here the smoothed model is observed."""
     options = Options(
-        model=str(models("llama")), output=str(tmp_path / "out"), dataset=str(text), activations="static", quiet=True,
-        samples=tiny_checkpoints.SAMPLES, seq_len=tiny_checkpoints.SEQ_LEN,
+        model=str(models("llama")), output=str(tmp_path / "out"), dataset=str(text), level="O3", weights="channel",
+        samples=tiny_checkpoints.SAMPLES, seq_len=tiny_checkpoints.SEQ_LEN, rotation="none", quiet=True,
     )  # fmt: skip
     observation = observe_model(options)
     plan = make_plan(observation, options)
@@ -325,7 +325,7 @@ def test_levels_are_those_of_the_paper(models, text, tmp_path, capsys):
 
 def test_the_summary_has_the_counts_and_the_next_command(models, text, tmp_path, capsys):
     argv = ["calibrate", str(models("llama")), "-o", str(tmp_path / "out"), "--dataset", str(text)]
-    assert cli.main([*argv, "--samples", "4", "--seq-len", "32"]) == 0
+    assert cli.main([*argv, "--samples", "4", "--seq-len", "32", "--rotation", "none"]) == 0
     summary = capsys.readouterr().out
     assert "14 linear layers in INT8, 8 groups smoothed, logits moved" in summary
     assert f"vllm serve {tmp_path / 'out'} --quantization smoothquant" in summary

@@ -314,7 +314,10 @@ def test_one_gate_that_is_nearly_closed_costs_nothing(weights: str, tmp_path: Pa
             block.mlp.gate_proj.weight[7], block.mlp.gate_proj.bias[7] = 0, -16
     model.save_pretrained(tmp_path / "m")
     tiny_checkpoints.tokenizer().save_pretrained(tmp_path / "m")
-    options = {"model": str(tmp_path / "m"), "dataset": str(text), "samples": 8, "seq_len": 32, "quiet": True}
+    options = {
+        "model": str(tmp_path / "m"), "dataset": str(text), "samples": 8, "seq_len": 32, "quiet": True,
+        "rotation": "none",
+    }  # fmt: skip
     observation = observe_model(Options(**options))
     ids = tiny_architectures.tokens(3, 8, 32)
     exact = as_served(observation, {}, ids)

@@ -2,9 +2,9 @@
 
     x -> x Q        Q: rotation.stream in the checkpoint's TRANSFORMS_FILE
 
-The head of such a model is a matrix of its own, which vLLM must load. A model with rotated hidden states gives the source's tokens. Prompt embeddings of the source would be read as other
-vectors, and drafts that were trained on the source's hidden states would guess at random: the text stays right, but no
-guess is accepted. Drafts that see only tokens are not affected.
+The head of such a model is a matrix of its own, which vLLM must load. The model gives the source's tokens, but prompt
+embeddings of the source would be read as other vectors, and drafts that were trained on the source's hidden states
+would guess at random: the text stays right, but no guess is accepted. Drafts that see only tokens are not affected.
 """
 
 import sys
