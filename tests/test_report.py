@@ -36,7 +36,8 @@ def checkpoint(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     options = {"activations": "static", "alpha": "auto", "max_fallback": 0.2}
     model, text = tiny_checkpoints.save("llama", root / "model"), tiny_checkpoints.save_text(root / "text.jsonl")
-    calibrate(str(model), root / "out", dataset=str(text), samples=8, seq_len=32, quiet=True, **options)
+    size = {"samples": 8, "seq_len": 32, "rotation": "none", "quiet": True}
+    calibrate(str(model), root / "out", dataset=str(text), **size | options)
     return root / "out"
 
 

@@ -194,6 +194,23 @@ def test_a_checkpoint_is_its_rotated_source(name: str, checkpoints) -> None:
     assert relative_error(logits(load_reference(folder)), logits(model)) < 0.1  # each layer adds about a percent
 
 
+def test_a_model_in_16_bits_is_rotated_once_rounded_and_verified(tmp_path) -> None:
+    """Rotated weights are rounded to bfloat16; whoever recomputes them from the source gets the same bits."""
+    folder = tiny_checkpoints.checkpoints(tmp_path, torch.bfloat16, rotation="always")("llama-tied")
+    verdict = verify(folder, str(tiny_checkpoints.source(folder)))
+    assert not verdict.faults, verdict.faults
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path) -> None:
+    folders = [
+        tiny_checkpoints.checkpoints(tmp_path / name, rotation="always")("llama-tied")
+        for name in ("a", "b")
+        if (tmp_path / name).mkdir() is None
+    ]
+    files = [{path.relative_to(f): path.read_bytes() for path in f.rglob("*") if path.is_file()} for f in folders]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
 def test_an_adapter_gives_on_the_rotated_model_what_it_gave_on_the_source(name: str, checkpoints, tmp_path) -> None:
     """The rotated model in floating point, smoothed by nothing, so that only the rotation is between the two."""

@@ -21,9 +21,11 @@ TOKEN_DRAFTS = frozenset({"ngram", "ngram_gpu", "suffix", "draft_model"})
 
 def check_readers(vllm_config: Any, checkpoint: str) -> None:
     """SmoothQuantError: vLLM's configuration has a reader or writer of hidden states beside the model `checkpoint`."""
+    if vllm_config.model_config is None:
+        return  # a layer that is built without a model
     fix = "calibrate the model again with --rotation none"
     expected = f"none, because {TRANSFORMS_FILE} of {checkpoint} rotates the hidden states"
-    if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
+    if vllm_config.model_config.enable_prompt_embeds:
         raise SmoothQuantError("--enable-prompt-embeds", expected, "prompt embeddings", fix)
     model_class, _ = get_model_architecture(vllm_config.model_config)
     if not any(HEAD in vars(sys.modules[base.__module__]) for base in model_class.__mro__):
