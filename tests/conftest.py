@@ -70,13 +70,11 @@ def evaluation_file() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_int8(smollm2: Path, calibration_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 in the default scheme, rotated, calibrated on few samples, which suffice for short answers."""
+    """SmolLM2 in the default scheme, calibrated on few samples, which suffice for short answers."""
     from calibration.pipeline import calibrate
 
     output = tmp_path_factory.mktemp("smollm2") / "int8"
-    # The default decides by a trial, and then searches alpha: three minutes on one core.
-    options = {"samples": 8, "seq_len": 128, "rotation": "always", "alpha": 0.4, "quiet": True}
-    calibrate(str(smollm2), output, dataset=str(calibration_file), **options)
+    calibrate(str(smollm2), output, dataset=str(calibration_file), samples=8, seq_len=128, quiet=True)
     return output
 
 

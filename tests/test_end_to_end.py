@@ -65,8 +65,7 @@ def test_every_scheme_of_a_real_model_is_served_as_the_reference_computes(smollm
     folders, gate_report = [], None
     for weights, activations in SCHEMES:
         folders.append(tmp_path / f"{weights}-{activations}")
-        scheme = {"level": "O3"} if activations == "static" else {"activations": activations}  # static in every layer
-        options = Options(**model, output=str(folders[-1]), weights=weights, **scheme)
+        options = Options(**model, output=str(folders[-1]), weights=weights, activations=activations)
         plan = make_plan(observation, options)
         gate_report = gate_report or check_gate(observation, plan.smoothing)  # alpha 0.5 for all
         write_checkpoint(observation, plan, gate_report, options)
