@@ -19,7 +19,7 @@ from calibration.discovery.graph import Graph
 from calibration.discovery.linears import choose_layers
 from calibration.discovery.rotations import find_rotations
 from calibration.inputs.model import untie_head
-from calibration.observation.absmax import observe_absmax, output_of
+from calibration.observation.absmax import needed_absmax, observe_absmax
 from calibration.smoothing.choose_rotation import rotation_of
 from calibration.smoothing.factors import smooth_groups
 from calibration.smoothing.gate import check_equivalence
@@ -116,8 +116,7 @@ def measure(name: str) -> dict[str, Any]:
         "rotated": rotated(name), "groups": len(graph.groups), "folds": folds(graph),
         "not_folded": not_folded(graph), "seconds": seconds,
     }  # fmt: skip
-    sources = [output_of(group.source) for group in graph.groups if group.kind == "linear"]
-    absmax = observe_absmax(model, [*(linear.name for linear in graph.linears), *sources], sample)
+    absmax = observe_absmax(model, needed_absmax(graph, (linear.name for linear in graph.linears)), sample)
     smoothing = smooth_groups(model, graph, absmax, {group.source: 0.5 for group in graph.groups}, layers)
     start = time.perf_counter()
     try:

@@ -32,11 +32,8 @@ from .observation.saved import check_writable
 from .options import RECIPE, Options, dump_recipe
 from .smoothing.choose_rotation import choose_rotation
 from .smoothing.factors import Smoothing, smooth_groups
-from .smoothing.gate import check_equivalence
+from .smoothing.gate import GATE_SHAPE, check_equivalence
 from .smoothing.plan import make_plan
-
-# A few texts that are long enough for attention.
-GATE_SHAPE = (4, 64)
 
 
 def calibrate(model: str, output: str | Path, **options: Any) -> dict[str, Any]:

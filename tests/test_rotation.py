@@ -195,18 +195,17 @@ def test_a_checkpoint_is_its_rotated_source(name: str, checkpoints) -> None:
 
 
 def test_a_model_in_16_bits_is_rotated_once_rounded_and_verified(tmp_path) -> None:
-    """Rotated weights are rounded to bfloat16; whoever recomputes them from the source gets the same bits."""
+    """Rotated weights are rounded to bfloat16; computed again from the source, they have the same bits."""
     folder = tiny_checkpoints.checkpoints(tmp_path, torch.bfloat16, rotation="always")("llama-tied")
     verdict = verify(folder, str(tiny_checkpoints.source(folder)))
     assert not verdict.faults, verdict.faults
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path) -> None:
-    folders = [
-        tiny_checkpoints.checkpoints(tmp_path / name, rotation="always")("llama-tied")
-        for name in ("a", "b")
-        if (tmp_path / name).mkdir() is None
-    ]
+    folders = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        folders.append(tiny_checkpoints.checkpoints(tmp_path / name, rotation="always")("llama-tied"))
     files = [{path.relative_to(f): path.read_bytes() for path in f.rglob("*") if path.is_file()} for f in folders]
     assert files[0] == files[1]
 
@@ -239,7 +238,7 @@ def test_auto_keeps_the_model_as_it_is_where_a_rotation_does_not_pay(monkeypatch
 
 def test_rotation_asked_for_and_not_possible_names_the_reader(tmp_path) -> None:
     get = tiny_checkpoints.checkpoints(tmp_path)
-    with pytest.raises(SmoothQuantError, match=r"--rotation always.*post_attention_layernorm|output of a norm"):
+    with pytest.raises(SmoothQuantError, match=r"--rotation always.*output of a norm"):
         get("gemma2", rotation="always")
     assert [path.name for path in tmp_path.iterdir() if "source" not in path.name] == ["text.jsonl"]
 

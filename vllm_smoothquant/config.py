@@ -47,6 +47,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         self.repeating: RepeatingMapper | None = None
         self.checkpoint = "CHECKPOINT"
         self._seen_layers: set[str] = set()
+        self._checked = False
 
     def __repr__(self) -> str:
         return f"SmoothQuantVllmConfig({self.config})"
@@ -135,8 +136,9 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         loading = CheckedLoading(prefix, names, self.tensors, self.repeating, scheme.weights.strategy == "channel")
         vllm_config = get_current_vllm_config_or_none()
         if vllm_config is not None:
-            if self.config.transforms is not None and STREAM in self.config.transforms.rotation:
+            if self.config.transforms is not None and STREAM in self.config.transforms.rotation and not self._checked:
                 check_readers(vllm_config, self.checkpoint)
+                self._checked = True  # it is the same for all layers
             loading.dummy = vllm_config.load_config.load_format == "dummy"
             if self.config.transforms is not None and vllm_config.lora_config is not None:
                 adapters.watch(layer, self.config.transforms.smoothing, self.checkpoint)

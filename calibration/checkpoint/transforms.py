@@ -23,6 +23,7 @@ from vllm_smoothquant.format.config import STREAM, TRANSFORMS_FILE, Transforms
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..inputs.model import sha256
+from ..rotation.orthogonal import is_orthogonal
 from ..rotation.rotation import Rotation, rotate
 from ..smoothing.factors import Smoothing
 from .export import save_tensors
@@ -117,7 +118,7 @@ def read(folder: Path) -> Folded:
         raise SmoothQuantError(str(path), "a safetensors file", error, fix) from error
     matrices = {name.removeprefix(f"{MATRICES}."): t for name, t in tensors.items() if name.startswith(f"{MATRICES}.")}
     for name, matrix in matrices.items():
-        if not _is_orthogonal(matrix):
+        if matrix.dtype != torch.float32 or not is_orthogonal(matrix):
             raise SmoothQuantError(f"{path}: {MATRICES}.{name}", "an orthogonal matrix", "another one", fix)
     found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
@@ -136,10 +137,3 @@ def read(folder: Path) -> Folded:
                 raise SmoothQuantError(f"{path}: {key}", "each channel once", "one twice, or below 0", fix)
         found[name][kind] = tensor
     return Folded(dict(found), matrices)
-
-
-def _is_orthogonal(matrix: torch.Tensor) -> bool:
-    if matrix.dtype != torch.float32 or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-        return False
-    unit = torch.eye(len(matrix), dtype=torch.float64)
-    return bool(torch.allclose(matrix.double() @ matrix.double().t(), unit, atol=1e-5))

@@ -1,7 +1,7 @@
 """The hooks of one traced forward pass: which modules are opaque, what they read, what they return.
 
 Linear layers and norms are opaque: the trace does not look inside, because what they compute is known (probe.py). Their
-outputs are sources, at their inputs the labels are read. discover.py asks for scales, stream.py for rotations; each is
+outputs are sources, at their inputs the labels are read. discover.py asks for scales, rotations.py for vectors; each is
 a subclass that says what to do at an input and at an output.
 """
 
@@ -47,7 +47,7 @@ class Recorder:
     # --- what a subclass says ---
 
     def at_linear(self, name: str, x: torch.Tensor) -> None:
-        """Linear layer `name` reads x [..., in_features], whose labels are in input_labels."""
+        """Linear layer `name` reads x [..., in_features] for the first time."""
 
     def at_norm(self, name: str, tensors: list[torch.Tensor]) -> None:
         """The candidate norm `name` reads `tensors`."""

@@ -37,6 +37,14 @@ def rotation_matrix(n: int, seed: int, *, centred: bool = False, kind: str = "ha
     return signs[:, None] * matrix.double() / n**0.5
 
 
+def is_orthogonal(matrix: torch.Tensor) -> bool:
+    """Whether `matrix` is square with orthonormal rows, up to the rounding of float32."""
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        return False
+    unit = torch.eye(len(matrix), dtype=torch.float64)
+    return bool(torch.allclose(matrix.double() @ matrix.double().t(), unit, atol=1e-5))
+
+
 def hadamard(n: int) -> torch.Tensor | None:
     """int64 [n, n] of 1 and -1 with orthogonal rows; None if the constructions above give none."""
     if n == 1:

@@ -28,6 +28,7 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 from ..discovery.probe import NormForm, linear_transposed
 from ..discovery.rotations import RotationGraph, Side
 from ..running.modules import own_parameters
+from .orthogonal import is_orthogonal
 
 ROWS = 4096  # of a matrix are computed at once, because embeddings in float64 may be larger than the model
 
@@ -42,12 +43,11 @@ class Rotation:
     def __init__(self, model: nn.Module, graph: RotationGraph, matrices: Mapping[str, torch.Tensor]) -> None:
         """Errors (SmoothQuantError): a matrix that is not orthogonal, a norm whose shift has no scale."""
         self.model, self.graph = model, graph
-        # As the checkpoint stores them, so that whoever reads it computes the same weights.
+        # As the checkpoint stores them, because `verify --source` must compute the same weights from the stored ones.
         self.matrices = {name: matrices[name].float().double() for name in graph.sizes}
         for name, matrix in self.matrices.items():
             n = graph.sizes[name]
-            unit = torch.eye(n, dtype=torch.float64)
-            if matrix.shape != (n, n) or not torch.allclose(matrix @ matrix.t(), unit, atol=1e-5):
+            if matrix.shape != (n, n) or not is_orthogonal(matrix):
                 raise SmoothQuantError(f"rotation {name}", f"an orthogonal [{n}, {n}]", "another matrix", "report this")
         self.modules = frozenset((*graph.embeddings, *graph.norms, *graph.inputs, *graph.outputs))
         # Read now, because a norm may be changed before its readers are computed.

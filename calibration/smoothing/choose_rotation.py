@@ -28,6 +28,7 @@ from ..rotation.orthogonal import rotation_matrix
 from ..rotation.rotation import Rotation
 from ..running.offload import mapped, offload_folder
 from . import simulate
+from .gate import GATE_SHAPE
 from .plan import make_plan
 from .rotation_gate import check_rotation
 
@@ -35,7 +36,6 @@ MARGIN = 0.1
 SEED = 0
 # Samples for the ranges, and others for the comparison: about 2000 and 1000 tokens.
 RANGE_SAMPLES, COMPARED_SAMPLES = 4, 2
-GATE_SHAPE = (4, 64)
 
 
 def rotation_of(graph: RotationGraph, model: torch.nn.Module, kind: str = "hadamard", seed: int = SEED) -> Rotation:

@@ -47,6 +47,7 @@ MARGIN = 8
 FLOORS = 16
 ROWS = 128  # rows of every reader's output that are compared; more would need much memory on big models
 LOGITS = "logits"
+GATE_SHAPE = (4, 64)  # a few texts that are long enough for attention
 
 
 @dataclass(frozen=True)
