@@ -6,7 +6,7 @@ calibration host by simulate.py, whose integers are those that vLLM serves. The 
 """
 
 import json
-import math
+import statistics
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks import qwen_coder
 from benchmarks.machine import describe
+from calibration.evaluation.columns import standard_error
 from calibration.options import Options
 from calibration.pipeline import observe_model
-from calibration.running.precision import fast_arithmetic
 from calibration.smoothing import simulate
 from calibration.smoothing.plan import make_plan
-from calibration.smoothing.simulate import LayerScheme
 from demo import assets
 
 ROOT = Path(__file__).parent.parent
@@ -62,21 +60,8 @@ def texts() -> dict[str, str]:
     }
 
 
-def log_probabilities(model: nn.Module, windows: torch.Tensor, layers: dict[str, LayerScheme]) -> torch.Tensor:
-    """float32 [windows, tokens, vocabulary] of the model with `layers` as they are served; {} is the model as it is."""
-    with torch.inference_mode(), fast_arithmetic(model), simulate.as_served(model, layers):
-        return torch.log_softmax(model(input_ids=windows, use_cache=False).logits.float(), dim=-1)
-
-
-def divergences(expected: torch.Tensor, got: torch.Tensor) -> list[float]:
-    """KL(expected || got) in nats, mean over the tokens of each window."""
-    return [float((a.exp() * (a - b)).sum(-1).mean()) for a, b in zip(expected, got, strict=True)]
-
-
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    mean = sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+    return statistics.fmean(values), standard_error(values)
 
 
 def measure(name: str) -> Iterator[tuple[str, str, tuple[float, float], tuple[float, float]]]:
@@ -92,12 +77,10 @@ def measure(name: str) -> Iterator[tuple[str, str, tuple[float, float], tuple[fl
     for text, content in texts().items():
         ids = tokenizer(content, verbose=False)["input_ids"][: WINDOWS * SEQ_LEN]
         windows = torch.tensor(ids).view(WINDOWS, SEQ_LEN)
-        expected = log_probabilities(model, windows, {})
+        expected = simulate.log_probabilities(model, windows, {})
         for scheme in SCHEMES:
-            without, smoothed = (
-                mean_and_error(divergences(expected, log_probabilities(model, windows, plans[scheme, plain])))
-                for plain in (True, False)
-            )
+            found = (simulate.log_probabilities(model, windows, plans[scheme, plain]) for plain in (True, False))
+            without, smoothed = (mean_and_error(simulate.divergences(expected, each)) for each in found)
             yield scheme, text, without, smoothed
 
 

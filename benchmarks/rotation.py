@@ -6,6 +6,7 @@ measured on other articles by simulate.py, whose integers are those that vLLM se
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ def measure(kind: str, seed: int, windows: torch.Tensor) -> dict[str, list[float
         options = Options(alpha="auto", quiet=True, **changes)
         layers = make_plan(observe_at_once(options, source, samples, rotation), options).layers()
         found = simulate.log_probabilities(source.model, windows, layers)
-        means = [float((a.exp() * (a - b)).sum(-1).mean()) for a, b in zip(exact, found, strict=True)]
-        figures[scheme] = [sum(means) / len(means), standard_error(means)]
+        means = simulate.divergences(exact, found)
+        figures[scheme] = [statistics.fmean(means), standard_error(means)]
         print(kind, seed, scheme, figures[scheme], file=sys.stderr, flush=True)
     return figures
 

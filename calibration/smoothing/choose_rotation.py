@@ -6,6 +6,7 @@ Both are planned as the checkpoint will be, from the ranges of a few samples, an
 where channels are far apart; it costs a head of its own where head and embeddings were tied.
 """
 
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -110,8 +111,7 @@ def _divergence(
     observation = observe_at_once(options, source, ranges, rotation)
     layers = make_plan(observation, options).layers()
     found = simulate.log_probabilities(source.model, samples.input_ids[-COMPARED_SAMPLES:], layers)
-    tokens = sum(len(rows) for rows in reference)
-    return sum(float((a.exp() * (a - b)).sum()) for a, b in zip(reference, found, strict=True)) / tokens
+    return statistics.fmean(simulate.divergences(reference, found))
 
 
 def observe_at_once(options: Options, source: Source, samples: Samples, rotation: Rotation | None) -> Observation:

@@ -7,7 +7,7 @@ that the other layers see the original scale. The integers are those of vllm_smo
 float32's. A dynamic per_tensor scale is taken over one sample at a time, as for one request that is served alone.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -119,6 +119,11 @@ def log_probabilities(
     with torch.no_grad(), fast_arithmetic(model), as_served(model, layers):
         batches = input_ids.to(next(model.parameters()).device).split(1)
         return [model(input_ids=b, use_cache=False).logits[0].float().log_softmax(-1).cpu() for b in batches]
+
+
+def divergences(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> list[float]:
+    """KL(expected || got) in nats, the mean over the tokens of each sample; log-probabilities [tokens, vocabulary]."""
+    return [float((a.exp() * (a - b)).sum(-1).mean()) for a, b in zip(expected, got, strict=True)]
 
 
 def loss(
