@@ -49,7 +49,10 @@ def checkpoint(checkpoints):
 
 def read_by_the_plugin(folder: Path) -> Any:
     """The plugin's configuration, after its checks of config.json and headers."""
-    quantization_config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    path = folder / "config.json"
+    if not path.is_file():
+        raise OSError(f"{path}: a pipe or a folder, which vLLM reads before it calls the plugin")
+    quantization_config = json.loads(path.read_text())["quantization_config"]
     read = config.SmoothQuantVllmConfig.from_config(quantization_config)
     read.maybe_update_config(str(folder))
     return read
