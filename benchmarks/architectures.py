@@ -20,6 +20,7 @@ from calibration.discovery.linears import choose_layers
 from calibration.discovery.rotations import find_rotations
 from calibration.inputs.model import untie_head
 from calibration.observation.absmax import needed_absmax, observe_absmax
+from calibration.running.products import make_linear
 from calibration.smoothing.choose_rotation import rotation_of
 from calibration.smoothing.factors import smooth_groups
 from calibration.smoothing.gate import check_equivalence
@@ -78,6 +79,7 @@ def not_folded(graph: Graph) -> str:
 def rotated(name: str) -> dict[str, Any]:
     """`hidden`, `heads`: whether these are rotated; `change` of the logits; `why`: what forbids the hidden states."""
     model, other = tiny_architectures.build(name), tiny_architectures.tokens(2)
+    make_linear(model)
     graph = find_rotations(model, tiny_architectures.tokens(1))
     why = next((f"{short(refusal.reader)}: {refusal.reason}" for refusal in graph.refusals), "")
     row = {"hidden": STREAM in graph.sizes, "heads": bool(graph.sizes.keys() - {STREAM}), "why": why}
@@ -102,6 +104,7 @@ def rotation_text(row: dict[str, Any]) -> str:
 def measure(name: str) -> dict[str, Any]:
     """One row of the table."""
     model, sample, other = tiny_architectures.build(name), tiny_architectures.tokens(1), tiny_architectures.tokens(2)
+    make_linear(model)
     with torch.no_grad():
         before = model(input_ids=other, use_cache=False).logits
         start = time.perf_counter()

@@ -58,7 +58,8 @@ leaves nothing behind. Compared are config.json, the tensors and the architectur
 | scales in 16 bits; scales [out], [], [1, 1]; zero points of 0 | converted |
 | `targets` and `ignore` by names, classes and `re:` patterns | converted, if the tensors agree |
 | `kv_cache_scheme`, `k_scale`, `transform_config`, sparsity, any unknown property | refused |
-| INT8 routed experts, embeddings, Conv1D | refused |
+| INT8 routed experts, one matrix each, dynamic `token` | converted |
+| INT8 experts with static scales or in one tensor, embeddings, Conv1D | refused |
 | static scales that differ among q, k, v or gate, up | refused: vLLM computes these as one layer |
 """
 

@@ -13,7 +13,14 @@ from pathlib import Path
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
 
 from demo import assets
 
@@ -21,6 +28,11 @@ NAME = "OPT-2M"
 VOCABULARY, POSITIONS = 2048, 512
 STEPS, BATCH, LENGTH, LEARNING_RATE = 800, 8, 128, 2e-3
 END = "</s>"
+CONFIG = OPTConfig(
+    vocab_size=VOCABULARY, hidden_size=192, word_embed_proj_dim=192, num_hidden_layers=4, ffn_dim=768,
+    num_attention_heads=6, max_position_embeddings=POSITIONS, dropout=0.0, bos_token_id=0, eos_token_id=0,
+    pad_token_id=0,
+)  # fmt: skip
 
 
 def model_dir(steps: int = STEPS) -> Path:
@@ -28,14 +40,20 @@ def model_dir(steps: int = STEPS) -> Path:
     target = assets.CACHE / f"{NAME}-{steps}"
     if not target.is_dir():
         with assets.made(target) as folder:
-            tokenizer = _tokenizer()
-            _train(tokenizer, steps).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            save_trained(OPTForCausalLM, CONFIG, folder, steps)
     return target
 
 
 def _texts() -> list[str]:
     return [json.loads(line)["text"] for line in assets.calibration_text().read_text().splitlines()]
+
+
+def save_trained(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, steps: int) -> None:
+    """Train a `kind` of model from scratch and save it, with its tokenizer, in `folder`."""
+    torch.manual_seed(0)
+    tokenizer = _tokenizer()
+    _train(kind(config), tokenizer, steps).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -44,14 +62,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END)
 
 
-def _train(tokenizer: PreTrainedTokenizerFast, steps: int) -> OPTForCausalLM:
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=192, word_embed_proj_dim=192, num_hidden_layers=4, ffn_dim=768,
-        num_attention_heads=6, max_position_embeddings=POSITIONS, dropout=0.0, bos_token_id=0, eos_token_id=0,
-        pad_token_id=0,
-    )  # fmt: skip
-    model = OPTForCausalLM(config)
+def _train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int) -> PreTrainedModel:
     ids = torch.tensor([token for text in _texts() for token in [0, *tokenizer(text).input_ids]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)

@@ -113,6 +113,9 @@ class SmoothQuantQuantizer(HfQuantizer):
         for fault in (*header_faults(config, headers), *architecture_faults(model, headers)):
             raise fault
         modules = dict(model.named_modules())
+        if config.experts is not None:
+            expected, fix = "layers that are no routed experts", "use vLLM"
+            raise SmoothQuantError(str(folder), expected, "INT8 experts, which transformers stacks", fix)
         for name in [tensor.removesuffix(".weight") for tensor, (kind, _) in headers.items() if kind == "I8"]:
             linear, scheme = modules.get(name), config.scheme(name)
             if not isinstance(linear, LINEAR_TYPES) or scheme is None:

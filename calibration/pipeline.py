@@ -60,7 +60,7 @@ def run(options: Options) -> dict[str, Any]:
         observation = observe_model(options, store)  # stages 1 to 4
         if not processes.first:
             return {}
-        for line in float16_overflow(observation):
+        for line in (*float16_overflow(observation), *idle_experts(observation)):
             print(line, file=sys.stderr)
         with timed("5. plan the smoothing", options):
             plan = make_plan(observation, options)
@@ -143,6 +143,15 @@ def float16_overflow(observation: Observation) -> Iterator[str]:
                 f"{observed_layer(name)}: activations reach {largest:.3g}, beyond float16's 65504: "
                 "serve this checkpoint, and its source, with --dtype bfloat16 or float32"
             )
+
+
+def idle_experts(observation: Observation) -> Iterator[str]:
+    """One line if no token of the calibration text reached some experts."""
+    if idle := observation.idle_experts:
+        yield (
+            f"{idle[0]} and {len(idle) - 1} more layers of experts saw no token: their ranges are those of the other "
+            "experts of their block; give more text"
+        )
 
 
 def check_gate(observation: Observation, smoothing: Smoothing) -> dict[str, Any]:

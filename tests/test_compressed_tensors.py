@@ -214,7 +214,7 @@ REFUSED = {
     "an int8 norm": (lambda _, s: s.update({"model.norm.weight": torch.ones(128).char()}), "norm.weight: expected"),
     "scales of a KV cache": (lambda _, s: s.update({K.replace("k_proj", "k_scale"): torch.ones(1)}), "k_scale: exp"),
     "experts in one tensor": (lambda _, s: s.update({"model.layers.1.mlp.experts.up": torch.ones(2, 3, 4).char()}),
-                              "mlp.experts: expected floating point, because this plugin serves linear layers"),
+                              "mlp.experts: expected floating point: config.json has no `experts`"),
 }  # fmt: skip
 
 
@@ -232,10 +232,17 @@ def test_layers_that_vllm_computes_as_one_must_share_a_static_scale(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["mixtral", "qwen3-moe"])
-def test_int8_routed_experts_are_refused(tmp_path, model):
-    layers = r".*(?:_proj|\.w\d)"
-    with pytest.raises(SmoothQuantError, match=r"\.experts: expected floating point, because this plugin"):
-        converted(tmp_path, lambda *_: None, model=model, layers=layers)
+def test_int8_routed_experts_are_read(tmp_path, model):
+    folder = converted(tmp_path, lambda *_: None, model=model, layers=r".*(?:_proj|\.w\d)")
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert quantization["experts"] == {"num_bits": 8, "strategy": "token", "dynamic": True}
+    assert not verify(folder).faults
+
+
+def test_experts_with_a_static_scale_are_refused(tmp_path):
+    """No kernel for experts reads one."""
+    with pytest.raises(SmoothQuantError, match=r"experts\.0\.\w+\.input_scale: expected nothing"):
+        converted(tmp_path, lambda *_: None, model="mixtral", layers=r".*(?:_proj|\.w\d)", activations="static")
 
 
 def test_a_conv1d_is_refused(tmp_path):

@@ -33,6 +33,7 @@ LEVELS = {
     "vllm_smoothquant.__init__": 5,
     "vllm_smoothquant.config": 4,
     "vllm_smoothquant.linear": 3,
+    "vllm_smoothquant.experts": 3,
     "vllm_smoothquant.loading": 2,
     "vllm_smoothquant.kernels": 2,
     "vllm_smoothquant.bloom": 1,

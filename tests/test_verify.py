@@ -201,7 +201,7 @@ def test_int8_routed_experts_are_one_fault_with_the_reason(tensors):
     headers["mlp.shared_experts.up_proj.weight"] = ("I8", (16, 32))
     headers["mlp.shared_experts.up_proj.weight_scale"] = ("F32", (16, 1))
     (fault,) = header_faults(CheckpointConfig(), headers)
-    assert "this plugin serves linear layers but no routed experts" in str(fault)
+    assert "floating point: config.json has no `experts`" in str(fault)
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig as VllmQuantizationConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -21,6 +22,7 @@ from vllm.platforms import current_platform
 
 from . import adapters
 from .bloom import RepeatingMapper, repeating_mapper
+from .experts import SmoothQuantExpertsMethod
 from .format.config import ABSORBED, QUANT_METHOD, STREAM, CheckpointConfig, Scheme
 from .format.errors import SmoothQuantError
 from .format.files import header_faults, int8_layers, read_headers, read_json, size_faults
@@ -115,6 +117,8 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
 
         None means vLLM's floating-point method: embeddings, attention (no scaled KV cache), routed experts.
         """
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
         if self.config is None:
@@ -143,6 +147,19 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
             if self.config.transforms is not None and vllm_config.lora_config is not None:
                 adapters.watch(layer, self.config.transforms.smoothing, self.checkpoint)
         return SmoothQuantLinearMethod(loading, scheme, smoothed, self.check_all_names_seen)
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """The method of the routed experts of a block, all or none of which are INT8; None: in floating point."""
+        if self.config is None or self.config.experts is None or torch.empty(0).is_meta:
+            return None
+        block = prefix.removesuffix(".routed_experts") + "."
+        names = {name for name in self.quantised if name.startswith(block)}
+        self._seen_layers |= names
+        ignored = any(name.startswith(block) for name in self.config.ignore)
+        if ignored or (self.tensors is not None and not names):
+            return None
+        per_channel = self.config.weights.strategy == "channel"
+        return SmoothQuantExpertsMethod(prefix, per_channel, layer, self.check_all_names_seen)
 
     def check_all_names_seen(self) -> None:
         """Check, after the model is built, that each name in the configuration is a layer: others have no effect.

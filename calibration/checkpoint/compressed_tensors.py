@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from vllm_smoothquant.format.config import TRANSFORMS_FILE, CheckpointConfig, Transforms, Weights
+from vllm_smoothquant.format.config import EXPERT, TRANSFORMS_FILE, CheckpointConfig, Transforms, Weights
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import (
     MANIFEST,
@@ -34,6 +34,7 @@ from vllm_smoothquant.format.files import (
 from ..inputs.model import empty_model, sha256
 from ..options import ACTIVATIONS
 from ..running.modules import LINEAR_TYPES, own_parameters
+from ..running.products import stored_experts
 from . import export
 from .verify import hash_faults, link_faults
 
@@ -97,13 +98,15 @@ def translate(folder: Path, config: dict[str, Any]) -> Translation:
     model = empty_model(folder)
     in_float = _float_layers(model, kinds)
     most = max(sorted(set(kinds.values())), key=list(kinds.values()).count)
-    overrides = {name: ACTIVATIONS[kind] for name, kind in kinds.items() if kind != most}
+    experts = {name: kind for name, kind in kinds.items() if EXPERT.search(name)}
+    overrides = {name: ACTIVATIONS[kind] for name, kind in kinds.items() if kind != most and name not in experts}
     # Only our own checkpoints have this file; the other format does not name it, and keeps it beside the weights.
     factors = folder / TRANSFORMS_FILE
     transforms = Transforms(sha256(factors)) if factors.is_file() else None
     ours = CheckpointConfig(
-        Weights(strategy), ACTIVATIONS[most], overrides, ignore=frozenset(in_float), transforms=transforms
-    )
+        Weights(strategy), ACTIVATIONS[most], overrides, ignore=frozenset(in_float), transforms=transforms,
+        experts=ACTIVATIONS["token"] if experts else None,
+    )  # fmt: skip
     for fault in header_faults(ours, headers):
         raise fault
     _check_layers(model, kinds, headers, groups, ignore)
@@ -246,7 +249,12 @@ def _check_layers(
             expected, got = _kind([file, name], groups, ignore), kinds.get(file)
             if f"{file}.weight" in headers and got != expected:
                 raise SmoothQuantError(file, f"{described(expected)}, by config.json", described(got), STOCK)
-    for file in sorted(kinds.keys() - linears):
+    experts = stored_experts(model)
+    for file in sorted(experts):
+        expected, got = _kind([file], groups, ignore), kinds.get(file)
+        if f"{file}.weight" in headers and got != expected:
+            raise SmoothQuantError(file, f"{described(expected)}, by config.json", described(got), STOCK)
+    for file in sorted(kinds.keys() - linears - experts):
         raise SmoothQuantError(f"{file}.weight", "floating point: the weight of no linear layer", "int8", STOCK)
 
 

@@ -124,11 +124,14 @@ def _compressed_config(ours: CheckpointConfig, headers: Headers) -> dict[str, An
     not in vLLM.
     """
     overrides = ours.overrides
+    in_float = ours.experts is None and any(EXPERTS in name for name in headers)
     heads = [name for name in int8_layers(headers) if not block_of(name) and name not in overrides]
     groups = [
         ([name for name in sorted(overrides) if overrides[name] == activations], activations)
         for activations in sorted(set(overrides.values()), key=str)
     ]
+    if ours.experts is not None and ours.experts != ours.input_activations:
+        groups.append(([r"re:.*\.experts\.\d+\..*"], ours.experts))
     groups.append(([*heads, "Linear"], ours.input_activations))
     return {
         "quant_method": COMPRESSED_TENSORS,
@@ -143,8 +146,8 @@ def _compressed_config(ours: CheckpointConfig, headers: Headers) -> dict[str, An
             }
             for i, (targets, activations) in enumerate(groups)
         },
-        # vLLM takes routed experts for Linear layers; ours are in floating point, whatever their names are.
-        "ignore": sorted(ours.ignore) + [r"re:.*\.experts\..*"] * any(EXPERTS in name for name in headers),
+        # vLLM takes routed experts for Linear layers, whatever their names are.
+        "ignore": sorted(ours.ignore) + [r"re:.*\.experts\..*"] * in_float,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

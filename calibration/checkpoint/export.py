@@ -30,6 +30,7 @@ from ..inputs.side_files import copy_side_files
 from ..inputs.unread import unread_tensors
 from ..options import RECIPE
 from ..running.modules import block_of
+from ..running.products import ProductLinear
 from .model_card import CARD
 
 # A shard stays in memory until it is written.
@@ -82,7 +83,19 @@ def source_tensors(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
 
 def hub_names(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`tensors` with the names and the splits that files on the hub have and vLLM reads; transformers has the map."""
-    return revert_weight_conversion(model, dict(tensors))
+    products = {key: name for key in tensors if (name := _product_name(model, key)) is not None}
+    others = {key: tensor for key, tensor in tensors.items() if key not in products}
+    return {name: tensors[key] for key, name in products.items()} | revert_weight_conversion(model, others)
+
+
+def _product_name(model: PreTrainedModel, key: str) -> str | None:
+    """The name in files of the tensor `key` of a ProductLinear, which transformers does not know; None for others."""
+    owner, _, suffix = key.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    return f"{module.file_name}.{suffix}" if isinstance(module, ProductLinear) else None
 
 
 def file_names(model: PreTrainedModel, name: str) -> list[str]:

@@ -7,6 +7,7 @@ from ..observation.observation import Observation
 from ..observation.observe import versions
 from ..options import public_name
 from ..running.precision import compute_dtype
+from ..running.products import expert_blocks
 from ..smoothing.factors import Smoothing
 from .export import file_hashes
 
@@ -40,6 +41,7 @@ def manifest(
         "groups": [smoothing.describe(group) for group in observation.graph.groups],
         "not_folded": [str(refusal) for refusal in observation.graph.refusals],
         "sinks": observation.sinks,
+        **({"idle_experts": observation.idle_experts} if expert_blocks(source.model) else {}),
         "gate": gate_report,
         "quantized": [],
         "kept": observation.in_float,

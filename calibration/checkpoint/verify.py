@@ -37,6 +37,7 @@ from vllm_smoothquant.format.files import (
 
 from ..inputs.model import empty_model, sha256
 from ..running.modules import LINEAR_TYPES
+from ..running.products import stored_experts
 from . import export, transforms
 from .architecture import Faults, architecture_faults, fault, missing_from_ignore
 from .verify_source import compare_with_source
@@ -217,6 +218,7 @@ def _dtype_faults(model: PreTrainedModel, headers: Headers) -> Faults:
         if isinstance(module, LINEAR_TYPES)
         for key in export.file_names(model, f"{name}.weight")
     }
+    linears |= {f"{name}.weight" for name in stored_experts(model)}
     integers = {name for name, (dtype, _) in headers.items() if dtype not in FLOATS}
     integers -= {name for name in integers & linears if headers[name][0] == "I8"}
     if not integers:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from vllm_smoothquant.format.config import CheckpointConfig, Scheme
+from vllm_smoothquant.format.config import EXPERT, CheckpointConfig, InputActivations, Scheme
 from vllm_smoothquant.format.files import MANIFEST
 
 from ..inputs.unread import read_tensors
 from ..observation.observation import Observation
 from ..options import RECIPE, Options, dump_recipe
+from ..running.products import module_name
 from ..smoothing.factors import Smoothing
 from ..smoothing.plan import Plan
 from . import channel_statistics, export, model_card, transforms
@@ -80,14 +81,21 @@ def write_smoothed(
 
 def _config(model: PreTrainedModel, plan: Plan, in_float: Mapping[str, str], carried: list[str]) -> CheckpointConfig:
     file_name = partial(export.hub_module_name, model)
+    modules = (module_name(model, name) for name in in_float)
+    experts = {name for name in plan.schemes if EXPERT.search(file_name(name))}
     carried_layers = {name.removesuffix(".weight") for name in carried if name.endswith(".weight")}
     return CheckpointConfig(
         plan.scheme.weights,
         plan.scheme.input_activations,
-        overrides={file_name(name): s.input_activations for name, s in plan.schemes.items() if s != plan.scheme},
+        overrides={
+            file_name(name): s.input_activations
+            for name, s in plan.schemes.items()
+            if s != plan.scheme and name not in experts
+        },
+        experts=InputActivations() if experts else None,
         smoothed=frozenset(map(file_name, plan.smoothing.runtime)),
         # vLLM's own models use the names of the files; its Transformers backend uses the names of the modules.
-        ignore=frozenset(in_float) | frozenset(map(file_name, in_float)) | carried_layers,
+        ignore=frozenset(filter(None, modules)) | frozenset(map(file_name, in_float)) | carried_layers,
     )
 
 

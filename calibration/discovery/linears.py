@@ -15,6 +15,7 @@ from vllm_smoothquant.format.config import ABSORBED
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..running.modules import LINEAR_TYPES, output_head, own_parameters, weight_shape
+from ..running.products import ProductLinear, expert_blocks
 from .graph import Graph
 
 # Smaller layers (a gate of one output) are cheap in floating point, and vLLM keeps them there.
@@ -23,8 +24,7 @@ REQUESTED = "asked for by --ignore"
 SMALL = "its shape {} x {} has a side of less than {}"
 FUSED = "vLLM computes it as one layer with {}, which --ignore names"
 NO_TEXT = "text does not reach it"
-# An expert that is a module of its own. Stacked experts are parameters, which no linear layer here is.
-ROUTED = re.compile(r"(^|\.)experts\.\d+\.")
+ROUTER = "vLLM computes what routes tokens in floating point"
 # Last part of a layer's name -> why vLLM needs it in floating point, in every architecture that has such a layer.
 FLOAT_IN_VLLM = {
     ABSORBED: "vLLM's attention (MLA) multiplies it into other matrices, in floating point",
@@ -48,6 +48,7 @@ def choose_linears(
     linears = {name: m for name, m in model.named_modules() if isinstance(m, LINEAR_TYPES)}
     ignored = {name for pattern in sorted(ignore) for name in _matching(pattern, linears)}
     head = output_head(model)
+    experts = {name for block in expert_blocks(model).values() for layers in block for name in layers}
     mixers = {name: why for child, why in FLOAT_MIXERS.items() for name in _parents_of(linears, child)}
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
@@ -57,8 +58,8 @@ def choose_linears(
             return REQUESTED
         if module is head and not lm_head:
             return "language-model head"
-        if ROUTED.search(name):
-            return "a routed expert"
+        if isinstance(module, ProductLinear) and name not in experts:
+            return ROUTER
         if owners[id(module.weight)] > 1:
             return "its weight is shared with another module"
         if min(shape) < SMALLEST:
@@ -87,7 +88,8 @@ def choose_layers(
     names, in_float = choose_linears(model, ignore, lm_head=lm_head)
     ran = {linear.name for linear in graph.linears}
     in_float |= {name: NO_TEXT for name in names if name not in ran and not _branch(name, ran)}
-    for fused in fused_layers(graph):
+    blocks = [[name for layers in block for name in layers] for block in expert_blocks(model).values()]
+    for fused in (*fused_layers(graph), *blocks):
         asked = [name for name in fused if in_float.get(name) == REQUESTED]
         if asked:
             in_float = {name: FUSED.format(asked[0]) for name in fused if name not in in_float} | in_float

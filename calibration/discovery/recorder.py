@@ -17,6 +17,7 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..running.hooks import hooked
 from ..running.modules import output_head, own_parameters, plain_kernels
+from ..running.products import every_expert
 from .probe import linear_transposed, norm_channels
 from .trace import Trace, tensors_of
 
@@ -68,7 +69,7 @@ class Recorder:
         training = self.model.training
         self.model.eval()
         try:
-            with plain_kernels(self.model), torch.no_grad(), hooked(self.hooks()), self.trace:
+            with plain_kernels(self.model), every_expert(self.model), torch.no_grad(), hooked(self.hooks()), self.trace:
                 output = self.model(input_ids=input_ids, use_cache=False)
                 self.trace.pin_read(output, "the model's output", "it leaves the model")
         finally:

@@ -30,7 +30,8 @@ from .graph import Refusal
 from .probe import NormForm, embedding_is_linear, norm_form
 from .recorder import Recorder
 from .rotation_rules import ROTATION_RULES
-from .trace import Source, Trace
+from .rules import aten
+from .trace import Labels, Source, Trace
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,17 @@ class VectorTrace(Trace):
             return None
         self.parents[self.root(names[1])] = self.root(names[0])
         return a
+
+    def _mutate(self, func: Any, args: tuple, kwargs: dict) -> None:
+        """Rows that are added to rows of another tensor, as experts add their outputs: a sum of vectors."""
+        if func.overloadpacket is aten.index_add_ and args[1] == 0 and self.whole(self.ids(args[3])) is not None:
+            into, row = self.ids(args[0]), self.ids(args[3])[:1]
+            carried = self.joined(into, row.expand(into.shape), func) if into.any() else row.expand(into.shape)
+            if carried is not None:
+                sources = frozenset(s for t in (args[0], args[3]) if t in self._labels for s in self._labels[t].sources)
+                self._store(args[0], Labels(carried, sources))
+                return
+        super()._mutate(func, args, kwargs)
 
     def share_rows(self, ids: torch.Tensor) -> None:
         """The channels in one row of `ids` get one treatment, those of other rows another."""

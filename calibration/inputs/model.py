@@ -14,6 +14,7 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 from ..options import PLACEMENTS, DeviceMap, public_name
 from ..running.modules import output_head
 from ..running.offload import MORE_ROOM, check_devices, complete_map, offload_folder, take_over
+from ..running.products import make_linear
 from .side_files import model_folder
 from .tokenizer import load_tokenizer
 
@@ -65,6 +66,7 @@ def load(name: str, device_map: DeviceMap = "auto") -> Source:
                 raise SmoothQuantError(f"{name}: {keys[0]}", "every tensor of the files to fit the model", number, fix)
         take_over(model, Path(folder))
     model.eval()
+    make_linear(model)
     check_finite(name, model)
     return Source(name, model, tokenizer, weight_hashes(path), sha256(path / "config.json"), path)
 

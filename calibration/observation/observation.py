@@ -24,7 +24,8 @@ class Observation:
     every linear layer or other matrix that stays in floating point. absmax: layer -> max|X_j| over all calibration
     tokens, float32 [in] on the CPU, of `layers` and of every reader of a group. sinks: see sinks.py. passes: "block by
     block", or the reason why not. batch_size: samples that ran together. rotation: what the model was rotated by;
-    rotated: the manifest's entry.
+    rotated: the manifest's entry. idle_experts: layers of experts that no token reached; their absmax is that of the
+    others.
     """
 
     source: Source
@@ -38,6 +39,7 @@ class Observation:
     batch_size: int = 0
     rotation: Rotation | None = None
     rotated: dict[str, Any] = field(default_factory=dict)
+    idle_experts: list[str] = field(default_factory=list)
 
     @property
     def model(self) -> PreTrainedModel:

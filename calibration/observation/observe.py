@@ -24,7 +24,7 @@ from ..rotation.rotation import Rotation
 from ..running.modules import LINEAR_TYPES, decoder_of, output_head, weight_shape
 from ..running.precision import compute_dtype, fast_arithmetic
 from ..running.progress import Progress
-from .absmax import checked, needed_absmax, observed_layer, output_of, watching_absmax
+from .absmax import checked, idle_experts, needed_absmax, observed_layer, output_of, watching_absmax, with_idle_experts
 from .block_outputs import BlockOutputs
 from .blocks import BlockNotIsolated, Blocks, run, try_whole
 from .observation import Observation
@@ -56,7 +56,7 @@ def observe(
         where, fix = f"--stats {options.stats}", "observe again with --save-stats and the same model, data and seed"
         stats = Path(options.stats)
         absmax, findings = store.processes.from_first(lambda: load_observation(stats, key, where, fix))
-        if missing := [name for name in needed if name not in absmax]:
+        if missing := [name for name in needed if name not in with_idle_experts(source.model, absmax)]:
             raise SmoothQuantError(where, f"the absmax of {missing[0]}", f"none of {len(missing)} layers", fix)
     else:
         absmax, findings = _observe_in_store(options.quiet, source, samples, graph, needed, key, store)
@@ -71,11 +71,12 @@ def observe(
         samples,
         graph.with_inputs(layers),
         layers,
-        checked(needed, absmax),
+        checked(needed, with_idle_experts(source.model, absmax)),
         in_float,
         **findings,
         rotation=rotation,
         rotated=rotated or {},
+        idle_experts=[name for name in idle_experts(source.model, absmax) if name in layers],
     )
 
 

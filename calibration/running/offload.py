@@ -43,6 +43,7 @@ from transformers import PreTrainedModel
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from .modules import block_of, own_parameters
+from .products import product_parameters
 
 CPU = torch.device("cpu")
 MAP = "--device-map"
@@ -207,10 +208,13 @@ def _move_while_running(model: nn.Module, devices: dict[str, torch.device]) -> N
 def _run_moved(
     modules: Sequence[tuple[nn.Module, torch.device]], run: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """`run` with the own parameters of `modules` on their devices; after it, their data is what it was."""
+    """`run` with the own parameters of `modules` on their devices; after it, their data is what it was.
+
+    The linear layers that stand for a parameter of a module (products.py) belong to it.
+    """
     with ExitStack() as restore:
         for module, device in modules:
-            for parameter in own_parameters(module).values():
+            for parameter in (*own_parameters(module).values(), *product_parameters(module)):
                 with no_dispatch():  # a trace would take the copy for a use of the parameter
                     data = parameter.data
                     restore.callback(setattr, parameter, "data", data)

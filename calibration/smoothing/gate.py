@@ -2,6 +2,8 @@
 
 What is compared. Original and smoothed model run in float32 on several batches. The change of an output is its largest
 difference, relative to the original's largest value. It is measured on the logits and on every reader of every group.
+In a mixture of experts, each token must choose the same experts as well; all experts run on all tokens, so that the
+readers in each of them are compared.
 
 The bound is measured, not tuned. An exact fold changes rounding and nothing else: (a) each product that it touches gets
 at most ROUNDINGS more roundings of unit u = 2**-24, and (b) sums of rows that are divided by s are rounded on another
@@ -39,6 +41,7 @@ from ..discovery.trace import tensors_of
 from ..running.hooks import hooked
 from ..running.modules import float_parameters, own_parameters, plain_kernels
 from ..running.precision import Parameters, in_float32, plain_parameters
+from ..running.products import chosen_experts, every_expert, expert_blocks
 from .factors import Smoothing
 
 UNIT = 2.0**-24
@@ -47,6 +50,7 @@ MARGIN = 8
 FLOORS = 16
 ROWS = 128  # rows of every reader's output that are compared; more would need much memory on big models
 LOGITS = "logits"
+CHOSEN = ": chosen experts"  # after the name of a block of experts
 GATE_SHAPE = (4, 64)  # a few texts that are long enough for attention
 
 
@@ -123,7 +127,7 @@ def _refusal(smoothing: Smoothing, batch: torch.Tensor, comparisons: dict[str, C
     linears = [linear.name for linear in graph.linears]
     # This group without the others should violate a bound as well. If it does not, the first comparison is reported.
     wrong = violations([source], linears) or {name: c for name, c in comparisons.items() if not c.within}
-    first = next(name for name in (*linears, LOGITS) if name in wrong)
+    first = next(name for name in (*linears, *filter(_special, wrong)) if name in wrong)
     at = "one of its readers" if first in readers[source] else "it is not known to read the source"
     return SmoothQuantError(
         f"smoothing of {source} (read by {', '.join(readers[source])})",
@@ -131,6 +135,11 @@ def _refusal(smoothing: Smoothing, batch: torch.Tensor, comparisons: dict[str, C
         f"{wrong[first].change:.1e} at {first} ({at})",
         "nothing was written; the trace did not see how the model reads that tensor: calibrate it without smoothing",
     )
+
+
+def _special(name: str) -> bool:
+    """Whether `name` is no layer."""
+    return name == LOGITS or name.endswith(CHOSEN)
 
 
 # --- Running in float32 ---
@@ -180,7 +189,7 @@ class Original:
             difference = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf).max()
             largest[name] = max(largest[name], float(difference))
 
-        self._run(self.outputs.keys() - {LOGITS}, compare, parameters, hooks)
+        self._run([name for name in self.outputs if not _special(name)], compare, parameters, hooks)
         changes = {}
         for name, runs in self.outputs.items():
             difference = torch.inf if uncompared[name] else largest[name]
@@ -201,10 +210,23 @@ class Original:
             rows = output.detach().float().reshape(-1, output.shape[-1])
             receive(name, rows[:: max(1, -(-len(rows) // ROWS))])
 
-        modules = {name: self.model.get_submodule(name) for name in layers}
-        recorders = (m.register_forward_hook(partial(record, name), prepend=True) for name, m in modules.items())
+        def record_chosen(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            receive(name + CHOSEN, chosen_experts(args, kwargs).sort(dim=-1).values.float())
+
+        def recorders() -> Iterator[RemovableHandle]:
+            for name in layers:
+                yield self.model.get_submodule(name).register_forward_hook(partial(record, name), prepend=True)
+            for name in expert_blocks(self.model):
+                block = self.model.get_submodule(name)
+                yield block.register_forward_pre_hook(partial(record_chosen, name), with_kwargs=True)
+
         try:
-            with hooked(recorders), hooked(hooks), in_float32(self.model, parameters):
+            with (
+                hooked(recorders()),
+                every_expert(self.model),
+                hooked(hooks),
+                in_float32(self.model, parameters),
+            ):
                 output = self.model(input_ids=self.batch.to(next(self.model.parameters()).device), use_cache=False)
         except RuntimeError as error:
             if "dtype" not in str(error):

@@ -104,6 +104,15 @@ class _Search:
     def hooks(self) -> Iterator[RemovableHandle]:
         for name in self.schemes:
             yield self.model.get_submodule(name).register_forward_hook(partial(self.replace_output, name))
+        for name in self.groups.keys() - self.schemes.keys():  # a router reads all tokens, before each expert its own
+            yield self.model.get_submodule(name).register_forward_pre_hook(partial(self.choose_for_readers, name))
+
+    def choose_for_readers(self, name: str, module: nn.Module, args: Any) -> None:
+        """Choose for the groups that layer `name`, in floating point, is the first to read."""
+        x = simulate.by_sample(args[0].detach().float(), self.samples)
+        for group in self.groups[name]:
+            if group.source not in self.factors:
+                self.choose(group, name, x)
 
     def replace_output(self, name: str, module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor:
         """Choose for the groups that layer `name` is the first to read; return the layer's output as served."""

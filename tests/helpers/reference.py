@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from calibration.running.products import make_linear
 from vllm_smoothquant.format import int8
 from vllm_smoothquant.format.config import CheckpointConfig
 from vllm_smoothquant.format.errors import SmoothQuantError
@@ -77,11 +78,13 @@ def load_reference(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float3
         # A placeholder of that shape, without memory, for transformers to load; replaced below.
         tensors[f"{layer}.weight"] = torch.zeros(()).expand(quantised[layer]["weight"].shape)
     model = _float_model(folder, config, tensors, dtype)
-    modules = dict(model.named_modules())
+    make_linear(model)  # experts
+    modules = {getattr(m, "file_name", name): (name, m) for name, m in model.named_modules()}
     for layer in layers:
         scheme = quantization.scheme(layer)
         assert scheme is not None  # header_faults
-        _replace(model, layer, modules.get(layer), quantised[layer], scheme.input_activations.strategy)
+        name, module = modules.get(layer, (layer, None))
+        _replace(model, name, module, quantised[layer], scheme.input_activations.strategy)
     return model.eval()
 
 

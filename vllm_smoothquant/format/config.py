@@ -36,6 +36,8 @@ OLDEST_VERSION = 1  # has no `transforms`; adapters of the source model do not f
 # transformers then refuses to load and shows this text. Otherwise it casts the weights to float and drops the scales.
 TRANSFORMERS_WEIGHTS = "INT8 for vLLM; transformers needs `import calibration.from_pretrained` (vllm-smoothquant) first"
 
+# A layer of a routed expert, in checkpoint files.
+EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 # The layer that vLLM's attention (MLA) multiplies into other matrices; it reads the weight as floating point.
 ABSORBED = "kv_b_proj"
 # The matrix that rotates hidden states, in `transforms.rotation`.
@@ -119,6 +121,14 @@ class InputActivations:
         return activations
 
 
+def _per_token(value: Any, where: str) -> InputActivations:
+    activations = InputActivations.from_dict(value, where)
+    if activations != InputActivations():
+        fix = "calibrate the model again: vLLM's kernels for experts have a dynamic scale for each token"
+        raise SmoothQuantError(where, "dynamic per_token activations", repr(value), fix)
+    return activations
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How one linear layer is quantised."""
@@ -169,6 +179,7 @@ class CheckpointConfig:
 
     ignore: linear layers in floating point. overrides: layers whose activations are scaled in another way than
     `input_activations`. smoothed: layers that have a `smoothing_factor`. transforms: None if nothing was folded.
+    experts: how the activations of routed experts are rounded, always per token; None if these are in floating point.
     """
 
     weights: Weights = field(default_factory=Weights, metadata={"read": partial(_read, Weights)})
@@ -179,6 +190,7 @@ class CheckpointConfig:
     smoothed: frozenset[str] = field(default=frozenset(), metadata={"read": _names})
     ignore: frozenset[str] = field(default=frozenset(), metadata={"read": _names})
     transforms: Transforms | None = field(default=None, metadata={"read": Transforms.from_dict})
+    experts: InputActivations | None = field(default=None, metadata={"read": _per_token})
 
     @classmethod
     def from_dict(cls, value: Any, where: str = "quantization_config") -> "CheckpointConfig":
@@ -191,7 +203,7 @@ class CheckpointConfig:
                 raise SmoothQuantError(at, f"at most {FORMAT_VERSION}", str(version), "upgrade vllm-smoothquant")
             _choice(version, at, tuple(range(OLDEST_VERSION, FORMAT_VERSION + 1)))
             value = {key: entry for key, entry in value.items() if key not in ("quant_method", "format_version")}
-        config = _read(cls, value, where, optional=("overrides", "smoothed", "transforms"))
+        config = _read(cls, value, where, optional=("overrides", "smoothed", "transforms", "experts"))
         for name in sorted(config.ignore & (config.smoothed | set(config.overrides))):
             raise SmoothQuantError(f"{where}.ignore", f"{name} either ignored or quantised", "both", _FIX)
         return config
@@ -207,10 +219,13 @@ class CheckpointConfig:
             "smoothed": sorted(self.smoothed),
             "ignore": sorted(self.ignore),
             **({} if self.transforms is None else {"transforms": self.transforms.to_dict()}),
+            **({} if self.experts is None else {"experts": asdict(self.experts)}),
         }
 
     def scheme(self, name: str) -> Scheme | None:
         """The scheme of the linear layer `name`; None if it stays in floating point."""
         if name in self.ignore:
             return None
+        if EXPERT.search(name):
+            return None if self.experts is None else Scheme(self.weights, self.experts)
         return Scheme(self.weights, self.overrides.get(name, self.input_activations))

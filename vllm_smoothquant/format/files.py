@@ -117,10 +117,12 @@ def header_faults(config: CheckpointConfig, tensors: Headers) -> Iterator[Smooth
         return SmoothQuantError(tensor, expected, got or _describe(tensors, tensor), "export the checkpoint again")
 
     integers = {name for name, (dtype, _) in tensors.items() if dtype == "I8"}
-    experts = {name: match[0] for name in integers if (match := _EXPERTS.match(name))}
-    experts |= {name: name for name in integers - experts.keys() if len(tensors[name][1]) > 2}
+    experts = {name: name for name in integers if len(tensors[name][1]) > 2}
+    if config.experts is None:
+        experts |= {name: match[0] for name in integers if (match := _EXPERTS.match(name))}
     for name in sorted(set(experts.values())):
-        yield fault(name, "floating point, because this plugin serves linear layers but no routed experts", "int8")
+        expected = "one matrix for each expert" if config.experts else "floating point: config.json has no `experts`"
+        yield fault(name, expected, "int8")
     quantised = {name.removesuffix(".weight") for name in integers - experts.keys()}
     for name in sorted((config.smoothed | set(config.overrides)) - quantised):
         yield fault(f"{name}.weight", "int8, because quantization_config names the layer")

@@ -1,4 +1,6 @@
-"""Compile int8_linear.cpp once on the machine that runs it; the library stays below vLLM's cache folder.
+"""Compile int8_linear.cpp and int8_experts.cpp once on the machine that runs them.
+
+The library stays below vLLM's cache folder.
 
 vLLM on a CPU needs a C++ compiler anyway, because torch.compile writes C++ there.
 """
@@ -20,7 +22,8 @@ import torch
 from ..format.errors import SmoothQuantError
 
 SOURCE = Path(__file__).with_name("int8_linear.cpp")
-SOURCES = (SOURCE, SOURCE.with_name("int8_tile.h"))
+EXPERTS = SOURCE.with_name("int8_experts.cpp")
+SOURCES = (SOURCE, EXPERTS, SOURCE.with_name("int8_rows.h"), SOURCE.with_name("int8_tile.h"))
 FLAGS = ("-O3", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 # Instruction sets that int8_tile.h supports, best first -> the compiler flags that enable them.
 TARGETS = {
@@ -70,6 +73,19 @@ def _load(path: Path) -> Callable[..., bool]:
     return function
 
 
+@functools.cache
+def int8_experts() -> Callable[..., bool] | str:
+    """smoothquant_int8_experts of int8_experts.cpp, which is in the same library, or why it is not available here."""
+    linear = int8_linear()
+    if isinstance(linear, str):
+        return linear
+    function: Callable[..., bool] = ctypes.CDLL(str(build(target() or ""))).smoothquant_int8_experts
+    pointer, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_bool
+    function.argtypes = [flag, *[pointer] * 11, number, pointer, *[number] * 5]  # type: ignore[attr-defined]
+    function.restype = flag  # type: ignore[attr-defined]
+    return function
+
+
 def build(target: str) -> Path:
     """The path of the compiled library. Its name has a hash of the sources, the compiler and the flags.
 
@@ -89,7 +105,7 @@ def build(target: str) -> Path:
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder, path.name)
-        command += [str(SOURCE), "-o", str(temporary)]
+        command += [str(SOURCE), str(EXPERTS), "-o", str(temporary)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         temporary.chmod(0o700)
         temporary.rename(path)

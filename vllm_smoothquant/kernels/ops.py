@@ -2,6 +2,7 @@
 
     smoothquant::onednn_tensor_int8     y = (q_x @ q_w^T) * s_x * s_w^T + bias        s_x one number for all tokens
     smoothquant::int8_linear            y = (q_x @ q_w^T) * s_x * s_w^T + bias        q_w int8 [out, in], s_w [out]
+    smoothquant::int8_experts           the routed experts of a block, see int8_experts.cpp
     smoothquant::widened_linear         y = x @ q_w^T        x float32 integers, q_w int8 [out, in], y float32
     smoothquant::quantize_per_token     x * r -> q_x int8 [tokens, in], s_x [tokens, 1]        r float32 [in]
     smoothquant::triton_int8_mm         y = (q_x @ q_w) * s_x * s_w^T + bias        q_w int8 [in, out], s_w [out, 1]
@@ -115,6 +116,52 @@ def int8_linear(
     )
     if not succeeded:
         raise MemoryError(f"no memory for the integers of {tokens} tokens of {in_features}")
+    return y.to(dtype)
+
+
+@_custom_op("CPU", lambda x, *_: torch.empty_like(x))
+def int8_experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    gate_up_sum: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down: torch.Tensor,
+    down_scale: torch.Tensor,
+    down_sum: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    activation: int,
+) -> torch.Tensor:
+    """chosen: int32 [tokens, choices], the experts of each token, negative for those of another rank.
+
+    weights: float32 [tokens, choices]. activation: its place in experts.ACTIVATIONS. Biases are float32.
+    """
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        x = x.to(torch.float32)
+    function = build.int8_experts()
+    assert callable(function), function  # the method of the layer has asked before
+    x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
+    y = torch.empty_like(x)
+    if not len(x):
+        return y.to(dtype)
+    experts = (gate_up, gate_up_scale, gate_up_sum, gate_up_bias, down, down_scale, down_sum, down_bias)
+    succeeded = function(
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
+        *(None if tensor is None else tensor.data_ptr() for tensor in (*experts, chosen, weights)),
+        activation,
+        y.data_ptr(),
+        len(x),
+        chosen.shape[1],
+        len(gate_up),
+        x.shape[1],
+        down.shape[2],
+    )
+    if not succeeded:
+        raise MemoryError(f"no memory for the integers of {len(x)} tokens of {x.shape[1]}")
     return y.to(dtype)
 
 
