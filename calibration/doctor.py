@@ -88,8 +88,8 @@ def advise(facts: Facts) -> Iterator[str]:
     if any(c in (89, 90) for c in capabilities):
         yield "This GPU multiplies FP8 as fast as INT8: use INT8 for checkpoints that must also run on older GPUs."
     yield (
-        "Scheme: the default (one scale per channel and per token) loses least. Static scales (O3) save a pass over "
-        "the activations and fail first: use them only with --alpha auto --max-fallback 10%, and evaluate the result."
+        "Scheme: the default (one scale per channel and per token) loses least. --activations static saves a pass over "
+        "the activations, and keeps a scale per token where static ones would fail; evaluate the result."
     )
 
 
@@ -169,6 +169,7 @@ def _kernels() -> dict[str, dict[str, Any]]:
     """Scheme -> the kernel that would compute it here, and the reason against each kernel that comes before it."""
     try:
         from vllm_smoothquant.kernels.base import request_here
+        from vllm_smoothquant.kernels.cpu import why_not_experts
         from vllm_smoothquant.kernels.select import explain_kernels
     except Exception as error:  # a broken installation raises any error
         fix = "install it again; see Install in the README"
@@ -180,4 +181,8 @@ def _kernels() -> dict[str, dict[str, Any]]:
         chosen = next((kernel for kernel, reason in reasons if reason is None), None)
         passed_over = dict(takewhile(lambda pair: pair[1] is not None, reasons))  # those before the chosen kernel
         kernels[f"--activations {name}"] = {"kernel": chosen, "passed_over": passed_over}
+    ours = "int8-experts"
+    reason = why_not_experts() if request.platform == "cpu" else "it is for CPUs"
+    passed_over = {} if reason is None else {ours: reason}
+    kernels["routed experts"] = {"kernel": ours if reason is None else "vLLM's choice", "passed_over": passed_over}
     return kernels

@@ -21,12 +21,13 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vllm_smoothquant.format import int8
-from vllm_smoothquant.format.config import QUANT_METHOD, CheckpointConfig, Scheme
+from vllm_smoothquant.format.config import EXPERT, QUANT_METHOD, CheckpointConfig, Scheme
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import SCALES, header_faults, read_headers
+from vllm_smoothquant.format.files import SCALES, header_faults, int8_layers, read_headers, read_tensors
 
 from .checkpoint.architecture import architecture_faults
 from .running.modules import LINEAR_TYPES, own_parameters, weight_shape
+from .running.products import ProductLinear, make_linear
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -113,10 +114,14 @@ class SmoothQuantQuantizer(HfQuantizer):
         for fault in (*header_faults(config, headers), *architecture_faults(model, headers)):
             raise fault
         modules = dict(model.named_modules())
-        if config.experts is not None:
-            expected, fix = "layers that are no routed experts", "use vLLM"
-            raise SmoothQuantError(str(folder), expected, "INT8 experts, which transformers stacks", fix)
-        for name in [tensor.removesuffix(".weight") for tensor, (kind, _) in headers.items() if kind == "I8"]:
+        self.folder, self.experts = folder, {name for name in int8_layers(headers) if EXPERT.search(name)}
+        # transformers stacks the integers of experts in one parameter; their scales are read afterwards.
+        if self.experts:
+            patterns = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = {*patterns, r"(^|\.)experts\..*_scale$"}
+        for name in int8_layers(headers):
+            if name in self.experts:
+                continue
             linear, scheme = modules.get(name), config.scheme(name)
             if not isinstance(linear, LINEAR_TYPES) or scheme is None:
                 expected = "a linear layer of that name in the model"
@@ -133,9 +138,25 @@ class SmoothQuantQuantizer(HfQuantizer):
         for name, parameter in model.named_parameters():
             # transformers leaves a renamed tensor of a quantised model in the file's dtype.
             parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
+        if self.experts:
+            self._load_experts(model)
         for name, tensor in model.named_buffers():
             if name.endswith(SCALES) and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
                 raise SmoothQuantError(name, "finite values above zero", "others", "calibrate the model again")
+
+    def _load_experts(self, model: PreTrainedModel) -> None:
+        """Replace the stacked parameters by one layer for each matrix of the files."""
+        make_linear(model)
+        layers = {m.file_name: name for name, m in model.named_modules() if isinstance(m, ProductLinear)}
+        tensors = {name: tensor for name, tensor in read_tensors(self.folder) if EXPERT.search(name)}
+        for file_name in sorted(self.experts):
+            scheme, name = self.quantization_config.config.scheme(file_name), layers.get(file_name)
+            if scheme is None or name is None:
+                raise SmoothQuantError(file_name, "an expert of that name in the model", "none", "use vLLM")
+            layer = Int8Linear(model.get_submodule(name), scheme, False)
+            for suffix in ("weight", "weight_scale"):
+                getattr(layer, suffix).copy_(tensors[f"{file_name}.{suffix}"])
+            model.set_submodule(name, layer.to(model.device))
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False  # users copy the folder instead, because its manifest belongs to it

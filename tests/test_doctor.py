@@ -55,9 +55,12 @@ def test_this_machine_is_described_as_text_and_as_json(capsys, monkeypatch):
     assert cli.main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["vllm"]["plugin"]
-    assert set(facts["kernels"]) == {"--activations token", "--activations tensor", "--activations static"}
-    for name, kernel in facts["kernels"].items():
-        assert kernel["kernel"] in {k.name for k in select.CANDIDATES[facts["vllm"]["platform"]]}, name
+    schemes = {"--activations token", "--activations tensor", "--activations static"}
+    assert set(facts["kernels"]) == {*schemes, "routed experts"}
+    assert facts["kernels"]["routed experts"]["kernel"] in ("int8-experts", "vLLM's choice")
+    for name in schemes:
+        kernel = facts["kernels"][name]["kernel"]
+        assert kernel in {k.name for k in select.CANDIDATES[facts["vllm"]["platform"]]}, name
     if facts["vllm"]["platform"] == "cpu":
         # With VNNI, the faster kernel on this machine is chosen.
         expected = {"vllm", "vnni"} if exact.onednn_is_exact() else {"avx2"}

@@ -10,6 +10,7 @@ from calibration.discovery.discover import discover
 from calibration.discovery.rotations import find_rotations
 from calibration.observation.absmax import needed_absmax, observe_absmax, with_idle_experts
 from calibration.pipeline import calibrate
+from calibration.report.page import report
 from calibration.running.modules import plain_kernels
 from calibration.running.products import (
     ProductLinear,
@@ -160,6 +161,18 @@ def test_an_ignored_expert_keeps_its_whole_block_in_floating_point(tmp_path):
     manifest = calibrate(str(model), tmp_path / "out", dataset=str(text), ignore=ignore, **size)
     assert len([name for name in manifest["kept"] if ".experts." in name]) == 4 * 3
     assert not verify(tmp_path / "out", str(model)).faults
+
+
+def test_the_report_shows_experts_in_one_picture(tmp_path):
+    """Load and error of each expert; their channels share the pictures of a kind."""
+    model, text = tiny_checkpoints.save("olmoe", tmp_path / "model"), tiny_checkpoints.save_text(tmp_path / "t.jsonl")
+    size = {"samples": 4, "seq_len": tiny_checkpoints.SEQ_LEN, "quiet": True, "rotation": "none"}
+    manifest = calibrate(str(model), tmp_path / "out", dataset=str(text), alpha="auto", **size)
+    blocks = manifest["experts"]
+    assert [sum(entry["load"]) for entry in blocks.values()] == [2 * 4 * tiny_checkpoints.SEQ_LEN] * 2
+    figures = report(tmp_path / "out", tmp_path / "page.html")["figures"]
+    assert "experts" in figures
+    assert len(figures) < 12
 
 
 def test_names_of_experts_without_running_the_model():

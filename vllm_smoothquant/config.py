@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig as VllmQuantizationConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -22,13 +21,15 @@ from vllm.platforms import current_platform
 
 from . import adapters
 from .bloom import RepeatingMapper, repeating_mapper
-from .experts import SmoothQuantExpertsMethod
 from .format.config import ABSORBED, QUANT_METHOD, STREAM, CheckpointConfig, Scheme
 from .format.errors import SmoothQuantError
 from .format.files import header_faults, int8_layers, read_headers, read_json, size_faults
 from .hidden_states import check_readers
 from .linear import SmoothQuantLinearMethod
 from .loading import CheckedLoading
+
+# vLLM's class for routed experts, now and before 0.32.
+_EXPERTS = {"RoutedExperts", "FusedMoE"}
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -117,7 +118,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
 
         None means vLLM's floating-point method: embeddings, attention (no scaled KV cache), routed experts.
         """
-        if isinstance(layer, RoutedExperts):
+        if _EXPERTS & {cls.__name__ for cls in type(layer).__mro__}:
             return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
@@ -148,7 +149,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
                 adapters.watch(layer, self.config.transforms.smoothing, self.checkpoint)
         return SmoothQuantLinearMethod(loading, scheme, smoothed, self.check_all_names_seen)
 
-    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+    def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of the routed experts of a block, all or none of which are INT8; None: in floating point."""
         if self.config is None or self.config.experts is None or torch.empty(0).is_meta:
             return None
@@ -158,6 +159,12 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         ignored = any(name.startswith(block) for name in self.config.ignore)
         if ignored or (self.tensors is not None and not names):
             return None
+        try:
+            # Here, because releases before 0.32 have no such class, and serve other checkpoints.
+            from .experts import SmoothQuantExpertsMethod
+        except ImportError as error:
+            fix = "upgrade vLLM, or calibrate the model again with --ignore '*.experts.*'"
+            raise SmoothQuantError(prefix, "vLLM 0.32 or newer for INT8 experts", error, fix) from error
         per_channel = self.config.weights.strategy == "channel"
         return SmoothQuantExpertsMethod(prefix, per_channel, layer, self.check_all_names_seen)
 

@@ -26,8 +26,8 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from .format.errors import SmoothQuantError
-from .kernels import build
 from .kernels.base import frozen, logger
+from .kernels.cpu import why_not_experts
 from .kernels.ops import int8_experts
 
 # What int8_experts.cpp computes, by its number there.
@@ -185,9 +185,6 @@ def _why_not_ours(layer: RoutedExperts) -> str | None:
     """The reason why our own product does not serve these experts; None if it does."""
     if not current_platform.is_cpu():
         return "our own product for experts is for CPUs"
-    if torch.cpu._is_amx_tile_supported():
-        return "vLLM multiplies with AMX here"
     if layer.activation not in ACTIVATIONS:
         return f"our own product for experts has no {layer.activation.value}"
-    library = build.int8_experts()
-    return library if isinstance(library, str) else None
+    return why_not_experts()

@@ -41,11 +41,27 @@ def manifest(
         "groups": [smoothing.describe(group) for group in observation.graph.groups],
         "not_folded": [str(refusal) for refusal in observation.graph.refusals],
         "sinks": observation.sinks,
-        **({"idle_experts": observation.idle_experts} if expert_blocks(source.model) else {}),
+        **({"experts": experts} if (experts := _experts(observation)) else {}),
         "gate": gate_report,
         "quantized": [],
         "kept": observation.in_float,
         "carried": carried,
         "versions": versions(),
         "files": file_hashes(folder),
+    }
+
+
+def _experts(observation: Observation) -> dict[str, Any]:
+    """Block of experts -> its layers by expert, the tokens that each got in a sample of the text, those that got none.
+
+    `idle` is about the whole calibration text, `load` about a part of it.
+    """
+    idle = set(observation.idle_experts)
+    return {
+        block: {
+            "layers": experts,
+            "load": observation.expert_load.get(block, []),
+            "idle": [number for number, layers in enumerate(experts) if idle & set(layers)],
+        }
+        for block, experts in expert_blocks(observation.source.model).items()
     }

@@ -22,9 +22,7 @@ from ..discovery.graph import Graph
 from ..running.hooks import hooked
 from ..running.modules import decoder_of
 from ..running.precision import fast_arithmetic
-from ..running.products import expert_blocks
-
-OUTPUT = ":output"
+from .experts import OUTPUT, with_idle_experts
 
 
 def output_of(name: str) -> str:
@@ -99,25 +97,6 @@ def observe_absmax(
         for batch in input_ids.split(batch_size):
             decoder(input_ids=batch.to(device), use_cache=False)
     return checked(names, with_idle_experts(model, absmax))
-
-
-def idle_experts(model: nn.Module, absmax: Mapping[str, torch.Tensor]) -> list[str]:
-    """Layers of routed experts that no token reached."""
-    blocks = expert_blocks(model).values()
-    return [name for block in blocks for layers in block for name in layers if name not in absmax]
-
-
-def with_idle_experts(model: nn.Module, absmax: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`absmax` and, for experts that no token reached, the maxima over the other experts of their block."""
-    filled = dict(absmax)
-    for block in expert_blocks(model).values():
-        for same in zip(*block, strict=True):  # the same layer of each expert
-            for suffix in ("", OUTPUT):
-                known = [absmax[name + suffix] for name in same if name + suffix in absmax]
-                if known:
-                    union = torch.stack(known).amax(0)
-                    filled |= {name + suffix: union for name in same if name + suffix not in absmax}
-    return filled
 
 
 def checked(names: Iterable[str], absmax: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ class Observation:
     tokens, float32 [in] on the CPU, of `layers` and of every reader of a group. sinks: see sinks.py. passes: "block by
     block", or the reason why not. batch_size: samples that ran together. rotation: what the model was rotated by;
     rotated: the manifest's entry. idle_experts: layers of experts that no token reached; their absmax is that of the
-    others.
+    others. expert_load: block of experts -> how many of `search_ids` each gets.
     """
 
     source: Source
@@ -40,6 +40,7 @@ class Observation:
     rotation: Rotation | None = None
     rotated: dict[str, Any] = field(default_factory=dict)
     idle_experts: list[str] = field(default_factory=list)
+    expert_load: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -48,8 +49,12 @@ class Observation:
     @property
     def search_ids(self) -> torch.Tensor:
         """int64 [samples, tokens]: about SEARCH_TOKENS tokens of the calibration samples."""
-        ids = self.samples.input_ids
-        return ids[: max(1, SEARCH_TOKENS // ids.shape[1])]
+        return some_of(self.samples.input_ids)
+
+
+def some_of(ids: torch.Tensor) -> torch.Tensor:
+    """About SEARCH_TOKENS of `ids` [samples, tokens]."""
+    return ids[: max(1, SEARCH_TOKENS // ids.shape[1])]
 
 
 def input_range(absmax: torch.Tensor, factor: torch.Tensor | None) -> float:

@@ -24,10 +24,11 @@ from ..rotation.rotation import Rotation
 from ..running.modules import LINEAR_TYPES, decoder_of, output_head, weight_shape
 from ..running.precision import compute_dtype, fast_arithmetic
 from ..running.progress import Progress
-from .absmax import checked, idle_experts, needed_absmax, observed_layer, output_of, watching_absmax, with_idle_experts
+from .absmax import checked, needed_absmax, observed_layer, output_of, watching_absmax
 from .block_outputs import BlockOutputs
 from .blocks import BlockNotIsolated, Blocks, run, try_whole
-from .observation import Observation
+from .experts import expert_load, idle_experts, with_idle_experts
+from .observation import Observation, some_of
 from .resume import ObservationStore
 from .saved import START_OVER, Absmax, load_observation, save_observation
 from .sinks import SAMPLES, name_sinks, watching_peaks
@@ -77,6 +78,7 @@ def observe(
         rotation=rotation,
         rotated=rotated or {},
         idle_experts=[name for name in idle_experts(source.model, absmax) if name in layers],
+        expert_load=expert_load(source.model, some_of(samples.input_ids)),
     )
 
 

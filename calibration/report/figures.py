@@ -6,6 +6,7 @@ light page and on a dark one.
 """
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -38,8 +39,8 @@ STANDS_OUT = 100
 
 
 def kind_of(layers: Sequence[str]) -> str:
-    """The names of `layers` within their block: "self_attn.q_proj, k_proj, v_proj"."""
-    first, *others = [name.removeprefix(f"{block_of(name)}.") for name in layers]
+    """The names of `layers` within their block, without the number of an expert: "self_attn.q_proj, k_proj, v_proj"."""
+    first, *others = [_NUMBER.sub(".*.", name.removeprefix(f"{block_of(name)}.")) for name in layers]
     parent = first.rpartition(".")[0]
     return ", ".join([first, *(name.removeprefix(f"{parent}.") if parent else name for name in others)])
 
@@ -47,6 +48,30 @@ def kind_of(layers: Sequence[str]) -> str:
 def block_label(layers: Sequence[str]) -> str:
     """The number of the block, or the name of a layer outside all blocks."""
     return block_of(layers[0]).rpartition(".")[2] or layers[0]
+
+
+_NUMBER = re.compile(r"\.\d+\.")
+
+
+@mpl.rc_context(STYLE)
+def experts(blocks: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+    """Blocks by experts, one picture for each quantity. blocks: label -> quantity -> one number for each expert."""
+    quantities = list(next(iter(blocks.values())))
+    figure = Figure(
+        figsize=(WIDTH, len(quantities) * (min(0.12 * len(blocks), 4.0) + 1.1)), dpi=DPI, layout="constrained"
+    )
+    figure.suptitle("routed experts", weight="bold")
+    widest = max(len(values) for found in blocks.values() for values in found.values())
+    for axes, quantity in zip(np.atleast_1d(figure.subplots(len(quantities), 1, sharex=True)), quantities, strict=True):
+        rows = np.full((len(blocks), widest), np.nan)
+        for row, found in zip(rows, blocks.values(), strict=True):
+            row[: len(found[quantity])] = found[quantity]
+        image = axes.imshow(rows, cmap=COLOURS, aspect="auto", interpolation="nearest")
+        axes.set(title=quantity, ylabel="block", yticks=range(len(blocks)), yticklabels=list(blocks))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
+    axes.set_xlabel("expert")
+    return _png(figure)
 
 
 def by_kind(channels: Sequence[Channels]) -> dict[str, list[Channels]]:
@@ -145,10 +170,12 @@ def heat_maps(kind: str, members: Sequence[Channels]) -> bytes:
 @mpl.rc_context(STYLE)
 def by_block(title: str, values: Mapping[str, float], *, log: bool) -> bytes:
     """One number for every layer or group, by block, with a line for each kind. values: name -> number."""
-    kinds: dict[str, list[tuple[int, float]]] = {}
+    found: dict[str, dict[int, list[float]]] = {}
     for name, value in values.items():
         if block := block_of(name):
-            kinds.setdefault(kind_of([name]), []).append((int(block.rpartition(".")[2]), value))
+            found.setdefault(kind_of([name]), {}).setdefault(int(block.rpartition(".")[2]), []).append(value)
+    # Of experts, the mean over those of a block.
+    kinds = {kind: [(block, float(np.mean(each))) for block, each in blocks.items()] for kind, blocks in found.items()}
     figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for i, (kind, points) in enumerate(kinds.items()):

@@ -29,6 +29,7 @@ from ..checkpoint.channel_statistics import Channels
 from ..checkpoint.model_card import rotated_parts
 from ..checkpoint.verify import SATURATED
 from ..evaluation.columns import cells
+from ..running.modules import block_of
 
 HERE = Path(__file__).parent
 # The page must open on a phone: limits for its bytes, and for the bytes of the channel curves among them.
@@ -119,6 +120,8 @@ def gather(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
             }
             for sink in manifest.get("sinks", [])
         ],
+        "experts": _experts(manifest.get("experts", {}), errors),
+        "idle_experts": sum(len(entry["idle"]) for entry in manifest.get("experts", {}).values()),
         "perplexities": {str(k): float(v) for k, v in manifest.get("simulated_perplexity", {}).items()},
         "rotated": rotated_parts(manifest),
         "gate": float(manifest["gate"]["logits"]["change"]),
@@ -156,6 +159,8 @@ def draw(facts: Mapping[str, Any], channels: Sequence[Channels]) -> dict[str, by
             images[f"channels-{i}"] = figures.heat_maps(kind, members)
     if facts["errors"]:
         images["errors"] = figures.by_block("error of each layer as served", facts["errors"], log=True)
+    if facts["experts"]:
+        images["experts"] = figures.experts(facts["experts"])
     alphas = {name: alpha for name, alpha in facts["alphas"].items() if alpha is not None}
     if len(set(alphas.values())) > 1:
         images["alphas"] = figures.by_block("alpha of each group (none: not smoothed)", alphas, log=False)
@@ -183,6 +188,21 @@ def profiles(channels: Sequence[Channels]) -> list[dict[str, Any]]:
             curves[name] = {"low": low, "high": high, "before": before, "after": after}
         entries.append({"layers": list(c.layers), "channels": len(c.activations), "curves": curves})
     return entries
+
+
+def _experts(blocks: Mapping[str, Any], errors: Mapping[str, float]) -> dict[str, dict[str, list[float]]]:
+    """Number of a block -> quantity -> one value for each of its experts."""
+    found = {}
+    for block, entry in blocks.items():
+        experts = [[str(name) for name in layers] for layers in entry["layers"]]
+        load = [float(count) for count in entry["load"]]
+        quantities = {"tokens of the search sample": load} if len(load) == len(experts) else {}
+        if any(name in errors for layers in experts for name in layers):
+            known = [[errors[name] for name in layers if name in errors] for layers in experts]
+            quantities["error as served, mean over its layers"] = [float(np.mean(e)) if e else math.nan for e in known]
+        if quantities:
+            found[block_of(block).rpartition(".")[2] or block] = quantities
+    return found
 
 
 def _scheme(config: CheckpointConfig, name: str) -> str:

@@ -63,6 +63,26 @@ def test_two_ranks_serve_the_reference(tmp_path: Path) -> None:
     assert distance(served, exact).mean() < 1.25 * distance(reference(folder, ids, torch.bfloat16), exact).mean()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_routed_experts_are_as_good_as_bfloat16(tmp_path: Path, mode: str) -> None:
+    """INT8 experts through vLLM's own choice of a kernel (Triton)."""
+    from calibration.pipeline import calibrate
+    from tests.helpers import tiny_checkpoints
+    from tests.test_served_models import distance, reference
+
+    model, text = (
+        tiny_checkpoints.save("qwen3-moe", tmp_path / "model"),
+        tiny_checkpoints.save_text(tmp_path / "t.jsonl"),
+    )
+    size = {"samples": 4, "seq_len": tiny_checkpoints.SEQ_LEN, "quiet": True, "rotation": "none"}
+    calibrate(str(model), tmp_path / "out", dataset=str(text), **size)
+    ids = [list(range(3, 43))]
+    served = engine.logprobs(tmp_path / "out", ids, vocabulary=True, environment=ENVIRONMENT, **LLM, **MODES[mode])
+    exact = reference(tmp_path / "out", ids)
+    ours = distance([s[:, : e.shape[1]] for s, e in zip(served, exact, strict=True)], exact).mean()
+    assert ours < 1.25 * distance(reference(tmp_path / "out", ids, torch.bfloat16), exact).mean()
+
+
 def own_logprobs(model: nn.Module, ids: list[int]) -> torch.Tensor:
     """float32 [n - 1]: log-probabilities of the tokens of a prompt at positions 1 to n - 1."""
     with torch.no_grad():

@@ -97,6 +97,14 @@ class Avx2(Compiled):
     name = "avx2"
 
 
+def why_not_experts() -> str | None:
+    """The reason why our product for routed experts does not serve on this CPU; None if it does."""
+    if torch.cpu._is_amx_tile_supported():
+        return "vLLM multiplies with AMX here"
+    library = build.int8_experts()
+    return library if isinstance(library, str) else None
+
+
 class Float32Integers(Kernel):
     """The same integers in float32, where neither oneDNN nor our product can serve. Its sums are exact for any `in`.
 
