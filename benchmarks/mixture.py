@@ -64,8 +64,8 @@ Written by `python -m benchmarks.mixture`; not by hand. {machine}
 Both models were trained here for {steps} steps on Wikipedia articles: a Qwen3-MoE of 4 layers with {experts} experts,
 {choices} for each token, and a dense Qwen3 whose MLP has the size of those {choices}. Calibrated on {samples} x
 {length} tokens of the same articles, scored on {windows} x {length} tokens of others; weights per channel, activations
-per token. KL: nats per token from floating point, ± its standard error over the windows; simulated, with the integers
-that vLLM serves.
+per token. KL: hundred-thousandths of a nat per token from floating point, ± its standard error over the windows;
+simulated, with the integers that vLLM serves.
 
 | recipe | mixture | dense |
 |---|---|---|
@@ -119,19 +119,24 @@ def measure(name: str) -> dict[str, list[float]]:
     return figures
 
 
-def main() -> None:
-    figures = {name: measure(name) for name in MODELS}
+def page(figures: dict[str, dict[str, list[float]]]) -> str:
     text = HEADER.format(
         machine=describe(), steps=STEPS, experts=EXPERTS, choices=CHOICES, samples=SAMPLES, length=small_opt.LENGTH,
         windows=WINDOWS,
     )  # fmt: skip
     for recipe in RECIPES:
         cells = [
-            f"{found[recipe][0]:.5f} ± {found[recipe][1]:.5f}" if recipe in found else "" for found in figures.values()
+            f"{1e5 * found[recipe][0]:.1f} ± {1e5 * found[recipe][1]:.1f}" if recipe in found else ""
+            for found in figures.values()
         ]
         text += f"| {recipe} | {' | '.join(cells)} |\n"
+    return text
+
+
+def main() -> None:
+    figures = {name: measure(name) for name in MODELS}
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
-    OUTPUT.write_text(text)
+    OUTPUT.write_text(page(figures))
     print(json.dumps(figures))
 
 

@@ -36,6 +36,8 @@ ONE_BY_ONE = (
     "mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "olmoe", "phimoe", "deepseek-v2", "deepseek-v3", "qwen3-next",
 )  # fmt: skip
 STACKED = ("granite-moe", "gpt-oss")
+# Its router is a class of linear layer with another forward, so that the norm before it is not folded.
+OWN_ROUTER = ("phimoe",)
 
 
 def linear(name):
@@ -47,14 +49,15 @@ def linear(name):
     return model, ids, before
 
 
-@pytest.mark.parametrize("name", [*ONE_BY_ONE, *STACKED])
+@pytest.mark.parametrize("name", list(tiny_architectures.ZOO))
 def test_the_function_stays_the_same_bit_for_bit(name):
     model, ids, before = linear(name)
     with torch.no_grad(), plain_kernels(model):
-        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, before, rtol=0, atol=0, equal_nan=True)
     assert bool(expert_blocks(model)) == (name in ONE_BY_ONE)
     routers = [m for m in model.modules() if isinstance(m, ProductLinear) and "experts." not in m.file_name]
-    assert routers, "also of stacked experts"
+    assert bool(routers) == (name in (*ONE_BY_ONE, *STACKED) and name not in OWN_ROUTER), "also of stacked experts"
+    assert all(isinstance(m.weight, torch.nn.Parameter) for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
@@ -71,7 +74,7 @@ def test_every_expert_runs_and_the_function_stays(name):
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6 * float(before.abs().max()))
 
 
-@pytest.mark.parametrize("name", ONE_BY_ONE)
+@pytest.mark.parametrize("name", [name for name in ONE_BY_ONE if name not in OWN_ROUTER])
 def test_all_experts_and_the_router_follow_the_norm(name):
     model, ids, _ = linear(name)
     graph = discover(model, ids)

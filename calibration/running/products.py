@@ -187,7 +187,9 @@ def make_linear(model: PreTrainedModel) -> None:
 def _candidates(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
     """Name -> (module, parameter) of each matrix, or stack of matrices, of a module that is none of torch's."""
     for prefix, module in model.named_modules():
-        if type(module).__module__.startswith("torch.") or isinstance(module, nn.Embedding | Conv1D):
+        # A linear layer, an embedding, a convolution, or a subclass of one: what it computes is known.
+        known = (cls for cls in type(module).__mro__ if cls is not nn.Module and cls.__module__.startswith("torch."))
+        if any(known) or isinstance(module, Conv1D):
             continue
         for name, parameter in own_parameters(module).items():
             if parameter.dim() in (2, 3) and parameter.is_floating_point():
