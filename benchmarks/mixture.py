@@ -24,7 +24,7 @@ from calibration.evaluation.windows import token_windows
 from calibration.observation.observation import Observation
 from calibration.options import Options
 from calibration.pipeline import observe_model
-from calibration.running.products import expert_blocks
+from calibration.running.products import expert_blocks, expert_layers
 from calibration.smoothing import simulate
 from calibration.smoothing.plan import make_plan
 from demo import assets
@@ -83,7 +83,7 @@ def model_dir(name: str) -> Path:
 
 def without_experts(observation: Observation) -> Observation:
     """`observation` without the groups that an expert reads or that divide an expert's rows."""
-    experts = {name for block in expert_blocks(observation.model).values() for layers in block for name in layers}
+    experts = expert_layers(observation.model)
     groups = tuple(
         group
         for group in observation.graph.groups

@@ -26,6 +26,7 @@ from calibration.smoothing.gate import check_equivalence
 from calibration.smoothing.rotation_gate import check_rotation
 from tests.helpers import engine, tiny_architectures, tiny_checkpoints
 from tests.helpers.reference import load_reference
+from vllm_smoothquant.config import SmoothQuantVllmConfig
 from vllm_smoothquant.format import int8
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import int8_layers, read_headers, read_tensors
@@ -164,6 +165,28 @@ def test_an_ignored_expert_keeps_its_whole_block_in_floating_point(tmp_path):
     manifest = calibrate(str(model), tmp_path / "out", dataset=str(text), ignore=ignore, **size)
     assert len([name for name in manifest["kept"] if ".experts." in name]) == 4 * 3
     assert not verify(tmp_path / "out", str(model)).faults
+
+
+def test_experts_do_not_fall_back(tmp_path):
+    """vLLM computes those of a block at once; the layers beside them do."""
+    model, text = tiny_checkpoints.save("mixtral", tmp_path / "model"), tiny_checkpoints.save_text(tmp_path / "t.jsonl")
+    size = {"samples": 4, "seq_len": tiny_checkpoints.SEQ_LEN, "quiet": True, "rotation": "none"}
+    manifest = calibrate(str(model), tmp_path / "out", dataset=str(text), max_fallback=0.9, **size)
+    assert manifest["fallen_back"]
+    assert not any(".experts." in name for name in manifest["fallen_back"])
+
+
+def test_a_block_with_some_experts_in_int8_is_refused_by_the_plugin():
+    names = [f"model.layers.0.mlp.experts.{i}.down_proj" for i in range(2)]
+    per_token = {"num_bits": 8, "strategy": "token", "dynamic": True}
+    entry = {
+        "quant_method": "smoothquant", "format_version": 2, "weights": {"num_bits": 8, "strategy": "channel"},
+        "input_activations": per_token, "experts": per_token, "ignore": names[:1],
+    }  # fmt: skip
+    read = SmoothQuantVllmConfig.from_config(entry)
+    read.tensors = read.quantised = frozenset(names[1:])
+    with pytest.raises(SmoothQuantError, match=r"all experts of .* in INT8 or none"):
+        read._experts_method(torch.nn.Module(), "model.layers.0.mlp.experts")
 
 
 def test_the_report_shows_experts_in_one_picture(tmp_path):

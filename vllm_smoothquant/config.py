@@ -156,7 +156,12 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         block = prefix.removesuffix(".routed_experts") + "."
         names = {name for name in self.quantised if name.startswith(block)}
         self._seen_layers |= names
-        ignored = any(name.startswith(block) for name in self.config.ignore)
+        ignored = sorted(name for name in self.config.ignore if name.startswith(block))
+        if ignored and names:
+            expected = f"all experts of {prefix} in INT8 or none, because vLLM computes them at once"
+            raise SmoothQuantError(
+                "quantization_config.ignore", expected, f"{ignored[0]} and {len(ignored) - 1} more", "calibrate again"
+            )
         if ignored or (self.tensors is not None and not names):
             return None
         try:

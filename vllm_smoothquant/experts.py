@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
@@ -29,6 +30,7 @@ from .format.errors import SmoothQuantError
 from .kernels.base import frozen, logger
 from .kernels.cpu import why_not_experts
 from .kernels.ops import int8_experts
+from .loading import fill
 
 # What int8_experts.cpp computes, by its number there.
 ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
@@ -46,6 +48,8 @@ class SmoothQuantExpertsMethod(FusedMoEMethodBase):
         super().__init__(layer.moe_config)
         self.prefix, self.per_channel, self.when_built = prefix, per_channel, when_built
         self.loaded: dict[str, set[tuple[int, str]]] = {}
+        vllm_config = get_current_vllm_config_or_none()  # --load-format dummy: vLLM loads no files
+        self.dummy = vllm_config is not None and vllm_config.load_config.load_format == "dummy"
         self.ours = _why_not_ours(layer) is None
         if not self.ours:
             try:
@@ -142,6 +146,9 @@ class SmoothQuantExpertsMethod(FusedMoEMethodBase):
 
     def _check_complete(self, layer: RoutedExperts) -> None:
         """Every scale of every expert of this rank was loaded, and each matrix that has a scale."""
+        if self.dummy:
+            fill(layer, (name for name in self.loaded if not name.endswith("bias")))
+            return
         for name in ("w13", "w2"):
             scale, matrices = getattr(layer, f"{name}_weight_scale").data, self.loaded[f"{name}_weight"]
             missing = self.loaded[f"{name}_weight_scale"] ^ matrices

@@ -75,7 +75,7 @@ class CheckedLoading:
     def check_complete(self, layer: Layer) -> None:
         """Check that every tensor of every shard was loaded, and that both sides have a bias or neither has."""
         if self.dummy:
-            _fill(layer, self.loaded)
+            fill(layer, self.loaded)
             return
         for tensor in self.loaded:
             self._check_tensor(layer, tensor)
@@ -158,11 +158,11 @@ class CheckedLoading:
 _LOADER = f"{CheckedLoading.checked.__qualname__}.<locals>.load"
 
 
-def _fill(layer: Layer, tensors: Iterable[str]) -> None:
+def fill(layer: Layer, tensors: Iterable[str]) -> None:
     """Integers and positive scales for a model that is served without weights. vLLM fills floating point only."""
     for tensor in tensors:
         data = getattr(layer, tensor).data
-        if tensor == "weight":
+        if tensor.endswith("weight"):
             data.copy_(torch.arange(data.numel(), device=data.device).reshape(data.shape) % 255 - 127)
         else:
             data.fill_(1e-3)

@@ -15,7 +15,7 @@ from vllm_smoothquant.format.config import ABSORBED
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..running.modules import LINEAR_TYPES, output_head, own_parameters, weight_shape
-from ..running.products import ProductLinear, expert_blocks
+from ..running.products import ProductLinear, expert_blocks, expert_layers
 from .graph import Graph
 
 # Smaller layers (a gate of one output) are cheap in floating point, and vLLM keeps them there.
@@ -48,7 +48,7 @@ def choose_linears(
     linears = {name: m for name, m in model.named_modules() if isinstance(m, LINEAR_TYPES)}
     ignored = {name for pattern in sorted(ignore) for name in _matching(pattern, linears)}
     head = output_head(model)
-    experts = {name for block in expert_blocks(model).values() for layers in block for name in layers}
+    experts = expert_layers(model)
     mixers = {name: why for child, why in FLOAT_MIXERS.items() for name in _parents_of(linears, child)}
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 

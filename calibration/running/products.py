@@ -107,6 +107,11 @@ def expert_blocks(model: nn.Module) -> dict[str, list[list[str]]]:
     return blocks
 
 
+def expert_layers(model: nn.Module) -> set[str]:
+    """The linear layers of all routed experts."""
+    return {name for block in expert_blocks(model).values() for layers in block for name in layers}
+
+
 def module_name(model: nn.Module, name: str) -> str | None:
     """transformers' own name of the linear layer `name`: of the module that has a router's weight; None for experts."""
     if not isinstance(model.get_submodule(name), ProductLinear):

@@ -30,6 +30,7 @@ from ..options import ACTIVATIONS
 from ..running.hooks import hooked
 from ..running.modules import decoder_blocks, decoder_of
 from ..running.precision import fast_arithmetic
+from ..running.products import expert_layers
 from . import simulate
 from .search import relative_error
 from .simulate import LayerScheme
@@ -58,9 +59,11 @@ def rank_fallbacks(observation: Observation, layers: Mapping[str, LayerScheme], 
     """The fallbacks of at most `most` layers, the largest gain first.
 
     Layers that read one tensor fall back together, because vLLM runs them as one layer. If a scale per token does not
-    halve their error, they go to floating point.
+    halve their error, they go to floating point. Routed experts do not fall back, because vLLM runs those of a block as
+    one.
     """
-    candidates = []
+    candidates, experts = [], expert_layers(observation.model)
+    layers = {name: layer for name, layer in layers.items() if name not in experts}
     ids = observation.samples.input_ids[:SAMPLES]
     for names, (error, token_error) in block_errors(observation.model, observation.graph, layers, ids).items():
         to = TOKEN if token_error <= error / 2 else FLOAT

@@ -20,7 +20,7 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..observation.observation import Observation, input_range
 from ..options import Options
-from ..running.products import expert_blocks
+from ..running.products import expert_layers
 from . import fallback, simulate
 from .factors import Smoothing, smooth_groups
 from .fallback import Fallback
@@ -120,7 +120,7 @@ def _plan(
     """The plan after `fallbacks`. The alphas of a grid are compared under the schemes that the fallbacks leave."""
     scheme = options.scheme
     target = {name: item.to for item in fallbacks for name in item.names}
-    experts = {name for block in expert_blocks(observation.model).values() for layers in block for name in layers}
+    experts = expert_layers(observation.model)
     schemes = {
         # No kernel for experts has another scale than one for each token.
         name: fallback.per_token(scheme) if name in experts or target.get(name) == fallback.TOKEN else scheme
