@@ -71,7 +71,7 @@ def test_every_expert_runs_and_the_function_stays(name):
     with torch.no_grad(), plain_kernels(model), every_expert(model):
         after = model(input_ids=ids, use_cache=False).logits
     assert ran == layers
-    # The outputs of more experts are added, all but the chosen ones times zero.
+    # The outputs of more experts are added, those that were not chosen times zero.
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6 * float(before.abs().max()))
 
 
