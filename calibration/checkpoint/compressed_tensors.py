@@ -98,7 +98,7 @@ def translate(folder: Path, config: dict[str, Any]) -> Translation:
     model = empty_model(folder)
     in_float = _float_layers(model, kinds)
     most = max(sorted(set(kinds.values())), key=list(kinds.values()).count)
-    experts = {name: kind for name, kind in kinds.items() if EXPERT.search(name)}
+    experts = {name for name in kinds if EXPERT.search(name)}
     overrides = {name: ACTIVATIONS[kind] for name, kind in kinds.items() if kind != most and name not in experts}
     # Only our own checkpoints have this file; the other format does not name it, and keeps it beside the weights.
     factors = folder / TRANSFORMS_FILE

@@ -57,10 +57,12 @@ def observe(
         where, fix = f"--stats {options.stats}", "observe again with --save-stats and the same model, data and seed"
         stats = Path(options.stats)
         absmax, findings = store.processes.from_first(lambda: load_observation(stats, key, where, fix))
-        if missing := [name for name in needed if name not in with_idle_experts(source.model, absmax)]:
+        filled = with_idle_experts(source.model, absmax)
+        if missing := [name for name in needed if name not in filled]:
             raise SmoothQuantError(where, f"the absmax of {missing[0]}", f"none of {len(missing)} layers", fix)
     else:
         absmax, findings = _observe_in_store(options.quiet, source, samples, graph, needed, key, store)
+        filled = with_idle_experts(source.model, absmax)
     if options.save_stats is not None and store.processes.first:
         save_observation(Path(options.save_stats), absmax, key, findings)
     # What is saved names all layers, because a later run may have another --ignore.
@@ -72,7 +74,7 @@ def observe(
         samples,
         graph.with_inputs(layers),
         layers,
-        checked(needed, with_idle_experts(source.model, absmax)),
+        checked(needed, filled),
         in_float,
         **findings,
         rotation=rotation,
