@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -45,20 +46,34 @@ def arms(out_features: int, in_features: int, count: int, dtype: torch.dtype) ->
     from vllm.config import VllmConfig, set_current_vllm_config
 
     from vllm_smoothquant.format.config import Scheme
-    from vllm_smoothquant.kernels import base, build, cpu, stock, timing
+    from vllm_smoothquant.kernels import base, cpu, stock
 
     floats = [torch.randn(out_features, in_features).to(dtype) for _ in range(max(1, count // dtype.itemsize))]
     products: dict[str, Product] = {
         "floating point": lambda x, number: torch.nn.functional.linear(x, floats[number % len(floats)])
     }
-    ours = {kernel.name: kernel for kernel in (cpu.Vnni, cpu.Avx2)}[build.target() or ""]
-    for name, kind in (("oneDNN", stock.VllmChoice), ("ours", ours)):
+    for name, kind in (("oneDNN", stock.VllmChoice), ("ours", cpu.Compiled)):
         request = base.Request("layer", Scheme(), True, dtype, "cpu")
         with set_current_vllm_config(VllmConfig()):
             kernel = kind(request)
-        layers = [timing.random_layer(kernel, seed, out_features, in_features, True) for seed in range(count)]
+        layers = [random_layer(kernel, seed, out_features, in_features) for seed in range(count)]
         products[name] = lambda x, number, kernel=kernel, layers=layers: kernel.apply(layers[number], x, None)
     return products
+
+
+def random_layer(kernel: Any, seed: int, out_features: int, in_features: int) -> Any:
+    """A layer with random weights, as linear.py passes it to `kernel.prepare`, and prepared."""
+    from vllm_smoothquant.kernels.base import frozen
+
+    layer: Any = torch.nn.Module()
+    generator = torch.Generator().manual_seed(seed)
+    shape = (out_features, in_features)
+    layer.weight = frozen(torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8))
+    layer.weight_scale = frozen(torch.ones(out_features, 1))
+    layer.input_scale, layer.input_zero_point, layer.azp_adj, layer.bias = None, None, None, None
+    layer.logical_widths = [out_features]
+    kernel.prepare(layer)
+    return layer
 
 
 def timed(products: dict[str, Product], x: torch.Tensor, count: int, rounds: int) -> dict[str, list[float]]:

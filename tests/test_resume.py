@@ -161,10 +161,10 @@ def test_killed_again_and_again_at_random(source, whole, tmp_path):
     """Each run is killed later than the previous one, so that the last one ends."""
     rng, kills = random.Random(0), 0
     output = tmp_path / "out"
-    for attempt in range(40):
+    for attempt in range(80):
         process = FORK.Process(target=with_own_locks, args=(run, source, output))
         process.start()
-        process.join(rng.uniform(0.05, 0.2) * (attempt + 1))
+        process.join(rng.uniform(0.02, 0.1) * (attempt + 1))
         if process.exitcode is not None:
             assert process.exitcode == 0
             break

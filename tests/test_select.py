@@ -1,8 +1,6 @@
 """The kernel that is selected, and the reasons why the candidates before it are not."""
 
-import time
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch
 from tests.helpers.vllm_layers import STATIC, TENSOR, TOKEN
 from vllm_smoothquant.format.config import Scheme
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.kernels import base, build, cpu, exact, select, stock, timing
+from vllm_smoothquant.kernels import base, build, cpu, exact, select, stock
 
 
 @pytest.mark.parametrize(
@@ -19,9 +17,9 @@ from vllm_smoothquant.kernels import base, build, cpu, exact, select, stock, tim
         ("cpu", None, True, TOKEN, "vllm"),
         ("cpu", None, True, TENSOR, "onednn-tensor"),
         ("cpu", None, True, STATIC, "onednn-tensor"),
-        ("cpu", None, False, TOKEN, "avx2"),
-        ("cpu", None, False, TENSOR, "avx2"),
-        ("cpu", None, False, STATIC, "avx2"),
+        ("cpu", None, False, TOKEN, "compiled"),
+        ("cpu", None, False, TENSOR, "compiled"),
+        ("cpu", None, False, STATIC, "compiled"),
         ("cuda", 75, True, TOKEN, "vllm"),
         ("cuda", 90, True, STATIC, "vllm"),
         ("cuda", 90, True, TENSOR, "cutlass-tensor"),
@@ -40,60 +38,12 @@ def test_the_first_kernel_that_can_serve_is_selected(
     selected: str,
 ) -> None:
     monkeypatch.setattr(exact, "onednn_is_exact", lambda: is_exact)
-    monkeypatch.setattr(build, "target", lambda: None if is_exact else "avx2")
+    monkeypatch.setattr(build, "int8_linear", lambda: print)
+    monkeypatch.setattr(exact, "compiled_is_exact", lambda: True)
     request = base.Request("layer", scheme, True, torch.bfloat16, platform, capability)
     reasons = select.explain_kernels(request)
     assert next(name for name, reason in reasons if reason is None) == selected
     assert all(reason for name, reason in reasons[: [name for name, _ in reasons].index(selected)])
-
-
-@pytest.mark.parametrize(("scheme", "rival"), [(TOKEN, "vllm"), (TENSOR, "onednn-tensor"), (STATIC, "onednn-tensor")])
-def test_vnni_is_selected_if_it_is_faster(monkeypatch: pytest.MonkeyPatch, scheme: Scheme, rival: str) -> None:
-    """Timings of a CPU with VNNI are patched in, so nothing is measured here."""
-    monkeypatch.setattr(exact, "onednn_is_exact", lambda: True)
-    monkeypatch.setattr(exact, "compiled_is_exact", lambda: True)
-    monkeypatch.setattr(build, "target", lambda: "vnni")
-    monkeypatch.setattr(build, "int8_linear", lambda: print)
-    ratios = {1: 0.8, 16: 0.9, 256: 0.7}
-    monkeypatch.setattr(timing, "_ratios", lambda kernel, other, request: ratios if other.name == rival else {})
-    amx = False
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    request = base.Request("layer", scheme, True, torch.bfloat16, "cpu")
-
-    def reason() -> str | None:
-        return dict(select.explain_kernels(request))["vnni"]
-
-    assert reason() is None
-    ratios[16] = 1.1
-    assert reason() == f"measured here: 1.10 of the time of {rival!r} at 16 tokens"
-    assert next(name for name, reason in select.explain_kernels(request) if reason is None) == rival
-    amx = True
-    assert "AMX" in (reason() or "")
-
-
-def test_timing_finds_a_number_of_tokens_with_a_slower_kernel() -> None:
-    """Two kernels that sleep: the first one is faster, except for 16 tokens."""
-
-    class Sleeps(cpu.Float32Integers):
-        def prepare(self, layer: Any) -> None:
-            layer.weight = None
-
-        def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            time.sleep(0.002 if len(x) == 16 else 0.0005)
-            return x
-
-    class Longer(Sleeps):
-        name = "longer"
-
-        def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            time.sleep(0.001)
-            return x
-
-    request = base.Request("layer", TOKEN, True, torch.float32, "cpu")
-    reason = timing.slower_than(Sleeps, Longer, request)
-    assert reason is not None
-    assert reason.endswith("of the time of 'longer' at 16 tokens")
-    assert timing.slower_than(Longer, Sleeps, request) != reason
 
 
 def test_no_kernel_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,9 +80,7 @@ def amx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     for check in ("onednn_is_exact", "compiled_is_exact"):
         monkeypatch.setattr(exact, check, lambda: True)
-    monkeypatch.setattr(build, "target", lambda: "vnni")
     monkeypatch.setattr(build, "int8_linear", lambda: print)
-    monkeypatch.setattr(timing, "_ratios", lambda *_: pytest.fail("nothing is as fast as AMX"))
 
 
 # Sizes [out, in], the first of which vLLM's AMX operator takes.
@@ -153,27 +101,26 @@ def test_vllms_amx_operator_gets_no_float32(
     monkeypatch.setenv("VLLM_CPU_SGL_KERNEL", "1")  # vLLM 0.26 uses the operator on request only
     layer = torch.nn.Module()
     layer.weight = base.frozen(torch.zeros(sizes, dtype=torch.int8))
+    layer.weight_scale = base.frozen(torch.ones(sizes[0], 1))
     stock.VllmChoice(base.Request("layer", TOKEN, True, torch.bfloat16, "cpu")).prepare(layer)
 
     request = base.Request("layer", TOKEN, True, dtype, "cpu", None, *sizes)
     reasons = dict(select.explain_kernels(request))
     chosen = next(name for name, reason in reasons.items() if reason is None)
     if called == ["sgl"] and dtype == torch.float32:
-        assert chosen == "vnni"
+        assert chosen == "compiled"
         assert reasons["vllm"] == "vLLM's AMX operator computes in bfloat16 and float16, not torch.float32"
-        monkeypatch.setattr(build, "target", lambda: None)
+        monkeypatch.setattr(build, "int8_linear", lambda: "no compiler")
         chosen = next(name for name, reason in select.explain_kernels(request) if reason is None)
         assert chosen == "float32-integers"
     else:
         assert chosen == "vllm"
-        assert reasons["vnni"] == "vLLM multiplies with AMX here"
     assert called == ["sgl" if sizes in SIZES[:2] else "onednn"]
 
 
 @pytest.mark.parametrize("scheme", [TENSOR, STATIC])
 def test_onednn_takes_float32_with_amx(amx: None, scheme: Scheme) -> None:
     reasons = dict(select.explain_kernels(base.Request("layer", scheme, True, torch.float32, "cpu")))
-    assert reasons["vnni"] == "vLLM multiplies with AMX here"
     assert reasons["onednn-tensor"] is None
 
 
@@ -195,24 +142,12 @@ def test_a_kernel_is_selected_on_the_meta_device(scheme: Scheme) -> None:
     assert measured == (exact.onednn_is_exact(), exact.compiled_is_exact() if callable(build.int8_linear()) else None)
 
 
-@pytest.mark.parametrize("scheme", [TOKEN, TENSOR, STATIC])
-def test_kernels_are_timed_on_the_meta_device(one_rank: None, monkeypatch: pytest.MonkeyPatch, scheme: Scheme) -> None:
-    monkeypatch.setattr(timing, "FEATURES", 64)
-    monkeypatch.setattr(timing, "ROUNDS", 1)
-    timing._ratios.cache_clear()
-    request = base.Request("layer", scheme, True, torch.float32, "cpu")
-    rival = stock.VllmChoice if request.per_token else cpu.OneDnnTensor
-    with torch.device("meta"):
-        timing.slower_than(cpu.Float32Integers, rival, request)
-    timing._ratios.cache_clear()
-
-
 @pytest.mark.parametrize("operator", exact.ONEDNN_OPERATORS)
 def test_a_vllm_without_onednn_selects_another_kernel(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
     """Builds for Apple silicon and RISC-V have none."""
     others = {name: getattr(torch.ops._C, name) for name in exact.ONEDNN_OPERATORS if name != operator}
     monkeypatch.setattr(torch.ops, "_C", SimpleNamespace(**others))
-    monkeypatch.setattr(build, "target", lambda: None)
+    monkeypatch.setattr(build, "int8_linear", lambda: "no compiler")
     exact.onednn_is_exact.cache_clear()
     for scheme, name in ((TOKEN, "vllm"), (TENSOR, "onednn-tensor"), (STATIC, "onednn-tensor")):
         reasons = dict(select.explain_kernels(base.Request("layer", scheme, True, torch.bfloat16, "cpu")))
@@ -230,20 +165,13 @@ def test_our_product_gets_no_layer_that_its_sums_cannot_hold(monkeypatch: pytest
     warnings: list[str] = []
     monkeypatch.setattr(select.logger, "warning", lambda text, *values: warnings.append(text % values))
     select._warn_slow.cache_clear()
-    for kernel in (cpu.Avx2, cpu.Vnni):
-        compile_pretended(kernel, monkeypatch)
-        for in_features, chosen in ((2**16, kernel.name), (2**16 + 1, "float32-integers"), (73728, "float32-integers")):
-            request = base.Request("layer", scheme, True, torch.bfloat16, "cpu", in_features=in_features)
-            assert select.select_kernel(request).name == chosen
-        assert "our sums hold 65,536 products, and the layer has 73,728 inputs" in warnings[-1]
+    monkeypatch.setattr(build, "int8_linear", lambda: print)
+    monkeypatch.setattr(exact, "compiled_is_exact", lambda: True)
+    for in_features, chosen in ((2**16, "compiled"), (2**16 + 1, "float32-integers"), (73728, "float32-integers")):
+        request = base.Request("layer", scheme, True, torch.bfloat16, "cpu", in_features=in_features)
+        assert select.select_kernel(request).name == chosen
+    assert "our sums hold 65,536 products, and the layer has 73,728 inputs" in warnings[-1]
     wide = torch.nn.Module()
     wide.weight = torch.zeros(1, 2**16 + 1, dtype=torch.int8)
     with pytest.raises(SmoothQuantError, match="at most 65536 inputs"):
-        cpu.Avx2(base.Request("layer", scheme, True, torch.bfloat16, "cpu")).prepare(wide)
-
-
-def compile_pretended(kernel: type[cpu.Compiled], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "target", lambda: kernel.name)
-    monkeypatch.setattr(build, "int8_linear", lambda: print)
-    monkeypatch.setattr(exact, "compiled_is_exact", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        cpu.Compiled(base.Request("layer", scheme, True, torch.bfloat16, "cpu")).prepare(wide)

@@ -59,6 +59,8 @@ OURS: dict[str, list[str]] = {
     "O1": ["--level", "O1"],
     "O2": ["--level", "O2"],
     "O3": ["--level", "O3"],
+    "static, rotated": ["--activations", "static", "--rotation", "always"],
+    "static, not rotated": ["--activations", "static", "--rotation", "none"],
     "default, INT8 head": ["--quantize-lm-head"],
 }
 ARMS = (FLOAT, STOCK, *OURS)
@@ -128,8 +130,8 @@ def checkpoints(model: Model, arms: Sequence[str], folder: Path, samples: int) -
         paths[arm] = folder / file_name(arm)
         if paths[arm].exists():
             continue
-        # One observation is enough for all schemes, but not for another set of layers.
-        reuse = [] if "--quantize-lm-head" in OURS[arm] else ["--stats" if stats.exists() else "--save-stats", stats]
+        # One observation is enough for all schemes, but not for another set of layers or another rotation.
+        reuse = [] if {"--quantize-lm-head", "--rotation"} & set(OURS[arm]) else ["--stats" if stats.exists() else "--save-stats", stats]
         size = ["--dataset", text, "--samples", samples, "--seq-len", model.seq_len]
         words = ["calibrate", paths[FLOAT], "-o", paths[arm], "--quiet", *size, *reuse, *OURS[arm]]
         subprocess.run([sys.executable, "-m", "calibration", *map(str, words)], check=True, cwd=ROOT)

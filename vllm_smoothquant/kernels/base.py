@@ -106,12 +106,10 @@ class Kernel(ABC):
     """One way to compute y. `name` identifies it in explain_kernels and in the debug log.
 
     smooths: `apply` divides x by the layer's smoothing_factor itself; otherwise linear.py divides before the call.
-    only_if_faster: select.py takes this kernel only if it measures it faster than the next candidate.
     """
 
     name: ClassVar[str]
     smooths = False
-    only_if_faster = False
 
     @staticmethod
     @abstractmethod

@@ -9,7 +9,6 @@ from ..format.errors import SmoothQuantError
 from . import build, exact
 from .base import Kernel, Request, frozen, no_rows, packed_elsewhere
 from .ops import int8_linear, onednn_tensor_int8, widened_linear
-from .stock import VllmChoice
 
 
 class OneDnnTensor(Kernel):
@@ -49,12 +48,15 @@ class OneDnnTensor(Kernel):
 
 
 class Compiled(Kernel):
-    """Our own product, exact in integers, compiled where it runs (build.py). `name` is the instruction set."""
+    """Our own product, exact in integers, compiled where it runs (build.py), for what vLLM's kernels do not serve.
 
-    @classmethod
-    def rejects(cls, request: Request) -> str | None:
-        if build.target() != cls.name:
-            return f"the instruction set of our product on this CPU is {build.target() or 'none'}"
+    That is every layer on a CPU on which oneDNN's sums are wrong (exact.onednn_is_exact), and float32 with AMX.
+    """
+
+    name = "compiled"
+
+    @staticmethod
+    def rejects(request: Request) -> str | None:
         if request.in_features > build.MAX_IN_FEATURES:
             return f"our sums hold {build.MAX_IN_FEATURES:,} products, and the layer has {request.in_features:,} inputs"
         library = build.int8_linear()
@@ -75,26 +77,6 @@ class Compiled(Kernel):
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         per_token = self.activations.strategy == "token"
         return int8_linear(x, layer.weight, layer.weight_scale, layer.weight_sum, layer.input_scale, bias, per_token)
-
-
-class Vnni(Compiled):
-    """For CPUs with VNNI that have no AMX, if select.py measures it faster; with AMX, for what vLLM does not serve."""
-
-    name = "vnni"
-    only_if_faster = True
-
-    @classmethod
-    def rejects(cls, request: Request) -> str | None:
-        # vLLM's own AMX operator, or oneDNN, which uses AMX by itself.
-        if torch.cpu._is_amx_tile_supported() and None in (VllmChoice.rejects(request), OneDnnTensor.rejects(request)):
-            return "vLLM multiplies with AMX here"
-        return super().rejects(request)
-
-
-class Avx2(Compiled):
-    """For CPUs on which oneDNN's sums are wrong (exact.onednn_is_exact)."""
-
-    name = "avx2"
 
 
 def why_not_experts() -> str | None:

@@ -9,30 +9,20 @@ packaging/check_vllm.py compares them with what the kernels use. docs/cuda.md gi
 import functools
 
 from ..format.errors import SmoothQuantError
-from . import timing
 from .base import Kernel, Request, logger
-from .cpu import Avx2, Float32Integers, OneDnnTensor, Vnni
+from .cpu import Compiled, Float32Integers, OneDnnTensor
 from .cuda import CutlassTensor, Triton
 from .stock import VllmChoice
 
 CANDIDATES: dict[str, tuple[type[Kernel], ...]] = {
-    "cpu": (Vnni, VllmChoice, OneDnnTensor, Avx2, Float32Integers),
+    "cpu": (VllmChoice, OneDnnTensor, Compiled, Float32Integers),
     "cuda": (VllmChoice, CutlassTensor, Triton),
 }
 
 
 def explain_kernels(request: Request) -> list[tuple[str, str | None]]:
     """(name, reason) of every candidate of the request's platform in order; the reason is None if it can serve."""
-    candidates = CANDIDATES.get(request.platform, ())
-    return [(kernel.name, _reason(request, kernel, candidates[i + 1 :])) for i, kernel in enumerate(candidates)]
-
-
-def _reason(request: Request, kernel: type[Kernel], later: tuple[type[Kernel], ...]) -> str | None:
-    reason = kernel.rejects(request)
-    if reason is None and kernel.only_if_faster:
-        rival = next(k for k in later if k.rejects(request) is None)
-        return None if rival is Float32Integers else timing.slower_than(kernel, rival, request)
-    return reason
+    return [(kernel.name, kernel.rejects(request)) for kernel in CANDIDATES.get(request.platform, ())]
 
 
 def select_kernel(request: Request) -> Kernel:

@@ -46,6 +46,8 @@ class VllmChoice(Kernel):
         self.out_features = layer.weight.shape[0]
         placeholder = packed_elsewhere(layer.weight.data)
         self.kernel.process_weights_after_loading(layer)
+        # oneDNN keeps the address of the scales, and vLLM puts another parameter here when it reloads weights.
+        self.weight_scale = layer.weight_scale.data
         if layer.weight is None:  # vLLM's oneDNN kernel has a packed copy
             layer.weight = placeholder
 
