@@ -131,7 +131,8 @@ def checkpoints(model: Model, arms: Sequence[str], folder: Path, samples: int) -
         if paths[arm].exists():
             continue
         # One observation is enough for all schemes, but not for another set of layers or another rotation.
-        reuse = [] if {"--quantize-lm-head", "--rotation"} & set(OURS[arm]) else ["--stats" if stats.exists() else "--save-stats", stats]
+        other = {"--quantize-lm-head", "--rotation"} & set(OURS[arm])
+        reuse = [] if other else ["--stats" if stats.exists() else "--save-stats", stats]
         size = ["--dataset", text, "--samples", samples, "--seq-len", model.seq_len]
         words = ["calibrate", paths[FLOAT], "-o", paths[arm], "--quiet", *size, *reuse, *OURS[arm]]
         subprocess.run([sys.executable, "-m", "calibration", *map(str, words)], check=True, cwd=ROOT)
