@@ -16,7 +16,8 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import MANIFEST
 
 from .evaluation.evaluate_options import EvaluateOptions
-from .options import Options, add_arguments, apply_recipe, dump_recipe, from_arguments
+from .options import Options, add_arguments, from_arguments
+from .recipe import apply_recipe, dump_recipe
 
 Command = Callable[[argparse.Namespace], int]
 

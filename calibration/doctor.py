@@ -15,8 +15,9 @@ import psutil
 import torch
 
 from vllm_smoothquant import SUPPORTED_VLLM, supports
-from vllm_smoothquant.format.config import QUANT_METHOD, Scheme
+from vllm_smoothquant.format.config import QUANT_METHOD, Scheme, Weights
 from vllm_smoothquant.format.errors import SmoothQuantError
+from vllm_smoothquant.format.int4 import GROUP_SIZES
 
 from .options import ACTIVATIONS
 
@@ -175,12 +176,15 @@ def _kernels() -> dict[str, dict[str, Any]]:
         fix = "install it again; see Install in the README"
         raise SmoothQuantError("vllm", "an installation that can be imported", error, fix) from error
     kernels = {}
-    for name, activations in ACTIVATIONS.items():
-        request = request_here("a linear layer", Scheme(input_activations=activations), True, torch.bfloat16, *SIZES)
+    schemes = {f"--activations {name}": Scheme(input_activations=a) for name, a in ACTIVATIONS.items() if a.rounded}
+    grouped = Weights("group", GROUP_SIZES[0], num_bits=4)
+    schemes |= {f"--bits 4 --activations {name}": Scheme(grouped, ACTIVATIONS[name]) for name in ("none", "token")}
+    for name, scheme in schemes.items():
+        request = request_here("a linear layer", scheme, True, torch.bfloat16, *SIZES)
         reasons = explain_kernels(request)
         chosen = next((kernel for kernel, reason in reasons if reason is None), None)
         passed_over = dict(takewhile(lambda pair: pair[1] is not None, reasons))  # those before the chosen kernel
-        kernels[f"--activations {name}"] = {"kernel": chosen, "passed_over": passed_over}
+        kernels[name] = {"kernel": chosen, "passed_over": passed_over}
     ours = "int8-experts"
     reason = why_not_experts() if request.platform == "cpu" else "it is for CPUs"
     passed_over = {} if reason is None else {ours: reason}

@@ -3,9 +3,9 @@
     import calibration.from_pretrained
     model = AutoModelForCausalLM.from_pretrained(OUT)
 
-The model computes y = (q(x / f) @ q_w^T) * s_x * s_w^T + bias (int8.linear_reference) on the integers as stored. It is
-for inspection and comparison, not for serving. Without this import transformers refuses the checkpoint
-(TRANSFORMERS_WEIGHTS in vllm_smoothquant/format/config.py).
+The model computes y = (q(x / f) @ q_w^T) * s_x * s_w^T + bias (int8.linear_reference, int4.linear_reference) on the
+integers as stored. It is for inspection and comparison, not for serving. Without this import transformers refuses the
+checkpoint (TRANSFORMERS_WEIGHTS in vllm_smoothquant/format/config.py).
 """
 
 import os
@@ -20,10 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from vllm_smoothquant.format import int8
+from vllm_smoothquant.format import int4, int8
 from vllm_smoothquant.format.config import EXPERT, QUANT_METHOD, CheckpointConfig, Scheme
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import SCALES, header_faults, int8_layers, read_headers, read_tensors
+from vllm_smoothquant.format.files import PACKED, SCALES, header_faults, quantised_layers, read_headers, read_tensors
 
 from .checkpoint.architecture import architecture_faults
 from .running.modules import LINEAR_TYPES, own_parameters, weight_shape
@@ -46,10 +46,11 @@ class SmoothQuantHfConfig(QuantizationConfigMixin):
         return self.config.to_dict()
 
 
-class Int8Linear(nn.Module):
-    """A quantised layer with the checkpoint's tensors as stored: int8 weight [out, in], or [in, out] of a Conv1D."""
+class QuantizedLinear(nn.Module):
+    """A quantised layer with the checkpoint's tensors as stored: int8 weight [out, in], or [in, out] of a Conv1D, or
+    weight_packed int32 [out, in / 8].
+    """
 
-    weight: torch.Tensor
     weight_scale: torch.Tensor
     input_scale: torch.Tensor | None
     smoothing_factor: torch.Tensor | None
@@ -57,7 +58,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Module, scheme: Scheme, smoothed: bool) -> None:
         super().__init__()
-        self.strategy, self.transposed = scheme.input_activations.strategy, isinstance(linear, Conv1D)
+        self.scheme, self.transposed = scheme, isinstance(linear, Conv1D)
         out_features, in_features = weight_shape(linear)
         self.register_buffer("input_scale", None)
         for suffix, (dtype, shape) in scheme.tensors(out_features, in_features).items():
@@ -66,20 +67,25 @@ class Int8Linear(nn.Module):
         self.register_buffer("smoothing_factor", torch.empty(in_features, dtype=torch.float32) if smoothed else None)
         self.register_parameter("bias", own_parameters(linear).get("bias"))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "Int8Linear":
-        # `model.to(bfloat16)` must move the scales but leave them in float32.
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
+        # `model.to(float16)` must move the scales but leave their dtype.
         scales = {name: tensor for name, tensor in self._buffers.items() if tensor is not None and name in SCALES}
         super()._apply(fn, recurse)
         for name, tensor in scales.items():
-            self._buffers[name] = tensor.to(self.weight.device)
+            self._buffers[name] = tensor.to(fn(torch.empty(0, device=tensor.device)).device)
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.t() if self.transposed else self.weight
+        activations = self.scheme.input_activations
         optional = {"smoothing_factor": self.smoothing_factor, "bias": self.bias}
+        if self.scheme.weights.num_bits == 4:
+            integers = int4.unpack(self.get_buffer(PACKED))
+            return int4.linear_reference(x, integers, self.weight_scale, per_token=activations.rounded, **optional)
+        weight = self.get_buffer("weight")
         return int8.linear_reference(
-            x, weight, self.weight_scale, strategy=self.strategy, input_scale_static=self.input_scale, **optional
-        )
+            x, weight.t() if self.transposed else weight, self.weight_scale, strategy=activations.strategy,
+            input_scale_static=self.input_scale, **optional,
+        )  # fmt: skip
 
 
 @register_quantizer(QUANT_METHOD)
@@ -114,19 +120,19 @@ class SmoothQuantQuantizer(HfQuantizer):
         for fault in (*header_faults(config, headers), *architecture_faults(model, headers)):
             raise fault
         modules = dict(model.named_modules())
-        self.folder, self.experts = folder, {name for name in int8_layers(headers) if EXPERT.search(name)}
+        self.folder, self.experts = folder, {name for name in quantised_layers(headers) if EXPERT.search(name)}
         # transformers stacks the integers of experts in one parameter; their scales are read afterwards.
         if self.experts:
             patterns = model._keys_to_ignore_on_load_unexpected or ()
             model._keys_to_ignore_on_load_unexpected = {*patterns, r"(^|\.)experts\..*_scale$"}
-        for name in int8_layers(headers):
+        for name in quantised_layers(headers):
             if name in self.experts:
                 continue
             linear, scheme = modules.get(name), config.scheme(name)
             if not isinstance(linear, LINEAR_TYPES) or scheme is None:
                 expected = "a linear layer of that name in the model"
                 raise SmoothQuantError(name, expected, type(linear).__name__, "use vLLM")
-            model.set_submodule(name, Int8Linear(linear, scheme, name in config.smoothed))
+            model.set_submodule(name, QuantizedLinear(linear, scheme, name in config.smoothed))
         in_float32 = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
         self.dtypes = {
             name: parameter.dtype
@@ -153,7 +159,7 @@ class SmoothQuantQuantizer(HfQuantizer):
             scheme, name = self.quantization_config.config.scheme(file_name), layers.get(file_name)
             if scheme is None or name is None:
                 raise SmoothQuantError(file_name, "an expert of that name in the model", "none", "use vLLM")
-            layer = Int8Linear(model.get_submodule(name), scheme, False)
+            layer = QuantizedLinear(model.get_submodule(name), scheme, False)
             for suffix in ("weight", "weight_scale"):
                 getattr(layer, suffix).copy_(tensors[f"{file_name}.{suffix}"])
             model.set_submodule(name, layer.to(model.device))

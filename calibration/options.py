@@ -1,15 +1,7 @@
 """Every option of `smoothquant calibrate`: its default, its check, its help. Each option is written once, here.
 
-The command line's parser, `calibrate()` and recipe.yaml are made from the fields of `Options`. To add an option, add a
-field. Its name on the command line and in a recipe is the field's name with dashes.
-
-    model: HuggingFaceTB/SmolLM2-135M-Instruct        smoothquant calibrate --recipe recipe.yaml -o OUT
-    samples: 128                                      smoothquant calibrate MODEL --print-recipe > recipe.yaml
-    alpha: auto
-    no-smoothing: false
-
-A recipe is read strictly: an unknown key, a repeated key, or a value that the option does not take is an error. An
-option on the command line overrides the recipe's, except that `--ignore` adds to the recipe's list.
+The command line's parser, `calibrate()` and recipe.yaml (recipe.py) are made from the fields of `Options`. To add an
+option, add a field. Its name on the command line and in a recipe is the field's name with dashes.
 """
 
 import argparse
@@ -20,14 +12,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vllm_smoothquant.format.config import InputActivations, Scheme, Weights
 from vllm_smoothquant.format.errors import SmoothQuantError
+from vllm_smoothquant.format.int4 import GROUP_SIZES
 
-RECIPE = "recipe.yaml"
-# Options of a recipe that may be paths.
-PATHS = ("model", "dataset", "chat-template")
 # "512 random sentences from the validation set of the Pile" (section 5.1), as the paper's authors published it.
 DEFAULT_DATASET = "mit-han-lab/pile-val-backup"
 # The paper's three levels (table 2): weights, activations.
@@ -36,6 +24,7 @@ ACTIVATIONS = {
     "token": InputActivations("token", dynamic=True),
     "tensor": InputActivations("tensor", dynamic=True),
     "static": InputActivations("tensor", dynamic=False),
+    "none": InputActivations(num_bits=16),
 }
 # What accelerate distributes itself. Any other word is a device.
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -132,9 +121,18 @@ class Options:
         choices=tuple(LEVELS),
     )  # fmt: skip
     weights: str | None = option(None, "scope of a weight scale (default: channel)", choices=("channel", "tensor"))
+    bits: int = option(8, "bits of a weight: 8, or 4 with a scale for each group of inputs", metavar="8|4", parse=int)
+    group_size: int | None = option(
+        None, "inputs with one scale, for 4-bit weights: 128, 64 or 32 (default: 128)", metavar="N", parse=int,
+    )  # fmt: skip
+    rounding: str | None = option(
+        None, "how 4-bit weights are rounded: gptq corrects the error of a weight in those after it, nearest does not "
+        "(default: gptq)", choices=("gptq", "nearest"),
+    )  # fmt: skip
     activations: str | None = option(
-        None, "scope of an input scale (default: token); static keeps a scale per token where a stored one would more "
-        "than double the error, --level O3 nowhere", choices=tuple(ACTIVATIONS),
+        None, "scope of an input scale (default: token; none with 4-bit weights: inputs are not rounded); static keeps "
+        "a scale per token where a stored one would more than double the error, --level O3 nowhere",
+        choices=tuple(ACTIVATIONS),
     )  # fmt: skip
     max_fallback: float = option(
         0.0, "share of the linear layers, such as 10%%, that may change from static to per-token scales or to floating "
@@ -168,6 +166,7 @@ class Options:
         if self.activations not in (None, implied):
             expected = f"{implied}, which --level {self.level} implies"
             raise SmoothQuantError("--activations", expected, str(self.activations), "give only one of the two options")
+        self._check_bits()
         number = isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1
         if not (number or self.alpha in (None, "auto", "grid")):
             raise SmoothQuantError("--alpha", "a number in [0, 1], auto or grid", str(self.alpha), "the paper uses 0.5")
@@ -186,6 +185,27 @@ class Options:
             if stats and Path(folder).resolve() in (stats, *stats.parents):
                 raise SmoothQuantError("--save-stats", "a file outside the output", str(stats), "choose another file")
 
+    def _check_bits(self) -> None:
+        if self.bits not in (8, 4):
+            raise SmoothQuantError("--bits", "8 or 4", str(self.bits), "choose one")
+        if self.bits == 8:
+            for name, value in (("--group-size", self.group_size), ("--rounding", self.rounding)):
+                if value is not None:
+                    raise SmoothQuantError(name, "4-bit weights", "8 bits", "add --bits 4, or leave it out")
+            if self.activations == "none":
+                raise SmoothQuantError("--activations none", "4-bit weights", "8 bits", "add --bits 4")
+            return
+        if self.group_size not in (None, *GROUP_SIZES):
+            expected = " or ".join(map(str, GROUP_SIZES))
+            raise SmoothQuantError("--group-size", expected, str(self.group_size), "choose one")
+        for name, value in (("--level", self.level), ("--weights", self.weights)):
+            if value is not None:
+                fix = "leave it out: 4-bit weights have a scale for each group"
+                raise SmoothQuantError(name, "8-bit weights", f"{value} with --bits 4", fix)
+        if self.activations not in (None, "none", "token"):
+            fix = "no kernel has 4-bit weights with such scales"
+            raise SmoothQuantError("--activations", "none or token with --bits 4", str(self.activations), fix)
+
     @property
     def static_by_design(self) -> bool:
         """Whether layers that static scales cannot serve keep a scale per token; a level is static everywhere."""
@@ -198,6 +218,9 @@ class Options:
     @property
     def scheme(self) -> Scheme:
         """The scheme of most layers."""
+        if self.bits == 4:
+            group_size = self.group_size or GROUP_SIZES[0]
+            return Scheme(Weights("group", group_size, num_bits=4), ACTIVATIONS[self.activations or "none"])
         weights, activations = LEVELS.get(self.level or "", ("channel", "token"))
         return Scheme(Weights(self.weights or weights), ACTIVATIONS[self.activations or activations])
 
@@ -242,79 +265,3 @@ def add_arguments(parser: argparse.ArgumentParser, options: type, *, smooth: boo
 def from_arguments(options: type, arguments: argparse.Namespace) -> Any:
     """An object of the dataclass `options` from parsed arguments; fields without an argument keep their default."""
     return options(**{f.name: getattr(arguments, f.name) for f in fields(options) if hasattr(arguments, f.name)})
-
-
-def apply_recipe(path: str, parser: argparse.ArgumentParser) -> None:
-    """Make the recipe in the file `path` the defaults of `parser`."""
-    actions = {action.dest: action for action in parser._actions}
-    for name, value in read_recipe(path).items():
-        actions[name].default = value
-        actions[name].required = False  # also of the positional, because argparse then takes its default
-
-
-def read_recipe(path: str) -> dict[str, Any]:
-    """Field name -> value of every option in the recipe. Errors (SmoothQuantError): an invalid key or value."""
-    try:
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise SmoothQuantError(path, "a recipe in YAML", error, "see --print-recipe") from error
-    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
-        raise SmoothQuantError(path, "options and their values", type(recipe).__name__, "see --print-recipe")
-    known = {f.name.replace("_", "-"): f for f in fields(Options)}
-    for key in recipe:
-        if key not in known:
-            raise SmoothQuantError(f"{path}: {key}", f"one of {', '.join(known)}", "an unknown key", "remove it")
-    return {known[key].name: _recipe_value(f"{path}: {key}", known[key], value) for key, value in recipe.items()}
-
-
-def dump_recipe(values: Mapping[str, Any], *, published: bool = False) -> str:
-    """The text of the recipe with `values`: field name -> value, defaults included.
-
-    published: for others to read, without the folders of this machine.
-    """
-    recipe = {f.name.replace("_", "-"): values[f.name] for f in fields(Options) if f.metadata["recipe"]}
-    if published:
-        recipe |= {key: public_name(recipe[key]) for key in PATHS if recipe.get(key)}
-    recipe = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
-    return yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}, sort_keys=False)
-
-
-def _recipe_value(where: str, option: Any, value: Any) -> Any:
-    """`value` as the command line's parser would return it."""
-
-    def refuse(expected: str) -> SmoothQuantError:
-        return SmoothQuantError(where, expected, repr(value)[:100], "see --print-recipe")
-
-    if option.type is bool:
-        if not isinstance(value, bool):
-            raise refuse("true or false")
-        return value
-    if option.name == "ignore":
-        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            raise refuse("a list of names")
-        return value
-    if option.name == "device_map" and isinstance(value, dict):
-        return value
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise refuse("one word or number")
-    parse, choices = option.metadata["parse"], option.metadata["choices"]
-    if parse is str and not isinstance(value, str):
-        raise refuse("a word (in quotes if it looks like a number)")
-    try:
-        parsed = parse(str(value))
-    except ValueError:
-        raise refuse("a value that the option takes") from None
-    if choices is not None and parsed not in choices:
-        raise refuse(" or ".join(choices))
-    return parsed
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error, because yaml.SafeLoader silently takes the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is repeated", node.start_mark)
-        return super().construct_mapping(node, deep)

@@ -29,7 +29,8 @@ from .observation.observe import observe
 from .observation.processes import Processes
 from .observation.resume import ObservationStore, temporary_store
 from .observation.saved import check_writable
-from .options import RECIPE, Options, dump_recipe
+from .options import Options
+from .recipe import RECIPE, dump_recipe
 from .smoothing.choose_rotation import choose_rotation
 from .smoothing.factors import Smoothing, smooth_groups
 from .smoothing.gate import GATE_SHAPE, check_equivalence

@@ -264,7 +264,7 @@ def facts(tree: Tree) -> Iterator[Fact]:
                 continue
             method = tree.method(definition[0], definition[1], member)
             call = ast.Call(ast.Name("f"), [ast.Constant(a) for a in arguments], [])
-            why = takes(method, call, 0 if is_static(method) else 1) if method else "no such method"
+            why = takes(method, call, 0 if is_a(method, "staticmethod") else 1) if method else "no such method"
             yield f"{path}.{member}({', '.join(arguments)})", why
     for what, (path, pattern) in WORDS.items():
         source = tree.folder / path
@@ -272,8 +272,8 @@ def facts(tree: Tree) -> Iterator[Fact]:
         yield f"{what} ({path})", None if match else "text not found: read the source"
 
 
-def is_static(function: ast.FunctionDef) -> bool:
-    return any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in function.decorator_list)
+def is_a(function: ast.FunctionDef, decorator: str) -> bool:
+    return any(isinstance(d, ast.Name) and d.id == decorator for d in function.decorator_list)
 
 
 def facts_of_file(tree: Tree, file: str, source: ast.Module) -> Iterator[Fact]:
@@ -322,7 +322,7 @@ def facts_of_call(tree: Tree, file: str, call: ast.Call, imported: dict[str, tup
             target = tree.find(owner[0], call.func.attr)
         elif owner and isinstance(owner[1], ast.ClassDef):
             method = tree.method(*owner, call.func.attr)  # type: ignore[arg-type]
-            yield where, takes(method, call, 0) if method else "no such method"
+            yield where, takes(method, call, int(is_a(method, "classmethod"))) if method else "no such method"
     if target is None:
         return
     module, node = target

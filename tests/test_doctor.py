@@ -56,11 +56,12 @@ def test_this_machine_is_described_as_text_and_as_json(capsys, monkeypatch):
     facts = json.loads(capsys.readouterr().out)
     assert facts["vllm"]["plugin"]
     schemes = {"--activations token", "--activations tensor", "--activations static"}
-    assert set(facts["kernels"]) == {*schemes, "routed experts"}
+    four_bits = {"--bits 4 --activations none", "--bits 4 --activations token"}
+    assert set(facts["kernels"]) == {*schemes, *four_bits, "routed experts"}
     assert facts["kernels"]["routed experts"]["kernel"] in ("int8-experts", "vLLM's choice")
     for name in schemes:
         kernel = facts["kernels"][name]["kernel"]
-        assert kernel in {k.name for k in select.CANDIDATES[facts["vllm"]["platform"]]}, name
+        assert kernel in {k.name for k in select.CANDIDATES[facts["vllm"]["platform"], 8]}, name
     if facts["vllm"]["platform"] == "cpu":
         expected = "vllm" if exact.onednn_is_exact() else "compiled"
         assert facts["kernels"]["--activations token"]["kernel"] == expected

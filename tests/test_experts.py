@@ -29,7 +29,7 @@ from tests.helpers.reference import load_reference
 from vllm_smoothquant.config import SmoothQuantVllmConfig
 from vllm_smoothquant.format import int8
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import int8_layers, read_headers, read_tensors
+from vllm_smoothquant.format.files import quantised_layers, read_headers, read_tensors
 from vllm_smoothquant.kernels import build, ops
 
 # Architectures whose files have one matrix for each expert.
@@ -149,7 +149,7 @@ def test_files_have_one_matrix_for_each_expert(tmp_path):
     quantization = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert quantization["experts"] == {"num_bits": 8, "strategy": "token", "dynamic": True}
     headers = read_headers(tmp_path / "out")
-    experts = [name for name in int8_layers(headers) if ".experts." in name]
+    experts = [name for name in quantised_layers(headers) if ".experts." in name]
     assert len(experts) == 2 * 4 * 3
     assert not any(f"{name}.input_scale" in headers for name in experts), "static scales are for other layers only"
     source, stored = dict(read_tensors(model)), dict(read_tensors(tmp_path / "out"))

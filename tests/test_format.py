@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from vllm_smoothquant.format.config import FORMAT_VERSION, CheckpointConfig, InputActivations, Weights
+from vllm_smoothquant.format.config import FORMAT_VERSION, CheckpointConfig, InputActivations, Override, Weights
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import header_faults, read_headers
 
@@ -25,13 +25,21 @@ activations = st.sampled_from(
 )
 
 
+eight_bits = st.builds(Weights, st.sampled_from(["channel", "tensor"]))
+four_bits = st.builds(Weights, st.just("group"), st.sampled_from([128, 64, 32]), num_bits=st.just(4))
+beside_four_bits = st.sampled_from([InputActivations("token", True), InputActivations(num_bits=16)])
+
+
 @st.composite
 def configs(draw: Any) -> CheckpointConfig:
     quantised = draw(st.frozensets(names, max_size=4))
+    some = st.sampled_from(sorted(quantised)) if quantised else st.nothing()
+    own, others = draw(st.sampled_from([(eight_bits, activations), (four_bits, beside_four_bits)]))
+    override = st.builds(Override, others) | st.builds(Override, activations, eight_bits)
     return CheckpointConfig(
-        weights=Weights(draw(st.sampled_from(["channel", "tensor"]))),
-        input_activations=draw(activations),
-        overrides=draw(st.dictionaries(st.sampled_from(sorted(quantised)), activations)) if quantised else {},
+        weights=draw(own),
+        input_activations=draw(others),
+        overrides=draw(st.dictionaries(some, override)),
         smoothed=draw(st.frozensets(st.sampled_from(sorted(quantised)))) if quantised else frozenset(),
         ignore=draw(st.frozensets(names, max_size=3)) - quantised,
     )
@@ -55,7 +63,9 @@ def test_any_unknown_key_anywhere_is_refused(config: CheckpointConfig, data: st.
 
 
 GOOD = CheckpointConfig(
-    overrides={"a.b": InputActivations("tensor", False)}, smoothed=frozenset(["a.b"]), ignore=frozenset(["lm_head"])
+    overrides={"a.b": Override(InputActivations("tensor", False))},
+    smoothed=frozenset(["a.b"]),
+    ignore=frozenset(["lm_head"]),
 ).to_dict()
 
 
@@ -68,13 +78,17 @@ GOOD = CheckpointConfig(
         (["format_version"], None, "format_version"),
         (["quant_method"], "gptq", "quant_method: expected 'smoothquant', got 'gptq'"),
         (["weights"], "channel", "weights: expected an object"),
-        (["weights", "num_bits"], 8.0, "weights.num_bits: expected 8, got 8.0"),
-        (["weights", "num_bits"], 4, "weights.num_bits: expected 8, got 4"),
-        (["weights", "strategy"], "group", "weights.strategy: expected 'channel' or 'tensor', got 'group'"),
+        (["weights", "num_bits"], 8.0, "weights.num_bits: expected 8 or 4, got 8.0"),
+        (["weights", "num_bits"], 4, "weights: expected 8 bits with strategy channel or tensor, or 4 bits"),
+        (["weights", "strategy"], "group", "weights: expected 8 bits with strategy channel or tensor, or"),
         (["input_activations", "dynamic"], 1, "input_activations.dynamic: expected True or False, got 1"),
         (["input_activations", "dynamic"], False, "expected true with strategy 'token'"),
         (["overrides"], ["a.b"], "overrides: expected an object"),
-        (["overrides", "a.b"], {"weights": {}}, "overrides.a.b.weights"),
+        (
+            ["overrides", "a.b"],
+            {"weights": {}, "input_activations": GOOD["input_activations"]},
+            "overrides.a.b.weights",
+        ),
         (["overrides", "a.b"], {}, "overrides.a.b.input_activations: expected a value"),
         (["smoothed"], "a.b", "smoothed: expected a list of module names"),
         (["smoothed"], [1], "smoothed: expected a list of module names"),
@@ -131,7 +145,7 @@ def test_an_error_crosses_processes() -> None:
 FILE_CONFIG = CheckpointConfig(
     weights=Weights("channel"),
     input_activations=InputActivations("tensor", False),
-    overrides={"b": InputActivations("token", True)},
+    overrides={"b": Override(InputActivations("token", True))},
     smoothed=frozenset(["a"]),
     ignore=frozenset(["c"]),
 )

@@ -50,7 +50,7 @@ def test_transformers_refuses_a_checkpoint_without_our_import_and_loads_it_with_
     refusal, layer_class = process.stdout.splitlines()
     assert refusal.startswith("The transformers file in the config seems to be incorrect")
     assert TRANSFORMERS_WEIGHTS in refusal
-    assert layer_class == "Int8Linear"
+    assert layer_class == "QuantizedLinear"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

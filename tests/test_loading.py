@@ -13,7 +13,7 @@ from tests.helpers import handmade_checkpoint
 from tests.helpers.vllm_layers import IN, PREFIX, STATIC_SMOOTHED, build_layer, call_loaders, load, tensors
 from vllm_smoothquant.config import SmoothQuantVllmConfig
 from vllm_smoothquant.format import int8
-from vllm_smoothquant.format.config import CheckpointConfig, InputActivations, Weights
+from vllm_smoothquant.format.config import CheckpointConfig, InputActivations, Override, Weights
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 NAN, INF = float("nan"), float("inf")
@@ -26,7 +26,7 @@ ONLY_Q = frozenset([f"{PREFIX}.q_proj"])
     [
         {"ignore": ONLY_Q},
         {"smoothed": ONLY_Q},
-        {"overrides": {f"{PREFIX}.q_proj": InputActivations("tensor", False)}},
+        {"overrides": {f"{PREFIX}.q_proj": Override(InputActivations("tensor", False))}},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -118,7 +118,7 @@ def test_a_bias_that_only_vllm_or_only_the_checkpoint_has(one_rank: None, layer_
 
 
 def test_a_name_that_no_layer_has(one_rank: None) -> None:
-    config = CheckpointConfig(overrides={f"{PREFIX}.oproj": InputActivations("tensor", True)})
+    config = CheckpointConfig(overrides={f"{PREFIX}.oproj": Override(InputActivations("tensor", True))})
     layer = build_layer("o_proj", config, torch.float32)
     with pytest.raises(SmoothQuantError, match=r"oproj: expected the name of a linear layer"):
         load(layer, "o_proj", tensors("o_proj", config))

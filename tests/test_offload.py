@@ -18,8 +18,9 @@ from calibration.checkpoint.verify import verify
 from calibration.inputs import model as inputs
 from calibration.inputs.model import empty_model, load
 from calibration.observation.processes import Processes
-from calibration.options import RECIPE, Options, dump_recipe, read_recipe
+from calibration.options import Options
 from calibration.pipeline import calibrate, observe_model, smooth
+from calibration.recipe import RECIPE, dump_recipe, read_recipe
 from calibration.running import offload, precision
 from calibration.running.modules import block_of, own_parameters
 from calibration.smoothing.plan import make_plan

@@ -8,6 +8,7 @@ import yaml
 
 from calibration import __main__ as cli
 from calibration import options
+from calibration.recipe import RECIPE
 from tests.helpers import tiny_checkpoints
 from vllm_smoothquant.format.files import MANIFEST
 
@@ -29,9 +30,13 @@ def test_every_option_of_calibrate_is_in_a_recipe(capsys, tmp_path):
         "--budget-ppl", "1.5%", "--max-fallback", "10%", "--ignore", "a", "--ignore", "b", "--alpha", "auto",
         "--chat-template", "t.jinja",
     )  # fmt: skip
+    four_bits = printed(capsys, "some/model", "-o", "OUT", "--bits", "4", "--group-size", "64", "--rounding", "nearest")
+    assert printed(capsys, "--recipe", write(tmp_path / "f.yaml", **four_bits)) == four_bits
+    recipe |= {key: four_bits[key] for key in ("group-size", "rounding")}
     assert recipe.keys() == {f.name.replace("_", "-") for f in fields(options.Options) if f.metadata["recipe"]}
     assert recipe["max-fallback"] == 0.1
     assert recipe["ignore"] == ["a", "b"]
+    recipe = {key: value for key, value in recipe.items() if key not in ("group-size", "rounding")}
     assert printed(capsys, "--recipe", write(tmp_path / "r.yaml", **recipe)) == recipe
 
 
@@ -84,9 +89,9 @@ def test_the_saved_recipe_gives_the_same_checkpoint(tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     command = ["calibrate", str(model), "-o", str(first), "--dataset", str(text), "--samples", "4", "--seq-len", "32"]
     assert cli.main([*command, "--quiet", "--activations", "static", "--weights", "tensor"]) == 0
-    recipe = (first / options.RECIPE).read_text()
+    recipe = (first / RECIPE).read_text()
     assert str(tmp_path) not in recipe  # it is made to be shared
-    command = ["calibrate", str(model), "--recipe", str(first / options.RECIPE), "-o", str(second), "--quiet"]
+    command = ["calibrate", str(model), "--recipe", str(first / RECIPE), "-o", str(second), "--quiet"]
     assert cli.main([*command, "--dataset", str(text)]) == 0
     assert json.loads((first / MANIFEST).read_text()) == json.loads((second / MANIFEST).read_text())
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()

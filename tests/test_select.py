@@ -49,7 +49,7 @@ def test_the_first_kernel_that_can_serve_is_selected(
 def test_no_kernel_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SmoothQuantError, match="no kernels for platform 'other'"):
         select.select_kernel(base.Request("layer", TOKEN, True, torch.bfloat16, "other"))
-    monkeypatch.setitem(select.CANDIDATES, "cuda", select.CANDIDATES["cuda"][:2])
+    monkeypatch.setitem(select.CANDIDATES, ("cuda", 8), select.CANDIDATES["cuda", 8][:2])
     with pytest.raises(SmoothQuantError, match=r"vllm: .*; cutlass-tensor: writes float16 or bfloat16"):
         select.select_kernel(base.Request("layer", TENSOR, True, torch.float32, "cuda", 90))
 

@@ -22,8 +22,9 @@ from transformers import GPT2Config, LlamaConfig, MptConfig
 from calibration import __main__ as cli
 from calibration.inputs import chat, text
 from calibration.inputs.model import Source, check_seq_len
-from calibration.options import RECIPE, Options
+from calibration.options import Options
 from calibration.pipeline import calibrate
+from calibration.recipe import RECIPE
 from tests.helpers import tiny_checkpoints
 from tests.helpers.tiny_checkpoints import save_text, tokenizer
 from vllm_smoothquant.format.errors import SmoothQuantError

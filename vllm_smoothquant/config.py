@@ -23,7 +23,7 @@ from . import adapters
 from .bloom import RepeatingMapper, repeating_mapper
 from .format.config import ABSORBED, QUANT_METHOD, STREAM, CheckpointConfig, Scheme
 from .format.errors import SmoothQuantError
-from .format.files import header_faults, int8_layers, read_headers, read_json, size_faults
+from .format.files import PACKED, header_faults, quantised_layers, read_headers, read_json, size_faults
 from .hidden_states import check_readers
 from .linear import SmoothQuantLinearMethod
 from .loading import CheckedLoading
@@ -90,7 +90,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
             for fault in (*sizes, *header_faults(self.config, headers)):
                 raise fault
             self.tensors = frozenset(headers)
-            self.quantised = frozenset(int8_layers(headers))
+            self.quantised = frozenset(quantised_layers(headers))
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
         """vLLM calls this from 0.32 on, and BLOOM's loader reorders scales from the same version on."""
@@ -138,7 +138,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
                 prefix, "a layer in floating point, because vLLM's attention reads its weight as such", "INT8",
                 f"calibrate the model again, with --ignore '*.{last}'",
             )  # fmt: skip
-        loading = CheckedLoading(prefix, names, self.tensors, self.repeating, scheme.weights.strategy == "channel")
+        loading = CheckedLoading(prefix, names, self.tensors, self.repeating, scheme.weights)
         vllm_config = get_current_vllm_config_or_none()
         if vllm_config is not None:
             if self.config.transforms is not None and STREAM in self.config.transforms.rotation and not self._checked:
@@ -170,7 +170,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         except ImportError as error:
             fix = "upgrade vLLM, or calibrate the model again with --ignore '*.experts.*'"
             raise SmoothQuantError(prefix, "vLLM 0.32 or newer for INT8 experts", error, fix) from error
-        per_channel = self.config.weights.strategy == "channel"
+        per_channel = self.config.expert_weights.strategy == "channel"
         return SmoothQuantExpertsMethod(prefix, per_channel, layer, self.check_all_names_seen)
 
     def check_all_names_seen(self) -> None:
@@ -190,14 +190,18 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
 
     def _stored(self, names: list[str]) -> list[str]:
         """Those of `names` that have a weight in the files: a layer may compute two outputs of one matrix."""
-        stored = [name for name in names if self.tensors is None or f"{name}.weight" in self.tensors]
+        stored = [name for name in names if self.tensors is None or self._in_files(name)]
         return stored or names
+
+    def _in_files(self, name: str) -> bool:
+        tensors = self.tensors or frozenset()
+        return f"{name}.weight" in tensors or f"{name}.{PACKED}" in tensors
 
     def _checkpoint_names(self, config: CheckpointConfig, prefix: str) -> list[str]:
         """The checkpoint's names of the layer that vLLM calls `prefix`: q_proj, k_proj and v_proj for qkv_proj."""
         parent, _, last = prefix.rpartition(".")
         named = config.ignore | config.smoothed | set(config.overrides)
-        if prefix in named or (self.tensors is not None and f"{prefix}.weight" in self.tensors):
+        if prefix in named or self._in_files(prefix):
             return [prefix]  # the checkpoint stores the fused layer
         shards = self.packed_modules_mapping.get(last, [last])
         return [f"{parent}.{shard}" if parent else shard for shard in shards]
@@ -219,8 +223,10 @@ def _shared_scheme(config: CheckpointConfig, prefix: str, names: list[str]) -> t
 def _describe(scheme: Scheme | None, smoothed: bool) -> str:
     if scheme is None:
         return "ignored"
-    dynamic = "dynamic" if scheme.input_activations.dynamic else "static"
-    return f"{dynamic} per_{scheme.input_activations.strategy}{', smoothed' if smoothed else ''}"
+    activations, bits = scheme.input_activations, scheme.weights.num_bits
+    dynamic = "dynamic" if activations.dynamic else "static"
+    rounded = f"{dynamic} per_{activations.strategy}" if activations.rounded else "activations of 16 bits"
+    return f"{rounded}{'' if bits == 8 else f', {bits}-bit weights'}{', smoothed' if smoothed else ''}"
 
 
 def _not_quantised(model: str) -> SmoothQuantError:

@@ -7,6 +7,9 @@ Parameters on each tensor-parallel rank, all loaded from the checkpoint (format/
     weight_scale      float32  [out, 1]            split with `out`; or one per fused shard, the same on every rank
     input_scale       float32  one per fused shard, static activations only; the same on every rank
     smoothing_factor  float32  [in]                split with `in`
+With 4-bit weights, instead of weight and weight_scale:
+    weight_packed     int32    [out, in / 8]       split like the weight
+    weight_scale      dtype of the model [out, groups]   split with both
 Real = int * scale; activations are divided by f.
 """
 
@@ -17,13 +20,17 @@ import torch
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
     ModelWeightParameter,
+    PackedvLLMParameter,
     PerTensorScaleParameter,
     RowvLLMParameter,
 )
 
+from .format import int4
 from .format.config import Scheme
 from .format.errors import SmoothQuantError
+from .format.files import PACKED
 from .kernels.base import frozen, request_here
 from .kernels.select import select_kernel
 from .loading import CheckedLoading, Layer
@@ -43,7 +50,7 @@ class SmoothQuantLinearMethod(LinearMethodBase):
         self, layer: Layer, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
         output_size: int, params_dtype: torch.dtype, **extra_weight_attrs: Any,
     ) -> None:  # fmt: skip
-        loading, per_channel = self.loading, self.loading.per_channel
+        loading = self.loading
         loading.input_size, loading.output_size, loading.widths = input_size, output_size, output_partition_sizes
         layer.logical_widths = output_partition_sizes
         shards, out_features = len(output_partition_sizes), sum(output_partition_sizes)
@@ -55,18 +62,36 @@ class SmoothQuantLinearMethod(LinearMethodBase):
         def loader(tensor: str) -> Callable[..., None]:
             return loading.checked(layer, tensor, extra_weight_attrs["weight_loader"])
 
-        # WEIGHT
-        weight = torch.empty(out_features, input_size_per_partition, dtype=torch.int8)
-        layer.register_parameter(
-            "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader("weight"))
-        )
-        # WEIGHT SCALE
-        layer.register_parameter(
-            "weight_scale",
-            ChannelQuantScaleParameter(data=scales(out_features, 1), output_dim=0, weight_loader=loader("weight_scale"))
-            if per_channel
-            else PerTensorScaleParameter(data=scales(shards), weight_loader=loader("weight_scale")),
-        )
+        # WEIGHT, WEIGHT SCALE
+        group_size = self.scheme.weights.group_size
+        if group_size is None:
+            weight = torch.empty(out_features, input_size_per_partition, dtype=torch.int8)
+            layer.register_parameter(
+                "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader("weight"))
+            )
+            scale = (
+                ChannelQuantScaleParameter(
+                    data=scales(out_features, 1), output_dim=0, weight_loader=loader("weight_scale")
+                )
+                if loading.per_row
+                else PerTensorScaleParameter(data=scales(shards), weight_loader=loader("weight_scale"))
+            )
+        else:
+            if input_size_per_partition % group_size:
+                expected = f"inputs of each rank in groups of {group_size}, which have one scale"
+                fix = "serve on fewer ranks, or calibrate with a smaller --group-size"
+                raise SmoothQuantError(loading.prefix, expected, f"{input_size_per_partition} inputs", fix)
+            packed = torch.empty(out_features, input_size_per_partition // int4.IN_WORD, dtype=torch.int32)
+            layer.register_parameter(
+                PACKED,
+                PackedvLLMParameter(
+                    data=packed, input_dim=1, output_dim=0, packed_dim=1, packed_factor=int4.IN_WORD,
+                    weight_loader=loader(PACKED),
+                ),
+            )  # fmt: skip
+            data = scales(out_features, input_size_per_partition // group_size).to(params_dtype)
+            scale = GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader("weight_scale"))
+        layer.register_parameter("weight_scale", scale)
         # INPUT SCALE
         static = not self.scheme.input_activations.dynamic
         layer.register_parameter(
@@ -83,18 +108,20 @@ class SmoothQuantLinearMethod(LinearMethodBase):
         layer.register_parameter("input_zero_point", None)
         layer.register_parameter("azp_adj", None)
 
-        channelwise, sizes = per_channel or shards > 1, (out_features, input_size_per_partition)
+        channelwise, sizes = loading.per_row or shards > 1, (out_features, input_size_per_partition, input_size)
         self.kernel = select_kernel(request_here(loading.prefix, self.scheme, channelwise, params_dtype, *sizes))
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         self.when_built()
         self.loading.check_complete(layer)
         weight_scale, widths = layer.weight_scale.data, self.loading.widths
-        if not self.loading.per_channel and len(widths) > 1:
+        if not self.loading.per_row and len(widths) > 1:
             # One scale per shard becomes one per channel, which every kernel can use.
             repeats = torch.tensor(widths, device=weight_scale.device)
             weight_scale = weight_scale.repeat_interleave(repeats).reshape(-1, 1)
-        layer.weight_scale = frozen(weight_scale)
+            layer.weight_scale = frozen(weight_scale)
+        elif self.scheme.weights.group_size is None:
+            layer.weight_scale = frozen(weight_scale)
         if layer.input_scale is not None:
             layer.input_scale = frozen(layer.input_scale.data[:1].clone())
         if self.smoothed:

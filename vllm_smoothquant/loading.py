@@ -15,7 +15,9 @@ from torch.nn import Parameter
 from vllm.model_executor.parameter import PerTensorScaleParameter
 
 from .bloom import RepeatingMapper, collapse
+from .format.config import Scheme, Weights
 from .format.errors import SmoothQuantError
+from .format.files import PACKED
 
 # A torch.nn.Module. torch types its attributes as "tensor or module", which is of no use here.
 Layer = Any
@@ -33,8 +35,8 @@ class CheckedLoading:
     """The loaders of one layer.
 
     prefix: vLLM's name of the layer. names: the checkpoint's names of its shards. tensors: all names in its files, or
-    None if the files were not readable when the engine was configured. repeating: see bloom.py. per_channel:
-    weight_scale has one row for each row of the weight.
+    None if the files were not readable when the engine was configured. repeating: see bloom.py. weights: how they are
+    rounded.
 
     dummy: vLLM loads no files (--load-format dummy) and fills parameters with random numbers.
 
@@ -45,13 +47,18 @@ class CheckedLoading:
     names: list[str]
     tensors: frozenset[str] | None
     repeating: RepeatingMapper | None
-    per_channel: bool
+    weights: Weights
     input_size: int = 0
     output_size: int = 0
     widths: list[int] = field(default_factory=list)
     dummy: bool = False
     # tensor -> shard -> value to compare
     loaded: dict[str, dict[Any, torch.Tensor | None]] = field(default_factory=dict)
+
+    @property
+    def per_row(self) -> bool:
+        """Whether weight_scale has a row for each row of the weight."""
+        return self.weights.strategy != "tensor"
 
     def checked(self, layer: Layer, tensor: str, loader: Callable[..., None]) -> Callable[..., None]:
         """`loader` of the parameter `tensor`, with checks before it; it records which shards were loaded."""
@@ -92,21 +99,18 @@ class CheckedLoading:
 
     def _check_value(self, layer: Layer, tensor: str, shard: Any, value: torch.Tensor) -> None:
         where = f"{self._name(shard)}.{tensor}"
-        dtype = torch.int8 if tensor == "weight" else torch.float32
         rows = self._rows(layer, shard)
-        shapes: dict[str, tuple[int | None, ...]] = {
-            "weight": (rows, self.input_size),
-            "weight_scale": (rows, 1) if self.per_channel else (1,),
-            "input_scale": (1,),
-            "smoothing_factor": (self.input_size,),
-        }
-        shape = shapes[tensor]
+        specs = Scheme(self.weights).tensors(rows or 0, self.input_size)
+        scale = (torch.float32, (1,))
+        dtype, sizes = (specs | {"input_scale": scale, "smoothing_factor": (torch.float32, (self.input_size,))})[tensor]
+        by_row = tensor in ("weight", PACKED) or (tensor == "weight_scale" and self.per_row)
+        shape: tuple[int | None, ...] = (rows, *sizes[1:]) if by_row else sizes
         fits = len(shape) == value.dim() and all(n in (None, size) for n, size in zip(shape, value.shape, strict=True))
         if value.dtype != dtype or not fits:
             expected = f"{dtype} [{', '.join('any' if n is None else str(n) for n in shape)}]"
             fix = "calibrate the model again, or list the layer in `ignore` if it was left in floating point"
             raise SmoothQuantError(where, expected, f"{value.dtype} {list(value.shape)}", fix)
-        if tensor != "weight":
+        if value.is_floating_point():
             _check_positive(where, value)
         for other, previous in self.loaded[tensor].items():
             if previous is not None and not torch.equal(previous, value):
@@ -135,17 +139,18 @@ class CheckedLoading:
         if ours and None not in shards and missing:
             fix = "copy or export the checkpoint again"
             raise SmoothQuantError(f"{self._name(missing[0])}.{tensor}", "a tensor in the checkpoint", "none", fix)
-        if tensor != "weight":
+        if tensor not in ("weight", PACKED):
             # vLLM pads an output head with rows of zeros, scales included; they compute zeros, which is right.
             padding = getattr(layer, "num_org_embeddings_per_partition", None)
             _check_positive(f"{self.prefix}.{tensor}", param.data[:padding])
-        elif param.dtype != torch.int8:
-            raise SmoothQuantError(f"{self.prefix}.{tensor}", "int8", str(param.dtype), _FIX)
+        elif param.dtype not in (torch.int8, torch.int32):
+            raise SmoothQuantError(f"{self.prefix}.{tensor}", "integers", str(param.dtype), _FIX)
 
     def _check_bias(self, layer: Layer) -> None:
         """vLLM skips a bias that its layer lacks, and leaves a bias that the checkpoint lacks uninitialised."""
         tensors = self.tensors
-        if tensors is None or not all(f"{name}.weight" in tensors for name in self.names):
+        stored = "weight" if self.weights.num_bits == 8 else PACKED
+        if tensors is None or not all(f"{name}.{stored}" in tensors for name in self.names):
             return
         has_bias = getattr(layer, "bias", None) is not None
         for name in self.names:
@@ -162,7 +167,7 @@ def fill(layer: Layer, tensors: Iterable[str]) -> None:
     """Integers and positive scales for a model that is served without weights. vLLM fills floating point only."""
     for tensor in tensors:
         data = getattr(layer, tensor).data
-        if tensor.endswith("weight"):
+        if not data.is_floating_point():
             data.copy_(torch.arange(data.numel(), device=data.device).reshape(data.shape) % 255 - 127)
         else:
             data.fill_(1e-3)

@@ -1,7 +1,9 @@
-"""llm-compressor's SmoothQuant on given tokens, run by its own interpreter: `python llm_compressor.py REQUEST.json`.
+"""llm-compressor's recipes on given tokens, run by its own interpreter: `python llm_compressor.py REQUEST.json`.
 
-The scheme and the strength are ours: weights per channel, activations per token (dynamic), alpha 0.5; the output head
-is not quantized. Prints one JSON line: seconds of loading, of calibrating and of saving.
+    smoothquant    the scheme and the strength are ours: weights per channel, activations per token (dynamic), alpha 0.5
+    awq, gptq      symmetric 4-bit weights in groups: `groups` has the size of the group -> patterns of layers' names
+
+The output head is not quantized. Prints one JSON line: seconds of loading, of calibrating and of saving.
 """
 
 import json
@@ -20,6 +22,36 @@ except ImportError:
     from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
 
 
+def recipe(request: dict) -> list:
+    """The modifiers of the request's recipe."""
+    if request.get("recipe", "smoothquant") == "smoothquant":
+        return [
+            SmoothQuantModifier(smoothing_strength=0.5),
+            QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+        ]
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    groups = {
+        f"group_{size}": {
+            "targets": patterns,
+            "weights": {
+                "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int(size),
+            },
+        }
+        for size, patterns in request["groups"].items()
+    }  # fmt: skip
+    if request["recipe"] == "gptq":
+        return [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
+    try:
+        from llmcompressor.modifiers.transform.awq import AWQModifier
+    except ImportError:
+        from llmcompressor.modifiers.awq import AWQModifier
+    try:
+        return [AWQModifier(config_groups=groups, ignore=["lm_head"])]
+    except Exception:  # newer versions separate the two: AWQ moves scales, another modifier rounds
+        return [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+
+
 def main() -> None:
     """Load, calibrate, save; print the seconds of each."""
     with open(sys.argv[1]) as file:
@@ -34,10 +66,7 @@ def main() -> None:
         model=model,
         processor=tokenizer,
         dataset=data,
-        recipe=[
-            SmoothQuantModifier(smoothing_strength=0.5),
-            QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
-        ],
+        recipe=recipe(request),
         max_seq_length=len(ids[0]),
         num_calibration_samples=len(ids),
         **request["options"],

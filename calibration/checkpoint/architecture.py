@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import SCALES, Headers
+from vllm_smoothquant.format.files import PACKED, SCALES, Headers
+from vllm_smoothquant.format.int4 import IN_WORD
 
 from ..inputs.unread import is_passed_over
 from ..running.modules import LINEAR_TYPES
@@ -31,8 +32,14 @@ def architecture_faults(model: PreTrainedModel, headers: Headers) -> Faults:
     for block in export.source_tensors(model):
         state |= export.hub_names(model, block)
     scales = {f"{name.removesuffix('.weight')}.{suffix}" for name in state for suffix in SCALES}
-    for name in sorted(state.keys() | headers.keys()):
-        if name not in headers:
+    packed = {name: f"{name.removesuffix('.weight')}.{PACKED}" for name in state}
+    packed = {name: stored for name, stored in packed.items() if stored in headers}
+    for name in sorted(state.keys() | (headers.keys() - packed.values())):
+        if name in packed:
+            (rows, columns), stored = state[name].shape, headers[packed[name]][1]
+            if stored != (rows, columns // IN_WORD) or name in headers:
+                yield fault(packed[name], f"shape {[rows, columns // IN_WORD]}, and no {name}", str(list(stored)))
+        elif name not in headers:
             yield fault(name, "a tensor in the checkpoint", "none")
         elif name not in state:
             if name not in scales and not is_passed_over(model, name):
@@ -46,6 +53,8 @@ def missing_from_ignore(model: PreTrainedModel, headers: Headers, ignore: frozen
     for name, module in model.named_modules():
         if isinstance(module, LINEAR_TYPES) and name not in ignore:
             for key in export.file_names(model, f"{name}.weight"):
-                if headers.get(key, ("", ()))[0] != "I8" and key.removesuffix(".weight") not in ignore:
+                layer = key.removesuffix(".weight")
+                quantised = headers.get(key, ("",))[0] == "I8" or f"{layer}.{PACKED}" in headers
+                if not quantised and layer not in ignore:
                     where, expected = "quantization_config.ignore", f"{name}, which is in floating point"
                     yield fault(where, expected, "a list without it", "add it, or calibrate the model again")

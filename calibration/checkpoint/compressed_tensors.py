@@ -5,8 +5,6 @@ The tensors show which layers are int8. config.json must agree, and must ask for
 Source: compressed-tensors 0.17, quantization/quant_config.py, quant_scheme.py and quant_args.py.
 """
 
-import json
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -18,44 +16,36 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from vllm_smoothquant.format.config import EXPERT, TRANSFORMS_FILE, CheckpointConfig, Transforms, Weights
+from vllm_smoothquant.format.config import (
+    EXPERT,
+    TRANSFORMS_FILE,
+    CheckpointConfig,
+    Override,
+    Scheme,
+    Transforms,
+    Weights,
+)
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import (
     MANIFEST,
+    PACKED,
     Headers,
     header_faults,
-    int8_layers,
+    quantised_layers,
     read_headers,
     read_json,
     read_tensors,
     size_faults,
 )
+from vllm_smoothquant.format.int4 import IN_WORD
 
 from ..inputs.model import empty_model, sha256
 from ..options import ACTIVATIONS
 from ..running.modules import LINEAR_TYPES, own_parameters
 from ..running.products import stored_experts
 from . import export
+from .compressed_groups import KINDS, SHAPE, STOCK, Group, patterns, read_groups, scheme_of
 from .verify import hash_faults, link_faults
-
-# compressed-tensors' formats that store `weight` as int8.
-FORMATS = ("int-quantized", "naive-quantized")
-# The ACTIVATIONS that both formats can express.
-KINDS = {"static": "static per_tensor", "token": "dynamic per_token"}
-# Keys of its configuration, of a group, and of a group's weights or activations, that are read here or that do not
-# change what is computed. Others (kv_cache_scheme, transform_config, output_activations) must be empty.
-KEYS = {
-    "quant_method", "format", "config_groups", "ignore", "quantization_status", "global_compression_ratio", "version",
-    "run_compressed",
-}  # fmt: skip
-GROUP_KEYS = {"targets", "weights", "input_activations", "format"}
-ARGUMENT_KEYS = {
-    "num_bits", "type", "symmetric", "strategy", "dynamic", "group_size", "actorder", "observer", "observer_kwargs",
-    "scale_dtype", "zp_dtype",
-}  # fmt: skip
-# `actorder`: the order in which columns are rounded. "group" is left out, because files then hold a permutation.
-ORDERS = (None, False, "weight", "static")
-STOCK = "serve it with stock vLLM"
 
 
 @dataclass(frozen=True)
@@ -70,14 +60,6 @@ class Translation:
     in_float: list[str]
 
 
-@dataclass(frozen=True)
-class _Group:
-    """One of `config_groups`. targets: names, classes or `re:` patterns; kind: of the activations, one of KINDS."""
-
-    targets: list[str]
-    kind: str
-
-
 def translate(folder: Path, config: dict[str, Any]) -> Translation:
     """Read config.json (`config`) and the headers of `folder`; no tensor is read.
 
@@ -85,37 +67,45 @@ def translate(folder: Path, config: dict[str, Any]) -> Translation:
     """
     _check_files(folder)
     quantization = config["quantization_config"]
-    strategy, groups = _read_groups(quantization)
-    ignore = _patterns(quantization.get("ignore") or [], "quantization_config.ignore")
-    read = {name: _our_header(name, header, strategy) for name, header in read_headers(folder).items()}
+    strategy, groups = read_groups(quantization)
+    given = read_headers(folder)
+    ignore = patterns(quantization.get("ignore") or [], "quantization_config.ignore")
+    read = {name: _our_header(name, given, strategy) for name in given}
     headers = {name: header for name, header in read.items() if header is not None}
     for fault in size_faults(config, headers):
         raise fault
-    # A static scale is a tensor of the file. Dynamic scales are per token, because _read_groups refuses others.
-    kinds = {name: "static" if f"{name}.input_scale" in headers else "token" for name in int8_layers(headers)}
-    if not kinds:
-        raise SmoothQuantError(str(folder), "int8 weights", "none", "give an int-quantized checkpoint")
+    schemes = {name: _stored_scheme(name, headers, strategy) for name in quantised_layers(headers)}
+    if not schemes:
+        expected, fix = "integers as weights", "give an int-quantized or pack-quantized checkpoint"
+        raise SmoothQuantError(str(folder), expected, "none", fix)
     model = empty_model(folder)
-    in_float = _float_layers(model, kinds)
-    most = max(sorted(set(kinds.values())), key=list(kinds.values()).count)
-    experts = {name for name in kinds if EXPERT.search(name)}
-    overrides = {name: ACTIVATIONS[kind] for name, kind in kinds.items() if kind != most and name not in experts}
+    in_float = _float_layers(model, schemes)
+    experts = {name for name in schemes if EXPERT.search(name)}
+    kinds = [scheme for name, scheme in schemes.items() if name not in experts] or list(schemes.values())
+    most = max(sorted(set(kinds), key=str), key=kinds.count)
+    overrides = {
+        name: Override(scheme.input_activations, None if scheme.weights == most.weights else scheme.weights)
+        for name, scheme in schemes.items()
+        if scheme != most and name not in experts
+    }
     # Only our own checkpoints have this file; the other format does not name it, and keeps it beside the weights.
     factors = folder / TRANSFORMS_FILE
     transforms = Transforms(sha256(factors)) if factors.is_file() else None
     ours = CheckpointConfig(
-        Weights(strategy), ACTIVATIONS[most], overrides, ignore=frozenset(in_float), transforms=transforms,
+        most.weights, most.input_activations, overrides, ignore=frozenset(in_float), transforms=transforms,
         experts=ACTIVATIONS["token"] if experts else None,
     )  # fmt: skip
     for fault in header_faults(ours, headers):
         raise fault
-    _check_layers(model, kinds, headers, groups, ignore)
+    _check_layers(model, schemes, headers, groups, ignore)
     return Translation(ours, headers, in_float)
 
 
 def our_tensors(folder: Path, headers: Headers) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of `folder` as `headers` of `translate` has them. SmoothQuantError: a zero point that is not zero."""
     for name, tensor in read_tensors(folder):
+        if name.endswith(f".{SHAPE}"):
+            continue
         if name in headers:
             scale = name.rpartition(".")[2] in ("weight_scale", "input_scale")
             yield name, tensor.float().reshape(headers[name][1]) if scale else tensor
@@ -123,9 +113,13 @@ def our_tensors(folder: Path, headers: Headers) -> Iterator[tuple[str, torch.Ten
             raise SmoothQuantError(name, "zeros: symmetric integers", "others", STOCK)
 
 
-def arguments(strategy: str, dynamic: bool) -> dict[str, Any]:
-    """compressed-tensors' arguments of symmetric 8-bit integers."""
-    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
+def their_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of our checkpoint `folder`, and the shape of each packed weight."""
+    for name, tensor in read_tensors(folder):
+        yield name, tensor
+        if name.endswith(f".{PACKED}"):
+            shape = torch.tensor([tensor.shape[0], tensor.shape[1] * IN_WORD])
+            yield name.removesuffix(PACKED) + SHAPE, shape
 
 
 def matrices(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, list[str]]]:
@@ -146,97 +140,32 @@ def _check_files(folder: Path) -> None:
             raise SmoothQuantError(fault.where, fault.expected, fault.got, fix)
 
 
-def _read_groups(quantization: dict[str, Any]) -> tuple[str, list[_Group]]:
-    """(strategy of the weights, the groups). SmoothQuantError: our format cannot express it."""
-    where = "quantization_config"
-    _check_keys(quantization, KEYS, where)
-    _check_format(quantization.get("format"), where)
-    where += ".config_groups"
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise SmoothQuantError(where, "groups", repr(groups), "correct config.json")
-    weights, found = set[str](), list[_Group]()
-    for key, group in groups.items():
-        at = f"{where}.{key}"
-        if not isinstance(group, dict):
-            raise SmoothQuantError(at, "targets, weights and input_activations", repr(group), STOCK)
-        _check_keys(group, GROUP_KEYS, at)
-        if group.get("format") is not None:
-            _check_format(group["format"], at)
-        weights.add(_strategy(group, "weights", at, ("channel", False), ("tensor", False)))
-        strategy = _strategy(group, "input_activations", at, ("tensor", False), ("token", True))
-        kind = "token" if strategy == "token" else "static"
-        found.append(_Group(_patterns(group.get("targets"), f"{at}.targets"), kind))
-    if len(weights) > 1:
-        raise SmoothQuantError(where, "one strategy for all weights", "tensor and channel", STOCK)
-    return weights.pop(), found
-
-
-def _check_keys(values: dict[str, Any], known: Collection[str], where: str) -> None:
-    """SmoothQuantError if `values` has a value, other than an empty one, beside the `known` keys."""
-    for key, value in values.items():
-        dense = key == "sparsity_config" and isinstance(value, dict) and value.get("format") == "dense"
-        if key not in known and value and not dense:
-            raise SmoothQuantError(f"{where}.{key}", "none", json.dumps(value)[:200], STOCK)
-
-
-def _check_format(value: Any, where: str) -> None:
-    if value not in FORMATS:
-        raise SmoothQuantError(f"{where}.format", " or ".join(FORMATS), repr(value), STOCK)
-
-
-def _strategy(group: dict[str, Any], key: str, where: str, *allowed: tuple[str, bool]) -> str:
-    """The strategy of group[key], if it is symmetric int8 of one of the `allowed` (strategy, dynamic)."""
-    given = group.get(key) or {}
-    if not isinstance(given, dict):
-        raise SmoothQuantError(f"{where}.{key}", "an object", repr(given)[:200], "correct config.json")
-    _check_keys(given, ARGUMENT_KEYS, f"{where}.{key}")
-    defaults = arguments("channel" if given.get("group_size") == -1 else "tensor", False)
-    read = {name: default if given.get(name) is None else given[name] for name, default in defaults.items()}
-    regrouped = given.get("actorder") not in ORDERS or given.get("group_size") not in (None, -1)
-    for strategy, dynamic in allowed if given and not regrouped else ():
-        if read == arguments(strategy, dynamic):
-            return strategy
-    kinds = " or ".join(f"{'dynamic' if dynamic else 'static'} per_{strategy}" for strategy, dynamic in allowed)
-    got = json.dumps(given)[:200] if given else "nothing"
-    raise SmoothQuantError(f"{where}.{key}", f"symmetric 8-bit integers, {kinds}", got, STOCK)
-
-
-def _patterns(value: Any, where: str) -> list[str]:
-    """`value`, if it is a list of names, and of regular expressions after "re:"."""
-    try:
-        if not isinstance(value, list) or not all(isinstance(pattern, str) for pattern in value):
-            raise TypeError(repr(value)[:80])
-        for pattern in value:
-            if pattern.startswith("re:"):
-                re.compile(pattern[3:])
-    except (TypeError, re.error) as error:
-        raise SmoothQuantError(where, "a list of names and re: patterns", error, "correct config.json") from error
-    return value
-
-
-def _matches(names: Collection[str], patterns: list[str]) -> bool:
-    return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns for name in names)
-
-
-def _kind(names: Collection[str], groups: list[_Group], ignore: list[str]) -> str | None:
-    """The kind of activations of the linear layer with these `names`, by the configuration; None: in floating point.
-
-    compressed-tensors looks for a layer's name first, and for its class second.
-    """
-    if _matches(names, ignore):
-        return None
-    found = [group.kind for values in (names, ["Linear"]) for group in groups if _matches(values, group.targets)]
-    return found[0] if found else None
+def _stored_scheme(name: str, headers: Headers, strategy: str) -> Scheme:
+    """By the tensors of a quantised layer. Dynamic scales are per token, because read_groups refuses others."""
+    if f"{name}.{PACKED}" in headers:
+        inputs = headers[f"{name}.{PACKED}"][1][-1] * IN_WORD
+        groups = (headers.get(f"{name}.weight_scale", ("", ()))[1] or (1,))[-1]
+        return Scheme(Weights("group", inputs // max(groups, 1), num_bits=4), ACTIVATIONS["none"])
+    return Scheme(Weights(strategy), ACTIVATIONS["static" if f"{name}.input_scale" in headers else "token"])
 
 
 def _check_layers(
-    model: PreTrainedModel, kinds: dict[str, str], headers: Headers, groups: list[_Group], ignore: list[str]
+    model: PreTrainedModel, schemes: dict[str, Scheme], headers: Headers, groups: list[Group], ignore: list[str]
 ) -> None:
-    """SmoothQuantError if tensors (`kinds`: int8 layer -> kind of its activations) and configuration disagree."""
+    """SmoothQuantError if tensors (`schemes`: of quantised layers) and configuration disagree."""
 
-    def described(kind: str | None) -> str:
-        return "floating point" if kind is None else f"int8 weights with {KINDS[kind]} activations"
+    def described(scheme: Scheme | None) -> str:
+        if scheme is None:
+            return "floating point"
+        kind = next(kind for kind, activations in ACTIVATIONS.items() if activations == scheme.input_activations)
+        size = scheme.weights.group_size
+        weights = "int8 weights" if size is None else f"4-bit weights in groups of {size}"
+        return f"{weights} with {KINDS[kind]} activations"
+
+    def check(file: str, expected: Scheme | None) -> None:
+        got, stored = schemes.get(file), ("weight", PACKED)
+        if any(f"{file}.{suffix}" in headers for suffix in stored) and got != expected:
+            raise SmoothQuantError(file, f"{described(expected)}, by config.json", described(got), STOCK)
 
     linears = set[str]()
     for name, module, files in matrices(model):
@@ -244,27 +173,25 @@ def _check_layers(
             continue
         linears.update(files)
         for file in files:
-            if isinstance(module, Conv1D) and file in kinds:
+            if isinstance(module, Conv1D) and file in schemes:
                 raise SmoothQuantError(f"{file}.weight", "a Linear weight, [out, in]", "a Conv1D weight", STOCK)
-            expected, got = _kind([file, name], groups, ignore), kinds.get(file)
-            if f"{file}.weight" in headers and got != expected:
-                raise SmoothQuantError(file, f"{described(expected)}, by config.json", described(got), STOCK)
+            check(file, scheme_of([file, name], groups, ignore))
     experts = stored_experts(model)
     for file in sorted(experts):
-        expected, got = _kind([file], groups, ignore), kinds.get(file)
-        if f"{file}.weight" in headers and got != expected:
-            raise SmoothQuantError(file, f"{described(expected)}, by config.json", described(got), STOCK)
-    for file in sorted(kinds.keys() - linears - experts):
-        raise SmoothQuantError(f"{file}.weight", "floating point: the weight of no linear layer", "int8", STOCK)
+        check(file, scheme_of([file], groups, ignore))
+    for file in sorted(schemes.keys() - linears - experts):
+        raise SmoothQuantError(f"{file}.weight", "floating point: the weight of no linear layer", "integers", STOCK)
 
 
-def _our_header(name: str, header: tuple[str, tuple[int, ...]], strategy: str) -> tuple[str, tuple[int, ...]] | None:
-    """The header in our format, which has float32 scales of one shape. None: a zero point, which it does not have."""
-    suffix, (dtype, shape) = name.rpartition(".")[2], header
-    if suffix in ("weight_zero_point", "input_zero_point"):
+def _our_header(name: str, headers: Headers, strategy: str) -> tuple[str, tuple[int, ...]] | None:
+    """The header in our format, which has float32 scales of one shape. None: what it does not have."""
+    (owner, _, suffix), (dtype, shape) = name.rpartition("."), headers[name]
+    if suffix in ("weight_zero_point", "input_zero_point", SHAPE):
         return None
     if suffix not in ("weight_scale", "input_scale") or dtype not in ("F32", "F16", "BF16"):
-        return header
+        return dtype, shape
+    if f"{owner}.{PACKED}" in headers and suffix == "weight_scale":
+        return "F32", shape
     return "F32", (prod(shape), 1) if (suffix, strategy) == ("weight_scale", "channel") else (prod(shape),)
 
 

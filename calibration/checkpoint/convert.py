@@ -1,11 +1,12 @@
 """`smoothquant convert`: the same integers and scales with another `quantization_config`.
 
     smoothquant         ours: vLLM with this plugin                                  vllm_smoothquant/format
-    compressed-tensors  format "int-quantized": stock vLLM, SGLang and transformers, without this plugin
+    compressed-tensors  format "int-quantized", with 4 bits "pack-quantized": stock vLLM, SGLang and transformers
 
 Both store `weight` int8 [out, in], `weight_scale` [out, 1] or [1] and `input_scale` [1], real = int * scale, so that
-only config.json differs. A property that the other format cannot express is refused, because a checkpoint without it
-would be served wrong. What is written passes `verify`, or is removed.
+only config.json differs; with 4 bits `weight_packed` and `weight_scale` [out, groups], and theirs `weight_shape`. A
+property that the other format cannot express is refused, because a checkpoint without it would be served wrong. What is
+written passes `verify`, or is removed.
 
 The manifest's `converted_from` is the method of the first checkpoint of a chain of conversions: it shows whose integers
 these are, and verify.py applies our rounding rule only to ours. A manifest counts only if all its hashes are right.
@@ -26,16 +27,17 @@ from vllm_smoothquant.format.config import (
     TRANSFORMERS_WEIGHTS,
     TRANSFORMS_FILE,
     CheckpointConfig,
+    Scheme,
 )
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import MANIFEST, Headers, int8_layers, read_headers, read_json
+from vllm_smoothquant.format.files import MANIFEST, PACKED, Headers, quantised_layers, read_headers, read_json
 
 from ..inputs.model import empty_model
 from ..inputs.side_files import side_files
 from ..options import ACTIVATIONS
 from ..running.modules import block_of
 from . import compressed_tensors, export, model_card
-from .compressed_tensors import arguments
+from .compressed_groups import FORMAT_OF_BITS, scheme_arguments
 from .manifest import FORMAT_VERSION
 from .model_card import CARD
 from .verify import verify
@@ -60,7 +62,7 @@ def convert(checkpoint: str | Path, output: str | Path, to: str) -> dict[str, An
         where, expected = f"{folder}/config.json: quant_method", " or ".join(f for f in FORMATS if f != to)
         raise SmoothQuantError(where, expected, repr(method), "give a checkpoint of the other format")
     export.check_output(output)
-    to_ours, kept = to == QUANT_METHOD, dict[str, str]()
+    to_ours, packed, kept = to == QUANT_METHOD, False, dict[str, str]()
     if to_ours:
         translation = compressed_tensors.translate(folder, config)
         kept = dict.fromkeys(translation.in_float, "floating point in the source")
@@ -72,15 +74,18 @@ def convert(checkpoint: str | Path, output: str | Path, to: str) -> dict[str, An
             raise fault
         ours, headers = CheckpointConfig.from_dict(quantization), read_headers(folder)
         _check_expressible(folder, ours, headers, config)
+        packed = any(name.endswith(f".{PACKED}") for name in headers)
         config["quantization_config"] = _compressed_config(ours, headers)
         config.pop("transformers_weights", None)  # transformers reads compressed-tensors without help
     with export.staging(output) as staged:
         for name in _names(folder):
-            if name != CARD and not (to_ours and ".safetensors" in name and name != TRANSFORMS_FILE):
+            if name != CARD and not ((to_ours or packed) and ".safetensors" in name and name != TRANSFORMS_FILE):
                 (staged / name).parent.mkdir(exist_ok=True, parents=True)
                 shutil.copyfile(folder / name, staged / name)
         if to_ours:
             export.write_tensors(staged, compressed_tensors.our_tensors(folder, translation.headers))
+        elif packed:
+            export.write_tensors(staged, compressed_tensors.their_tensors(folder))
         manifest = _finish(staged, folder, method, config, kept)
         for fault in verify(staged).faults if to_ours else ():
             raise fault
@@ -99,9 +104,13 @@ def _check_expressible(folder: Path, ours: CheckpointConfig, headers: Headers, c
     def refuse(where: str, got: str, fix: str) -> SmoothQuantError:
         return SmoothQuantError(where, "what compressed-tensors can express", got, fix)
 
-    if ACTIVATIONS["tensor"] in (ours.input_activations, *ours.overrides.values()):
+    schemes = {scheme for name in quantised_layers(headers) if (scheme := ours.scheme(name)) is not None}
+    if any(scheme.input_activations == ACTIVATIONS["tensor"] for scheme in schemes):
         got = "dynamic per_tensor (O2), which stock vLLM has no kernel for"
         raise refuse("input_activations", got, "calibrate with --activations token or static")
+    if any(scheme.weights.num_bits == 4 and scheme.input_activations.rounded for scheme in schemes):
+        got = "4-bit weights with 8-bit activations, which stock vLLM serves on Arm only, with other names"
+        raise refuse("input_activations", got, "calibrate with --activations none")
     if ours.smoothed:
         fix = "calibrate with a fixed --alpha, which folds all of it away"
         raise refuse(min(ours.smoothed), f"smoothing at run time in {len(ours.smoothed)} layers", fix)
@@ -119,32 +128,37 @@ def _check_expressible(folder: Path, ours: CheckpointConfig, headers: Headers, c
 def _compressed_config(ours: CheckpointConfig, headers: Headers) -> dict[str, Any]:
     """The `quantization_config` of compressed-tensors for a checkpoint of ours with the tensors `headers`.
 
-    One group for each kind of activations that overrides have, by full names, and one for all other layers, by their
-    class, because readers try names before classes. A head is listed by name, too: it is a Linear in transformers but
-    not in vLLM.
+    One group for each scheme that overrides have, by full names, and one for all other layers, by their class, because
+    readers try names before classes. A head is listed by name, too: it is a Linear in transformers but not in vLLM.
     """
     overrides = ours.overrides
     in_float = ours.experts is None and any(EXPERTS in name for name in headers)
-    heads = [name for name in int8_layers(headers) if not block_of(name) and name not in overrides]
+    heads = [name for name in quantised_layers(headers) if not block_of(name) and name not in overrides]
+    own, experts = (
+        Scheme(ours.weights, ours.input_activations),
+        Scheme(ours.expert_weights, ours.experts or ours.input_activations),
+    )
+    schemes = {name: Scheme(each.weights or ours.weights, each.input_activations) for name, each in overrides.items()}
     groups = [
-        ([name for name in sorted(overrides) if overrides[name] == activations], activations)
-        for activations in sorted(set(overrides.values()), key=str)
+        ([name for name in sorted(schemes) if schemes[name] == scheme], scheme)
+        for scheme in sorted(set(schemes.values()), key=str)
     ]
-    if ours.experts is not None and ours.experts != ours.input_activations:
-        groups.append(([r"re:.*\.experts\.\d+\..*"], ours.experts))
-    groups.append(([*heads, "Linear"], ours.input_activations))
+    if ours.experts is not None and experts != own:
+        groups.append(([r"re:.*\.experts\.\d+\..*"], experts))
+    groups.append(([*heads, "Linear"], own))
+    formats = {FORMAT_OF_BITS[scheme.weights.num_bits] for _, scheme in groups}
     return {
         "quant_method": COMPRESSED_TENSORS,
-        "format": "int-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{i}": {
                 "targets": targets,
-                "weights": arguments(ours.weights.strategy, False),
-                "input_activations": arguments(activations.strategy, activations.dynamic),
+                **scheme_arguments(scheme),
                 "output_activations": None,
+                "format": FORMAT_OF_BITS[scheme.weights.num_bits],
             }
-            for i, (targets, activations) in enumerate(groups)
+            for i, (targets, scheme) in enumerate(groups)
         },
         # vLLM takes routed experts for Linear layers, whatever their names are.
         "ignore": sorted(ours.ignore) + [r"re:.*\.experts\..*"] * in_float,
@@ -159,7 +173,7 @@ def _finish(staged: Path, folder: Path, method: str, config: dict[str, Any], kep
     method: of `folder`. kept: layers in floating point and the reason, unless the manifest has them.
     """
     export.write_json(staged / "config.json", config)
-    path, card, int8 = folder / MANIFEST, folder / CARD, int8_layers(read_headers(staged))
+    path, card, int8 = folder / MANIFEST, folder / CARD, quantised_layers(read_headers(staged))
     manifest: dict[str, Any] = {"converted_from": method, "kept": kept, "inputs": _fused(int8)}
     manifest |= read_json(path) if path.exists() else {}
     manifest |= {

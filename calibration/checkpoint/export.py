@@ -28,7 +28,7 @@ from vllm_smoothquant.format.files import MANIFEST, read_json
 from ..inputs.model import Source, sha256
 from ..inputs.side_files import copy_side_files
 from ..inputs.unread import unread_tensors
-from ..options import RECIPE
+from ..recipe import RECIPE
 from ..running.modules import block_of
 from ..running.products import ProductLinear
 from .model_card import CARD

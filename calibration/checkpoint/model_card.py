@@ -61,10 +61,13 @@ def _body(manifest: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
     smoothed = sum(bool(group["smoothed"]) for group in manifest["groups"])
     fallbacks = manifest.get("fallen_back", {})
     perplexities = manifest.get("simulated_perplexity", {})
+    eight = {*manifest.get("eight_bits", {}), *(name for name, to in fallbacks.items() if to == "8 bits")}
+    bits, kind = _arguments(config, "weights")["num_bits"], _kind(config)
     rows = [
-        ("weights", f"INT8, one scale per {_strategy(config, 'weights')}"),
-        ("activations", f"INT8, one scale per {_strategy(config, 'input_activations')}"),
-        ("linear layers in INT8", str(len(manifest["quantized"]))),
+        ("weights", f"INT{bits}, one scale per {_strategy(config, 'weights')}"),
+        ("activations", _activations(config)),
+        (f"linear layers in INT{bits}", str(len(manifest["quantized"]) - len(eight))),
+        *([("linear layers in INT8", str(len(eight)))] if eight else []),
         ("kept in floating point", str(len(manifest["kept"]))),
         *([("fell back", f"{len(fallbacks)} layers")] if fallbacks else []),
         ("smoothing", f"{smoothed} groups, alpha {alpha}" if smoothed else "none"),
@@ -82,9 +85,10 @@ def _body(manifest: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
         "with the plugin vllm-smoothquant installed beside vLLM. transformers by itself refuses this format."
     )
     licence = "" if "license" in inherited else "\nThe source model's card names no licence; ask its authors.\n"
-    return f"""# {name}, SmoothQuant W8A8 INT8
+    arithmetic = ", for INT8 arithmetic on GPUs and CPUs" if kind == "W8A8 INT8" else ""
+    return f"""# {name}, SmoothQuant {kind}
 
-{name} with linear layers in 8-bit integers, for INT8 arithmetic on GPUs and CPUs. Made with
+{name} with linear layers in {bits}-bit integers{arithmetic}. Made with
 [SmoothQuant](https://arxiv.org/abs/2211.10438), which moves the scale of activation outliers into the weights before
 both are rounded.
 
@@ -101,11 +105,34 @@ Quality and speed were not measured while making it: `smoothquant evaluate` does
 {licence}"""
 
 
+def _arguments(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """`weights` or `input_activations` of a `quantization_config` in our format or in compressed-tensors'."""
+    found = config[key] if key in config else list(config["config_groups"].values())[-1][key]
+    return dict(found) if found else {"num_bits": 16}
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """Such as "W8A8 INT8" or "W4A16"."""
+    weights, activations = (_arguments(config, key)["num_bits"] for key in ("weights", "input_activations"))
+    return f"W{weights}A{activations}" + (" INT8" if weights == activations == 8 else "")
+
+
+def _activations(config: Mapping[str, Any]) -> str:
+    if _arguments(config, "input_activations")["num_bits"] == 16:
+        return "in 16 bits"
+    return f"INT8, one scale per {_strategy(config, 'input_activations')}"
+
+
 def _strategy(config: Mapping[str, Any], key: str) -> str:
-    """What shares a scale, in words. config: a `quantization_config` in our format or in compressed-tensors'."""
-    arguments = config[key] if key in config else list(config["config_groups"].values())[-1][key]
-    strategy = arguments["strategy"]
-    words = {"channel": "output channel", "token": "token, found while serving", "tensor": "tensor"}[strategy]
+    """What shares a scale, in words."""
+    arguments = _arguments(config, key)
+    strategy, group_size = arguments["strategy"], arguments.get("group_size")
+    words = {
+        "channel": "output channel",
+        "token": "token, found while serving",
+        "tensor": "tensor",
+        "group": f"{group_size} inputs of an output channel",
+    }[strategy]
     if key == "input_activations" and strategy == "tensor":
         words += ", found while serving" if arguments["dynamic"] else ", fixed by calibration"
     return words

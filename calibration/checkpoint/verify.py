@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from vllm_smoothquant.format import int8
+from vllm_smoothquant.format import int4, int8
 from vllm_smoothquant.format.config import QUANT_METHOD, TRANSFORMERS_WEIGHTS, TRANSFORMS_FILE, CheckpointConfig
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import (
     MANIFEST,
+    PACKED,
     SCALES,
     Headers,
     header_faults,
@@ -221,6 +222,7 @@ def _dtype_faults(model: PreTrainedModel, headers: Headers) -> Faults:
     linears |= {f"{name}.weight" for name in stored_experts(model)}
     integers = {name for name, (dtype, _) in headers.items() if dtype not in FLOATS}
     integers -= {name for name in integers & linears if headers[name][0] == "I8"}
+    integers -= {name for name in integers if name.endswith(f".{PACKED}")}  # header_faults checks these
     if not integers:
         return
     for block in export.source_tensors(model):
@@ -239,6 +241,8 @@ def _value_faults(files: _Files) -> Faults:
             if not good.all():
                 got = f"{int((~good).sum())} others, the first {tensor[~good].flatten()[0].item()}"
                 yield fault(name, "finite values" + " above zero" * positive, got)
+        elif name.endswith(f".{PACKED}"):
+            yield from _four_bit_faults(name, int4.unpack(tensor), scales[name.removesuffix(PACKED) + "weight_scale"])
         elif tensor.dtype == torch.int8:
             yield from _integer_faults(name, tensor, scales[f"{name}_scale"].flatten(), own)
 
@@ -260,6 +264,18 @@ def _integer_faults(name: str, tensor: torch.Tensor, scale: torch.Tensor, own: b
             yield fault(name, "every channel's largest weight at 127, or only zeros and the scale 1", got)
         else:
             yield fault(name, "a weight other than zero in every channel whose scale is not that of zeros", f"{count}")
+
+
+def _four_bit_faults(name: str, integers: torch.Tensor, scale: torch.Tensor) -> Faults:
+    """Groups of zeros among 4-bit `integers` [out, in] under the scale of an ordinary group.
+
+    More cannot be said: scales are chosen so that they clip, and GPTQ moves weights.
+    """
+    groups = integers.unflatten(1, (scale.shape[1], -1))
+    lost = (groups == 0).all(-1) & (scale.float() != 1)
+    if lost.any():
+        expected = "a weight other than zero in every group whose scale is not that of zeros"
+        yield fault(name, expected, f"{int(lost.sum())} groups of zeros")
 
 
 def _sound_channels(rows: torch.Tensor, scale: torch.Tensor, own: bool) -> torch.Tensor:

@@ -11,6 +11,9 @@ How the factors s of a group are recovered from the stored tensors:
              |w * s - q * scale| <= scale / 2    of the readers' columns: each weight gives an interval for s
              scale * 127 = max|w / s|            if each row has its own scale: the interval is a point
 
+4-bit weights may be clipped and moved by GPTQ, so that they give no intervals: the factors of a "linear" group with
+such a layer are the checkpoint's own record, and each row of the weight must be nearer to the smoothed source than FAR.
+
 What is compared. The smoothed model is computed again in float32, and every tensor of the checkpoint is compared with
 it. Rounding moves a weight by at most half a step of its scale, so that an integer that is off by one exceeds this
 bound. Every other tensor must equal the smoothed one in its own dtype, every other file what exporting the source
@@ -34,9 +37,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vllm_smoothquant.format import int8
+from vllm_smoothquant.format import int4, int8
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import read_json, read_tensors
+from vllm_smoothquant.format.files import PACKED, read_json, read_tensors
 
 from ..discovery.discover import TRACE_SHAPE, discover
 from ..discovery.graph import Group
@@ -56,6 +59,8 @@ _fault = partial(fault, fix="check --source, or calibrate the model again")
 # Half a step, plus the float32 rounding errors of up to 127 steps: 127 * 16 * 2**-24.
 HALF = 0.5 + 2.0**-13
 UNIT = 2.0**-23
+# |w' - w| / |w| of a row of 4-bit weights: 0.1 if rounded to the nearest, up to 0.5 by GPTQ, 1.4 if it is another row.
+FAR = 0.8
 # Sink tokens are about 1000 times as large as other tokens, and random tokens may not trigger sinks.
 MAX_RANGE_RATIO = 1e4
 GATE_SHAPE = (2, 64)
@@ -74,7 +79,8 @@ def compare_with_source(checkpoint: Path, source: str, manifest: Mapping[str, An
     if claimed.get("dtype") != str(model.dtype).removeprefix("torch."):
         yield _fault("manifest: source.dtype", str(model.dtype), repr(claimed.get("dtype")))
 
-    stored = Stored(model, dict(read_tensors(checkpoint)))
+    claims = transforms.read(checkpoint)
+    stored = Stored(model, dict(read_tensors(checkpoint)), claims)
     head_is_int8 = any(model.get_submodule(name) is output_head(model) for name in stored.quantised)
     if head_is_int8:
         untie_head(source, model)
@@ -82,7 +88,6 @@ def compare_with_source(checkpoint: Path, source: str, manifest: Mapping[str, An
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, GATE_SHAPE, generator=torch.Generator().manual_seed(0))
     trace_ids = ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]]
-    claims = transforms.read(checkpoint)
     rotation = rotated(source, model, trace_ids, claims) if claims.matrices else None
     described = {} if rotation is None else rotation.describe()
     claimed_rotation = {key: manifest.get("rotation", {}).get(key) for key in described}
@@ -117,16 +122,20 @@ def compare_with_source(checkpoint: Path, source: str, manifest: Mapping[str, An
 
 
 class Stored:
-    """The checkpoint's tensors by the source's module names. quantised: module -> its name in the files."""
+    """The checkpoint's tensors by the source's module names. quantised: module -> its name in the files; four_bits:
+    those that have 4 bits. claims: what the checkpoint says was folded."""
 
-    def __init__(self, model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
-        self.model, self.tensors = model, tensors
+    def __init__(self, model: PreTrainedModel, tensors: dict[str, torch.Tensor], claims: transforms.Folded) -> None:
+        self.model, self.tensors, self.claims = model, tensors, claims
         self.quantised: dict[str, str] = {}
-        integers = {key for key, tensor in tensors.items() if tensor.dtype == torch.int8}
+        self.four_bits: set[str] = set()
+        packed = {key.removesuffix(PACKED) + "weight" for key in tensors if key.endswith(f".{PACKED}")}
+        integers = packed | {key for key, tensor in tensors.items() if tensor.dtype == torch.int8}
         for name, module in model.named_modules():
             keys = export.file_names(model, f"{name}.weight") if getattr(module, "weight", None) is not None else []
             if len(keys) == 1 and keys[0] in integers:
                 self.quantised[name] = keys[0].removesuffix(".weight")
+                self.four_bits |= {name} if keys[0] in packed else set()
 
     def parameter(self, module: str, parameter: str) -> torch.Tensor:
         """float32: a parameter that is stored in floating point."""
@@ -134,8 +143,11 @@ class Stored:
         return self.tensors[name].float()
 
     def integers(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(q float32 [out, in], scale [out, 1] or [1]) of a quantised layer."""
+        """(q float32 [out, in], scale [out, 1] or [1], or [out, in] with 4 bits) of a quantised layer."""
         name = self.quantised[module]
+        if module in self.four_bits:
+            q, scale = int4.unpack(self.tensors[f"{name}.{PACKED}"]).float(), self.tensors[f"{name}.weight_scale"]
+            return q, scale.repeat_interleave(q.shape[1] // scale.shape[1], dim=1)
         return self._out_in(module, self.tensors[f"{name}.weight"].float()), self.tensors[f"{name}.weight_scale"]
 
     def _out_in(self, module: str, weight: torch.Tensor) -> torch.Tensor:
@@ -157,6 +169,8 @@ class Stored:
             p = self.model.get_submodule(group.source).get_parameter(first).detach().float()
             s = FACTOR_OF[group.rules[first]](p, self.parameter(group.source, first))
             return torch.where(group.foldable & torch.isfinite(s) & (s > 0), s, ones), 0.0
+        if self.four_bits & {group.source, *(reader.name for reader in group.readers)}:
+            return self.claims.modules.get(group.source, {}).get(transforms.OUTPUT_FACTOR, ones), 0.0
         low, high = self._interval(group, known)
         # A channel whose weights are all zero has no bound, and its factor has no effect.
         free = ~group.foldable | ~torch.isfinite(high) | (low <= 0)
@@ -233,6 +247,11 @@ def _weights(stored: Stored, smoothing: Smoothing, width: Mapping[str, float], l
         if (rows := smoothing.output_factor(name)) is not None:
             error, original = error * rows[:, None], original * rows[:, None]
         layers[file_name] = {"error": float(error.norm() / original.norm()), "steps": float(steps.max())}
+        if name in stored.four_bits:
+            if (far := error.norm(dim=1) > FAR * original.norm(dim=1)).any():
+                got = f"{int(far.sum())} of {len(far)} rows that are others"
+                yield _fault(f"{file_name}.{PACKED}", "the source's weights, smoothed and rounded", got)
+            continue
         wrong = steps > HALF + int8.QMAX * uncertainty.get(name, 0.0)
         if wrong.any():
             got = f"{int(wrong.sum())} of {wrong.numel()} over half a step away, worst {float(steps.max()):.3g} steps"

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from vllm_smoothquant.format.config import EXPERT, CheckpointConfig, InputActivations, Scheme
+from vllm_smoothquant.format.config import EXPERT, CheckpointConfig, InputActivations, Override, Scheme
 from vllm_smoothquant.format.files import MANIFEST
 
 from ..inputs.unread import read_tensors
 from ..observation.observation import Observation
-from ..options import RECIPE, Options, dump_recipe
+from ..options import Options
+from ..recipe import RECIPE, dump_recipe
+from ..rounding.hessians import Hessians
 from ..running.products import module_name
 from ..smoothing.factors import Smoothing
 from ..smoothing.plan import Plan
@@ -38,7 +40,8 @@ def write_checkpoint(
     in_float = observation.in_float | fallbacks
     with export.staging(Path(options.output), folder) as staged:
         with torch.inference_mode():
-            tensors = _tensors(model, plan.smoothing, plan.schemes, plan.input_ranges)
+            hessians = _hessians(observation, plan, options.rounding)
+            tensors = _tensors(model, plan.smoothing, plan.schemes, plan.input_ranges, hessians)
             export.write_tensors(staged, chain(tensors, read_tensors(source.folder, carried)))
             folded = transforms.write(staged, plan.smoothing, observation.rotation)
         config = replace(_config(model, plan, in_float, carried), transforms=folded).to_dict()
@@ -51,6 +54,7 @@ def write_checkpoint(
             "quantization_config": config,
             "alphas": dict(plan.alphas),
             "fallen_back": dict(plan.fallbacks),
+            **({"eight_bits": dict(plan.eight_bits)} if plan.eight_bits else {}),
             "simulated_perplexity": dict(plan.perplexities),
             "errors": {} if plan.search is None else plan.search.errors,  # as search.py defines them
         }
@@ -88,7 +92,7 @@ def _config(model: PreTrainedModel, plan: Plan, in_float: Mapping[str, str], car
         plan.scheme.weights,
         plan.scheme.input_activations,
         overrides={
-            file_name(name): s.input_activations
+            file_name(name): Override(s.input_activations, None if s.weights == plan.scheme.weights else s.weights)
             for name, s in plan.schemes.items()
             if s != plan.scheme and name not in experts
         },
@@ -99,10 +103,17 @@ def _config(model: PreTrainedModel, plan: Plan, in_float: Mapping[str, str], car
     )
 
 
+def _hessians(observation: Observation, plan: Plan, rounding: str | None) -> Hessians | None:
+    """What GPTQ needs for the layers with 4-bit weights; None if weights are rounded to the nearest integers."""
+    four_bits = [name for name, scheme in plan.schemes.items() if scheme.weights.num_bits == 4]
+    return Hessians(observation, four_bits) if four_bits and rounding != "nearest" else None
+
+
 def _tensors(
-    model: PreTrainedModel, smoothing: Smoothing, schemes: Mapping[str, Scheme], ranges: Mapping[str, float]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint, block by block: INT8 by `schemes`, the others smoothed or unchanged."""
+    model: PreTrainedModel, smoothing: Smoothing, schemes: Mapping[str, Scheme], ranges: Mapping[str, float],
+    hessians: Hessians | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+    """Every tensor of the checkpoint, block by block: integers by `schemes`, the others smoothed or unchanged."""
     for block in export.source_tensors(model):
         in_float = {}
         for key, tensor in block.items():
@@ -111,7 +122,12 @@ def _tensors(
             if owner in schemes and suffix == "weight":
                 linear, name = model.get_submodule(owner), export.hub_module_name(model, owner)
                 weight = tensor.float() if smoothed is None else smoothed
-                parts = quantize_linear(name, linear, weight, ranges[owner], schemes[owner])
+                hessian = None
+                if hessians is not None and schemes[owner].weights.num_bits == 4:
+                    hessian, factor = hessians.of(owner), smoothing.input_factor(owner)
+                    if factor is not None:
+                        hessian = hessian / torch.outer(factor, factor).to(hessian.device)
+                parts = quantize_linear(name, linear, weight, ranges[owner], schemes[owner], hessian)
                 if owner in smoothing.runtime:
                     parts["smoothing_factor"] = smoothing.runtime[owner]
                 for part, value in parts.items():

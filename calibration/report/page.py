@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_smoothquant.format import int8
+from vllm_smoothquant.format import int4, int8
 from vllm_smoothquant.format.config import CheckpointConfig
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import MANIFEST, read_json, read_tensors
+from vllm_smoothquant.format.files import MANIFEST, PACKED, read_json, read_tensors
 
 from ..checkpoint import channel_statistics as channel_file
 from ..checkpoint.channel_statistics import Channels
@@ -134,17 +134,20 @@ def gather(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count_weights(folder: Path) -> dict[str, dict[str, Any]]:
-    """Layer -> share of its integers at +-127 (`full`), of the fullest row (`worst`), bytes, input_scale or None."""
+    """Layer -> share of its integers at the ends of their range (`full`), of the fullest row (`worst`), bytes of the
+    weight, input_scale or None.
+    """
     counts: dict[str, dict[str, Any]] = {}
     scales: dict[str, float] = {}
-    for name, tensor in read_tensors(folder, (".weight", ".input_scale")):
+    for name, tensor in read_tensors(folder, (".weight", f".{PACKED}", ".input_scale")):
         layer, _, suffix = name.rpartition(".")
         if suffix == "input_scale":
             scales[layer] = float(tensor)
-        elif tensor.dtype == torch.int8:
-            ends = (tensor.to(torch.int16).abs() >= int8.QMAX).float()
+        elif suffix == PACKED or tensor.dtype == torch.int8:
+            integers, largest = (int4.unpack(tensor), int4.QMAX) if suffix == PACKED else (tensor, int8.QMAX)
+            ends = (integers.to(torch.int16).abs() >= largest).float()
             shares = {"full": float(ends.mean()), "worst": float(ends.mean(1).max())}
-            counts[layer] = {**shares, "bytes": tensor.numel()}
+            counts[layer] = {**shares, "bytes": tensor.nbytes}
     return {name: {**entry, "input_scale": scales.get(name)} for name, entry in counts.items()}
 
 
@@ -209,10 +212,14 @@ def _scheme(config: CheckpointConfig, name: str) -> str:
     scheme = config.scheme(name)
     if scheme is None:
         return "floating point"
-    activations = f"per_{scheme.input_activations.strategy}"
-    activations += " dynamic" if scheme.input_activations.dynamic else " static"
+    activations, weights = "in 16 bits", f"per_{scheme.weights.strategy}"
+    if scheme.input_activations.rounded:
+        activations = f"per_{scheme.input_activations.strategy}"
+        activations += " dynamic" if scheme.input_activations.dynamic else " static"
+    if scheme.weights.group_size is not None:
+        weights = f"4 bits per group of {scheme.weights.group_size}"
     smoothed = ", smoothed at run time" if name in config.smoothed else ""
-    return f"weights per_{scheme.weights.strategy}, activations {activations}{smoothed}"
+    return f"weights {weights}, activations {activations}{smoothed}"
 
 
 def _rows(result: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -27,6 +27,7 @@ from ..discovery.graph import Graph
 from ..discovery.trace import tensors_of
 from ..observation.observation import Observation
 from ..options import ACTIVATIONS
+from ..rounding.groups import EIGHT_BITS
 from ..running.hooks import hooked
 from ..running.modules import decoder_blocks, decoder_of
 from ..running.precision import fast_arithmetic
@@ -36,7 +37,7 @@ from .search import relative_error
 from .simulate import LayerScheme
 
 _NUMBER = re.compile(r"\.\d+\.")  # of a block, in the name of a layer
-TOKEN, FLOAT = "token", "floating point"  # what a layer can fall back to
+TOKEN, EIGHT, FLOAT = "token", "8 bits", "floating point"  # what a layer can fall back to
 # Each block runs some nine times. More samples than these give the same ranking.
 SAMPLES = 2
 
@@ -50,24 +51,25 @@ class Fallback:
     gain: float
 
 
-def per_token(scheme: Scheme) -> Scheme:
-    """`scheme` with a dynamic scale for each token."""
-    return replace(scheme, input_activations=ACTIVATIONS["token"])
+def finer(scheme: Scheme) -> Scheme:
+    """`scheme` with a dynamic scale for each token; 8 bits instead of 4."""
+    return EIGHT_BITS if scheme.weights.num_bits == 4 else replace(scheme, input_activations=ACTIVATIONS["token"])
 
 
 def rank_fallbacks(observation: Observation, layers: Mapping[str, LayerScheme], most: int) -> tuple[Fallback, ...]:
     """The fallbacks of at most `most` layers, the largest gain first.
 
-    Layers that read one tensor fall back together, because vLLM runs them as one layer. If a scale per token does not
-    halve their error, they go to floating point. Routed experts do not fall back, because vLLM runs those of a block as
-    one.
+    Layers that read one tensor fall back together, because vLLM runs them as one layer. If a scale per token, or 8 bits
+    instead of 4, do not halve their error, they go to floating point. Routed experts do not fall back, because vLLM
+    runs those of a block as one.
     """
     candidates, experts = [], expert_layers(observation.model)
     layers = {name: layer for name, layer in layers.items() if name not in experts}
     ids = observation.samples.input_ids[:SAMPLES]
-    for names, (error, token_error) in block_errors(observation.model, observation.graph, layers, ids).items():
-        to = TOKEN if token_error <= error / 2 else FLOAT
-        candidates.append(Fallback(names, to, error - token_error if to == TOKEN else error))
+    for names, (error, finer_error) in block_errors(observation.model, observation.graph, layers, ids).items():
+        grain = EIGHT if layers[names[0]].scheme.weights.num_bits == 4 else TOKEN
+        to = grain if finer_error <= error / 2 else FLOAT
+        candidates.append(Fallback(names, to, error if to == FLOAT else error - finer_error))
     fallbacks: list[Fallback] = []
     for candidate in sorted(candidates, key=lambda candidate: -candidate.gain):
         if sum(len(fallback.names) for fallback in (*fallbacks, candidate)) <= most:
@@ -97,7 +99,7 @@ def per_token_kinds(observation: Observation, layers: Mapping[str, LayerScheme])
 def block_errors(
     model: nn.Module, graph: Graph, layers: Mapping[str, LayerScheme], input_ids: torch.Tensor
 ) -> dict[tuple[str, ...], tuple[float, float]]:
-    """Layers that read one tensor -> (their error as served, their error with a scale per token).
+    """Layers that read one tensor -> (their error as served, their error under the `finer` scheme).
 
     Layers outside every block (an output head) are not ranked, because their error does not compare with the others'.
     """
@@ -123,7 +125,7 @@ def block_errors(
         rerunning = True
         for names in groups:
             schemes = {name: layers[name] for name in names}
-            token_schemes = {name: replace(layer, scheme=per_token(layer.scheme)) for name, layer in schemes.items()}
+            token_schemes = {name: replace(layer, scheme=finer(layer.scheme)) for name, layer in schemes.items()}
             errors[names] = (error(schemes), error(token_schemes))
         rerunning = False
 

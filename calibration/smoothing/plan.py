@@ -20,6 +20,7 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..observation.observation import Observation, input_range
 from ..options import Options
+from ..rounding.groups import scheme_of
 from ..running.products import expert_layers
 from . import fallback, simulate
 from .factors import Smoothing, smooth_groups
@@ -30,10 +31,11 @@ from .simulate import LayerScheme
 
 @dataclass(frozen=True)
 class Plan:
-    """schemes: layer -> scheme of every layer that becomes INT8; `scheme` is that of most of them.
+    """schemes: layer -> scheme of every layer that becomes integers; `scheme` is that of most of them.
 
     fallbacks: layer -> what it fell back to. input_ranges: layer -> |x / s| that a static input_scale maps to 127.
     search: what the search measured, if there was one. perplexities: simulated ones that decided something.
+    eight_bits: layer -> why it has 8 bits where the scheme has 4.
     """
 
     scheme: Scheme
@@ -44,6 +46,7 @@ class Plan:
     fallbacks: Mapping[str, str] = field(default_factory=dict)
     search: SearchResult | None = None
     perplexities: Mapping[str, float] = field(default_factory=dict)
+    eight_bits: Mapping[str, str] = field(default_factory=dict)
 
     def layers(self) -> dict[str, LayerScheme]:
         """What each quantised layer will compute."""
@@ -121,12 +124,16 @@ def _plan(
     scheme = options.scheme
     target = {name: item.to for item in fallbacks for name in item.names}
     experts = expert_layers(observation.model)
-    schemes = {
+    schemes, eight_bits = dict[str, Scheme](), dict[str, str]()
+    for name in observation.layers:
+        if target.get(name) == fallback.FLOAT:
+            continue
+        schemes[name], reason = scheme_of(observation.model, name, scheme)
+        if reason is not None:
+            eight_bits[name] = reason
         # No kernel for experts has another scale than one for each token.
-        name: fallback.per_token(scheme) if name in experts or target.get(name) == fallback.TOKEN else scheme
-        for name in observation.layers
-        if target.get(name) != fallback.FLOAT
-    }
+        if name in experts or name in target:
+            schemes[name] = fallback.finer(schemes[name])
     # Only the search chooses a division at run time.
     alphas = {group.source: None if group.kind == "input" else grid[0] for group in observation.graph.groups}
     # Dividing the rows of a layer that has one weight scale spreads them: its readers must gain more than it loses.
@@ -139,4 +146,4 @@ def _plan(
     fixed = {source: alpha for source, alpha in alphas.items() if alpha is not None}
     smoothing = smooth_groups(observation.model, observation.graph, observation.absmax, fixed, schemes)
     ranges = {name: input_range(observation.absmax[name], smoothing.input_factor(name)) for name in schemes}
-    return Plan(scheme, schemes, smoothing, alphas, ranges, target, result)
+    return Plan(scheme, schemes, smoothing, alphas, ranges, target, result, eight_bits=eight_bits)

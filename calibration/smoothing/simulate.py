@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from vllm_smoothquant.format import int8
+from vllm_smoothquant.format import int4, int8
 from vllm_smoothquant.format.config import Scheme
 
 from ..running.hooks import hooked
@@ -61,9 +61,14 @@ def divided_input(x: torch.Tensor, layer: LayerScheme) -> torch.Tensor:
     return x.float() if layer.input_factor is None else x.float() / layer.input_factor.to(x.device)
 
 
-def input_scale(x: torch.Tensor, layer: LayerScheme) -> torch.Tensor:
-    """The scale of the smoothed activation x [samples, tokens, in], in a shape that broadcasts against it."""
+def input_scale(x: torch.Tensor, layer: LayerScheme) -> torch.Tensor | None:
+    """The scale of the smoothed activation x [samples, tokens, in], in a shape that broadcasts against it.
+
+    None if activations are not rounded.
+    """
     activations = layer.scheme.input_activations
+    if not activations.rounded:
+        return None
     if not activations.dynamic:
         assert layer.input_range is not None
         return int8.absmax_scale(torch.tensor([layer.input_range], device=x.device))
@@ -71,10 +76,19 @@ def input_scale(x: torch.Tensor, layer: LayerScheme) -> torch.Tensor:
     return int8.absmax_scale(x.abs().amax(dim=shared, keepdim=True))
 
 
-def multiply(x: torch.Tensor, scale: torch.Tensor, module: nn.Module, layer: LayerScheme) -> torch.Tensor:
-    """y^ without bias, float32, of the linear layer `module` for smoothed float32 x under `scale`."""
-    weight, weight_scale = int8.quantize_weight(weight_matrix(module, layer), layer.scheme.weights.strategy)
-    y = int8.quantize(x, scale).float() @ weight.float().t() * scale * weight_scale.reshape(-1)
+def multiply(x: torch.Tensor, scale: torch.Tensor | None, module: nn.Module, layer: LayerScheme) -> torch.Tensor:
+    """y^ without bias, float32, of the linear layer `module` for smoothed float32 x under `scale` (None: not rounded).
+
+    4-bit weights are rounded to the nearest integer under the absmax of their group.
+    """
+    weight, group_size = weight_matrix(module, layer), layer.scheme.weights.group_size
+    if group_size is None:
+        integers, weight_scale = int8.quantize_weight(weight, layer.scheme.weights.strategy)
+    else:
+        group_scale = int4.group_scale(weight, group_size)
+        integers, weight_scale = int4.dequantize(int4.quantize(weight, group_scale), group_scale), torch.ones(1)
+    rounded = x if scale is None else int8.quantize(x, scale).float()
+    y = rounded @ integers.float().t() * (1.0 if scale is None else scale) * weight_scale.to(x.device).reshape(-1)
     return y if layer.output_factor is None else y * layer.output_factor.to(y.device)
 
 

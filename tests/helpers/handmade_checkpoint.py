@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from vllm_smoothquant.format import int8
-from vllm_smoothquant.format.config import CheckpointConfig, InputActivations, Weights
+from vllm_smoothquant.format.config import CheckpointConfig, InputActivations, Override, Weights
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCABULARY = 128, 4, 2, 64, 256, 2, 320
 
@@ -67,7 +67,7 @@ def config(weights: str, activations: str) -> CheckpointConfig:
     return CheckpointConfig(
         weights=Weights(weights),
         input_activations=ACTIVATIONS[activations],
-        overrides={block + "mlp.down_proj": override},
+        overrides={block + "mlp.down_proj": Override(override)},
         smoothed=frozenset(
             ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"]
             + [f"{block}self_attn.{letter}_proj" for letter in "qkv"]

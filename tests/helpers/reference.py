@@ -19,23 +19,35 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from calibration.running.products import make_linear
-from vllm_smoothquant.format import int8
-from vllm_smoothquant.format.config import CheckpointConfig
+from vllm_smoothquant.format import int4, int8
+from vllm_smoothquant.format.config import CheckpointConfig, InputActivations
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import header_faults, read_headers, read_tensors
+from vllm_smoothquant.format.files import header_faults, quantised_layers, read_headers, read_tensors
 
-QUANTISED_TENSORS = ("weight", "weight_scale", "input_scale", "smoothing_factor")
+QUANTISED_TENSORS = ("weight", "weight_packed", "weight_scale", "input_scale", "smoothing_factor")
 
 
 class ReferenceLinear(nn.Module):
     """A quantised layer: the checkpoint's tensors, but with the weight always [out, in]; bias in the model's dtype."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], strategy: str, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, tensors: dict[str, torch.Tensor], activations: InputActivations, bias: torch.Tensor | None
+    ) -> None:
         super().__init__()
         # Not buffers, because `model.to(dtype)` must not change float32 scales.
-        self.tensors, self.strategy, self.bias = tensors, strategy, bias
+        self.tensors, self.strategy, self.bias = tensors, activations.strategy, bias
+        self.rounded = activations.rounded
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "weight_packed" in self.tensors:
+            return int4.linear_reference(
+                x,
+                int4.unpack(self.tensors["weight_packed"]),
+                self.tensors["weight_scale"],
+                per_token=self.rounded,
+                smoothing_factor=self.tensors.get("smoothing_factor"),
+                bias=self.bias,
+            )
         return int8.linear_reference(
             x,
             self.tensors["weight"],
@@ -69,14 +81,16 @@ def load_reference(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float3
     for fault in header_faults(quantization, headers):
         raise fault
     tensors = dict(read_tensors(folder))
-    layers = sorted(n.removesuffix(".weight") for n, t in tensors.items() if t.dtype == torch.int8)
+    layers = quantised_layers(headers)
     quantised = {
         layer: {s: tensors.pop(f"{layer}.{s}") for s in QUANTISED_TENSORS if f"{layer}.{s}" in tensors}
         for layer in layers
     }
     for layer in layers:
         # A placeholder of that shape, without memory, for transformers to load; replaced below.
-        tensors[f"{layer}.weight"] = torch.zeros(()).expand(quantised[layer]["weight"].shape)
+        packed = quantised[layer].get("weight_packed")
+        shape = quantised[layer]["weight"].shape if packed is None else (packed.shape[0], 8 * packed.shape[1])
+        tensors[f"{layer}.weight"] = torch.zeros(()).expand(shape)
     model = _float_model(folder, config, tensors, dtype)
     make_linear(model)  # experts
     modules = {getattr(m, "file_name", name): (name, m) for name, m in model.named_modules()}
@@ -84,7 +98,7 @@ def load_reference(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float3
         scheme = quantization.scheme(layer)
         assert scheme is not None  # header_faults
         name, module = modules.get(layer, (layer, None))
-        _replace(model, name, module, quantised[layer], scheme.input_activations.strategy)
+        _replace(model, name, module, quantised[layer], scheme.input_activations)
     return model.eval()
 
 
@@ -121,8 +135,9 @@ def _float_model(folder: Path, config: Any, tensors: dict[str, torch.Tensor], dt
 
 
 def _replace(
-    model: nn.Module, name: str, module: nn.Module | None, tensors: dict[str, torch.Tensor], strategy: str
-) -> None:
+    model: nn.Module, name: str, module: nn.Module | None, tensors: dict[str, torch.Tensor],
+    activations: InputActivations,
+) -> None:  # fmt: skip
     if isinstance(module, Conv1D):
         tensors["weight"] = tensors["weight"].t().contiguous()
         shape = (module.weight.shape[1], module.weight.shape[0])
@@ -130,9 +145,9 @@ def _replace(
         shape = (module.out_features, module.in_features)
     else:
         raise SmoothQuantError(name, "a linear layer of that name in the model", type(module).__name__, "report it")
-    if tuple(tensors["weight"].shape) != shape:
+    if "weight" in tensors and tuple(tensors["weight"].shape) != shape:
         fix = "check that config.json and the safetensors files belong together"
         raise SmoothQuantError(f"{name}.weight", f"{list(shape)}", f"{list(tensors['weight'].shape)}", fix)
     bias = None if module.bias is None else module.bias.data
     parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, ReferenceLinear(tensors, strategy, bias))
+    setattr(model.get_submodule(parent), last, ReferenceLinear(tensors, activations, bias))

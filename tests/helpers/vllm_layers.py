@@ -127,7 +127,8 @@ def compile_for(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if best is None or list(build.TARGETS).index(target) < list(build.TARGETS).index(best):
         pytest.skip(f"this CPU has no {target}")  # every x86 CPU of the last ten years has AVX2
     monkeypatch.setattr(build, "target", lambda: target)
-    monkeypatch.setattr(build, "int8_linear", functools.cache(build.int8_linear.__wrapped__))
+    for function in ("int8_linear", "int4_linear"):
+        monkeypatch.setattr(build, function, functools.cache(getattr(build, function).__wrapped__))
     assert callable(build.int8_linear()), build.int8_linear()
 
 

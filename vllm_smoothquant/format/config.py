@@ -7,6 +7,9 @@ A quantised linear layer `P` is stored as
     P.smoothing_factor  float32  [in], only if smoothing could not be folded away: the layer computes
                                  (x / smoothing_factor) @ weight^T
     P.bias              as in the source model
+and with 4-bit weights, instead of P.weight:
+    P.weight_packed     int32    [out, in / 8], eight integers in a word (int4.py)
+    P.weight_scale      float32  [out, in / group_size] ("group")
 All other tensors keep their names, dtypes and shapes. TRANSFORMS_FILE has the factors that were folded into weights:
     P.input_factor      float32  [in]: columns of P were multiplied by it, because its input arrives divided
     P.output_factor     float32  [out]: rows and bias of P (or the parameters of a norm) were divided by it
@@ -24,6 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from . import int4
 from .errors import SmoothQuantError
 
 QUANT_METHOD = "smoothquant"
@@ -98,17 +102,35 @@ def _one_of(*allowed: Any) -> dict[str, Any]:
 # num_bits is the first key of the JSON object, but not the first argument of the constructor: hence kw_only.
 @dataclass(frozen=True)
 class Weights:
-    """How weights are rounded: one scale per output channel, or one per tensor (the paper)."""
+    """How weights are rounded: to 8 bits with one scale per output channel, or one per tensor (the paper); to 4 bits
+    with one for each `group_size` inputs of a channel.
+    """
 
-    num_bits: int = field(default=8, kw_only=True, metadata=_one_of(8))
-    strategy: str = field(default="channel", metadata=_one_of("channel", "tensor"))
+    num_bits: int = field(default=8, kw_only=True, metadata=_one_of(8, 4))
+    strategy: str = field(default="channel", metadata=_one_of("channel", "tensor", "group"))
+    group_size: int | None = field(default=None, metadata=_one_of(*int4.GROUP_SIZES))
+
+    @classmethod
+    def from_dict(cls, value: Any, where: str) -> "Weights":
+        weights = _read(cls, value, where, optional=("group_size",))
+        grouped = weights.strategy == "group"
+        if grouped != (weights.num_bits == 4) or grouped != (weights.group_size is not None):
+            expected = "8 bits with strategy channel or tensor, or 4 bits with strategy group and a group_size"
+            raise SmoothQuantError(where, expected, repr(value), _FIX)
+        return weights
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class InputActivations:
-    """How activations are rounded: per_token dynamic (O1), per_tensor dynamic (O2) or per_tensor static (O3)."""
+    """How activations are rounded: per_token dynamic (O1), per_tensor dynamic (O2) or per_tensor static (O3).
 
-    num_bits: int = field(default=8, kw_only=True, metadata=_one_of(8))
+    num_bits 16: they are not rounded, which only 4-bit weights allow.
+    """
+
+    num_bits: int = field(default=8, kw_only=True, metadata=_one_of(8, 16))
     strategy: str = field(default="token", metadata=_one_of("token", "tensor"))
     dynamic: bool = field(default=True, metadata=_one_of(True, False))
 
@@ -118,7 +140,18 @@ class InputActivations:
         if activations.strategy == "token" and not activations.dynamic:
             fix = "static scales are per tensor: use strategy 'tensor'"
             raise SmoothQuantError(f"{where}.dynamic", "true with strategy 'token'", "false", fix)
+        if not activations.rounded and activations != InputActivations(num_bits=16):
+            expected = "strategy 'token', dynamic, with activations of 16 bits"
+            raise SmoothQuantError(where, expected, repr(value), _FIX)
         return activations
+
+    @property
+    def rounded(self) -> bool:
+        return self.num_bits < 16
+
+    @property
+    def dynamic_per_token(self) -> bool:
+        return self.dynamic and self.strategy == "token"
 
 
 def _per_token(value: Any, where: str) -> InputActivations:
@@ -138,6 +171,10 @@ class Scheme:
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Suffix -> (dtype, shape) of every tensor that a layer of this scheme must have in the checkpoint."""
+        if self.weights.group_size is not None:
+            packed = (torch.int32, (out_features, in_features // int4.IN_WORD))
+            scale = (torch.float32, (out_features, in_features // self.weights.group_size))
+            return {"weight_packed": packed, "weight_scale": scale}
         scale_shape = (out_features, 1) if self.weights.strategy == "channel" else (1,)
         input_scale = {} if self.input_activations.dynamic else {"input_scale": (torch.float32, (1,))}
         weight = (torch.int8, (out_features, in_features))
@@ -145,14 +182,21 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class _Override:
+class Override:
+    """What a layer has instead of the configuration's own. weights: None if they are rounded like the others."""
+
     input_activations: InputActivations = field(metadata={"read": InputActivations.from_dict})
+    weights: Weights | None = field(default=None, metadata={"read": Weights.from_dict})
+
+    def to_dict(self) -> dict[str, Any]:
+        weights = {} if self.weights is None else {"weights": self.weights.to_dict()}
+        return {"input_activations": asdict(self.input_activations)} | weights
 
 
-def _overrides(value: Any, where: str) -> dict[str, InputActivations]:
+def _overrides(value: Any, where: str) -> dict[str, Override]:
     if not isinstance(value, Mapping):
         raise SmoothQuantError(where, "an object", repr(value), _FIX)
-    return {name: _read(_Override, entry, f"{where}.{name}").input_activations for name, entry in value.items()}
+    return {name: _read(Override, entry, f"{where}.{name}", optional=("weights",)) for name, entry in value.items()}
 
 
 @dataclass(frozen=True)
@@ -177,16 +221,16 @@ class Transforms:
 class CheckpointConfig:
     """`quantization_config` in config.json. Names are module names as the checkpoint's tensors spell them.
 
-    ignore: linear layers in floating point. overrides: layers whose activations are scaled in another way than
-    `input_activations`. smoothed: layers that have a `smoothing_factor`. transforms: None if nothing was folded.
+    ignore: linear layers in floating point. overrides: layers that are rounded in another way than `weights` and
+    `input_activations` say. smoothed: layers that have a `smoothing_factor`. transforms: None if nothing was folded.
     experts: how the activations of routed experts are rounded, always per token; None if these are in floating point.
     """
 
-    weights: Weights = field(default_factory=Weights, metadata={"read": partial(_read, Weights)})
+    weights: Weights = field(default_factory=Weights, metadata={"read": Weights.from_dict})
     input_activations: InputActivations = field(
         default_factory=InputActivations, metadata={"read": InputActivations.from_dict}
     )
-    overrides: Mapping[str, InputActivations] = field(default_factory=dict, metadata={"read": _overrides})
+    overrides: Mapping[str, Override] = field(default_factory=dict, metadata={"read": _overrides})
     smoothed: frozenset[str] = field(default=frozenset(), metadata={"read": _names})
     ignore: frozenset[str] = field(default=frozenset(), metadata={"read": _names})
     transforms: Transforms | None = field(default=None, metadata={"read": Transforms.from_dict})
@@ -206,6 +250,15 @@ class CheckpointConfig:
         config = _read(cls, value, where, optional=("overrides", "smoothed", "transforms", "experts"))
         for name in sorted(config.ignore & (config.smoothed | set(config.overrides))):
             raise SmoothQuantError(f"{where}.ignore", f"{name} either ignored or quantised", "both", _FIX)
+        for name in ("", *sorted(config.overrides)):
+            scheme = config.scheme(name) or Scheme()
+            activations = scheme.input_activations
+            if (scheme.weights.num_bits == 8 and not activations.rounded) or (
+                scheme.weights.num_bits == 4 and not activations.dynamic_per_token
+            ):
+                at = f"{where}.overrides.{name}" if name else where
+                expected = "activations with a dynamic scale per token, or of 16 bits with 4-bit weights"
+                raise SmoothQuantError(at, expected, f"{scheme}", _FIX)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -213,9 +266,9 @@ class CheckpointConfig:
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "weights": asdict(self.weights),
+            "weights": self.weights.to_dict(),
             "input_activations": asdict(self.input_activations),
-            "overrides": {name: asdict(_Override(self.overrides[name])) for name in sorted(self.overrides)},
+            "overrides": {name: self.overrides[name].to_dict() for name in sorted(self.overrides)},
             "smoothed": sorted(self.smoothed),
             "ignore": sorted(self.ignore),
             **({} if self.transforms is None else {"transforms": self.transforms.to_dict()}),
@@ -227,5 +280,11 @@ class CheckpointConfig:
         if name in self.ignore:
             return None
         if EXPERT.search(name):
-            return None if self.experts is None else Scheme(self.weights, self.experts)
-        return Scheme(self.weights, self.overrides.get(name, self.input_activations))
+            return None if self.experts is None else Scheme(self.expert_weights, self.experts)
+        override = self.overrides.get(name, Override(self.input_activations))
+        return Scheme(override.weights or self.weights, override.input_activations)
+
+    @property
+    def expert_weights(self) -> Weights:
+        """Routed experts have no 4 bits."""
+        return self.weights if self.weights.num_bits == 8 else Weights()

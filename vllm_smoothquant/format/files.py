@@ -11,13 +11,15 @@ from safetensors import SafetensorError, safe_open
 
 from .config import CheckpointConfig
 from .errors import SmoothQuantError
+from .int4 import IN_WORD
 
 MANIFEST = "smoothquant.json"
 MAX_JSON_BYTES = 64 * 2**20  # the largest index file that we know of has 15 MB
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]
 SCALES = ("weight_scale", "input_scale", "smoothing_factor")  # what a quantised layer has beside weight and bias
-_SAFETENSORS_NAME = {torch.int8: "I8", torch.float32: "F32"}
+PACKED = "weight_packed"
+_SAFETENSORS_NAME = {torch.int8: "I8", torch.float32: "F32", torch.int32: "I32"}
 _FIX = "copy or export the checkpoint again"
 
 # Keys of config.json that count something, and those of them that count positions, which often have no tensor.
@@ -100,10 +102,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def int8_layers(headers: Headers) -> list[str]:
+def quantised_layers(headers: Headers) -> list[str]:
     """The names of the quantised layers, sorted."""
-    weights = [name for name, (dtype, _) in headers.items() if dtype == "I8" and name.endswith(".weight")]
-    return sorted(name.removesuffix(".weight") for name in weights)
+    stored = {name.rpartition(".")[::2] for name, (dtype, _) in headers.items() if dtype in ("I8", "I32")}
+    return sorted({name for name, suffix in stored if suffix in ("weight", PACKED)})
 
 
 def header_faults(config: CheckpointConfig, tensors: Headers) -> Iterator[SmoothQuantError]:
@@ -124,14 +126,15 @@ def header_faults(config: CheckpointConfig, tensors: Headers) -> Iterator[Smooth
         expected = "one matrix for each expert" if config.experts else "floating point: config.json has no `experts`"
         yield fault(name, expected, "int8")
     quantised = {name.removesuffix(".weight") for name in integers - experts.keys()}
+    quantised |= {name.removesuffix(f".{PACKED}") for name in tensors if name.endswith(f".{PACKED}")}
     for name in sorted((config.smoothed | set(config.overrides)) - quantised):
-        yield fault(f"{name}.weight", "int8, because quantization_config names the layer")
+        yield fault(f"{name}.weight", "integers, because quantization_config names the layer")
     scaled = {tensor.removesuffix(f".{s}") for s in SCALES for tensor in tensors if tensor.endswith(f".{s}")}
     scaled -= {name.removesuffix(".weight") for name in experts}
     unknown: dict[str, list[str]] = {}
     for tensor in tensors:
         name, _, suffix = tensor.rpartition(".")
-        if name in quantised and suffix not in (*SCALES, "weight", "bias"):
+        if name in quantised and suffix not in (*SCALES, PACKED, "weight", "bias"):
             unknown.setdefault(name, []).append(tensor)
             continue
         owner = match[1] if suffix not in SCALES and (match := _SCALE.fullmatch(tensor)) else ""
@@ -142,22 +145,27 @@ def header_faults(config: CheckpointConfig, tensors: Headers) -> Iterator[Smooth
         if scheme is None:
             yield fault(f"{name}.weight", "floating point, because quantization_config ignores it", "a quantised layer")
             continue
-        dtype, shape = tensors.get(f"{name}.weight", ("", ()))
-        if dtype != "I8" or len(shape) != 2:
-            yield fault(f"{name}.weight", "int8 [out, in]")
+        four_bits = scheme.weights.num_bits == 4
+        stored, wanted_dtype = (PACKED, "I32") if four_bits else ("weight", "I8")
+        dtype, shape = tensors.get(f"{name}.{stored}", ("", ()))
+        if dtype != wanted_dtype or len(shape) != 2:
+            yield fault(f"{name}.{stored}", "int32 [out, in / 8]" if four_bits else "int8 [out, in]")
             continue
-        rows, columns = shape
+        rows, columns = (shape[0], shape[1] * IN_WORD) if four_bits else shape
         # GPT-2's Conv1D stores [in, out]. Tensors with one element per output or per input channel show the order.
         shapes = [tensors.get(f"{name}.{suffix}", ("", ()))[1] for suffix in ("weight_scale", "smoothing_factor")]
-        if shapes[0] == (columns, 1) or (shapes[0] == (1,) and shapes[1] == (rows,)):
+        if not four_bits and (shapes[0] == (columns, 1) or (shapes[0] == (1,) and shapes[1] == (rows,))):
             rows, columns = columns, rows
+        if columns % (scheme.weights.group_size or 1):
+            yield fault(f"{name}.{stored}", f"inputs in groups of {scheme.weights.group_size}", f"{columns} inputs")
+            continue
         specs = scheme.tensors(rows, columns)
         if name in config.smoothed:
             specs["smoothing_factor"] = (torch.float32, (columns,))
         wanted = {f"{name}.{suffix}": (_SAFETENSORS_NAME[dtype], shape) for suffix, (dtype, shape) in specs.items()}
         for tensor in unknown.get(name, ()):
             yield fault(tensor, "nothing: no tensor of this format")
-        for tensor in (f"{name}.{suffix}" for suffix in SCALES):
+        for tensor in (f"{name}.{suffix}" for suffix in (*SCALES, PACKED, *(["weight"] if four_bits else []))):
             if tensors.get(tensor) != wanted.get(tensor):
                 yield fault(
                     tensor, _describe(wanted, tensor) if tensor in wanted else "nothing, by quantization_config"

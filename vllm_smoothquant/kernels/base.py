@@ -5,8 +5,9 @@
 Shapes and dtypes: x [tokens, in] in the model's dtype; q_w int8 [out, in]; s_w float32 [out, 1] or [1]; s_x float32
 [tokens, 1] (per_token) or [1] (per_tensor). Real = int * scale.
 
-`prepare` gets the layer after loading: `weight` int8 [out, in], `weight_scale` as above, `input_scale` [1] or None. It
-may change the layout of the weight, but it never keeps two copies. `apply` computes y for a two-dimensional x.
+`prepare` gets the layer after loading: `weight` int8 [out, in], `weight_scale` as above, `input_scale` [1] or None;
+with 4 bits, `weight_packed` int32 [out, in / 8] and `weight_scale` [out, groups] in the model's dtype. It may
+change the layout of the weight, but it never keeps two copies. `apply` computes y for a two-dimensional x.
 """
 
 import functools
@@ -32,6 +33,7 @@ class Request:
 
     channelwise: s_w is [out, 1]. capability: 90 for compute capability 9.0; None if the platform is not CUDA.
     out_features, in_features: of the weight of this rank. The default is a size that every kernel takes.
+    full_in_features: of all ranks; 0 if there is one rank.
     """
 
     layer: str
@@ -42,6 +44,7 @@ class Request:
     capability: int | None = None
     out_features: int = 4096
     in_features: int = 4096
+    full_in_features: int = 0
 
     @property
     def dynamic(self) -> bool:
@@ -52,20 +55,25 @@ class Request:
         return self.scheme.input_activations.strategy == "token"
 
     @property
+    def bits(self) -> int:
+        return self.scheme.weights.num_bits
+
+    @property
     def aligned(self) -> bool:
         return self.out_features % 16 == 0 and self.in_features % 16 == 0
 
 
 def request_here(
-    layer: str, scheme: Scheme, channelwise: bool, dtype: torch.dtype, out_features: int, in_features: int
-) -> Request:
+    layer: str, scheme: Scheme, channelwise: bool, dtype: torch.dtype, out_features: int, in_features: int,
+    full_in_features: int = 0,
+) -> Request:  # fmt: skip
     """The request of `layer` on the platform that vLLM runs on; the weight of this rank is [out, in]."""
     from vllm.platforms import current_platform
 
     platform = "cuda" if current_platform.is_cuda() else "cpu" if current_platform.is_cpu() else "other"
     capability = current_platform.get_device_capability() if platform == "cuda" else None
     number = capability.to_int() if capability else None
-    return Request(layer, scheme, channelwise, dtype, platform, number, out_features, in_features)
+    return Request(layer, scheme, channelwise, dtype, platform, number, out_features, in_features, full_in_features)
 
 
 def measured(function: Callable[..., T]) -> "functools._lru_cache_wrapper[T]":

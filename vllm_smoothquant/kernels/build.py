@@ -1,4 +1,4 @@
-"""Compile int8_linear.cpp and int8_experts.cpp once on the machine that runs them.
+"""Compile our products for x86 once on the machine that runs them.
 
 The library stays below vLLM's cache folder.
 
@@ -23,11 +23,13 @@ from ..format.errors import SmoothQuantError
 
 SOURCE = Path(__file__).with_name("int8_linear.cpp")
 EXPERTS = SOURCE.with_name("int8_experts.cpp")
-SOURCES = (SOURCE, EXPERTS, SOURCE.with_name("int8_rows.h"), SOURCE.with_name("int8_tile.h"))
+FOUR_BITS = SOURCE.with_name("int4_linear.cpp")
+PROGRAMS = (SOURCE, EXPERTS, FOUR_BITS)
+SOURCES = (*PROGRAMS, *(SOURCE.with_name(name) for name in ("rows.h", "int8_tile.h", "int4_tile.h")))
 FLAGS = ("-O3", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 # Instruction sets that int8_tile.h supports, best first -> the compiler flags that enable them.
 TARGETS = {
-    "vnni": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"),
+    "vnni": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mfma"),
     "avx2": ("-mavx2", "-mfma"),
 }
 # int32 holds the sum of 2**31 / (255 * 128) = 65,793 products. Few layers are wider: Nemotron-4-340B has 73,728 inputs
@@ -86,6 +88,19 @@ def int8_experts() -> Callable[..., bool] | str:
     return function
 
 
+@functools.cache
+def int4_linear() -> Callable[..., bool] | str:
+    """smoothquant_int4_linear of int4_linear.cpp, which is in the same library, or why it is not available here."""
+    linear = int8_linear()
+    if isinstance(linear, str):
+        return linear
+    function: Callable[..., bool] = ctypes.CDLL(str(build(target() or ""))).smoothquant_int4_linear
+    pointer, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_bool
+    function.argtypes = [flag, flag, *[pointer] * 5, *[number] * 5]  # type: ignore[attr-defined]
+    function.restype = flag  # type: ignore[attr-defined]
+    return function
+
+
 def build(target: str) -> Path:
     """The path of the compiled library. Its name has a hash of the sources, the compiler and the flags.
 
@@ -105,7 +120,7 @@ def build(target: str) -> Path:
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder, path.name)
-        command += [str(SOURCE), str(EXPERTS), "-o", str(temporary)]
+        command += [*map(str, PROGRAMS), "-o", str(temporary)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         temporary.chmod(0o700)
         temporary.rename(path)

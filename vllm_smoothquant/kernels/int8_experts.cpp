@@ -5,7 +5,8 @@
 // x and h are quantised with a scale for each token. A pair is a token and one of its experts. Pairs are sorted by
 // expert, so that the weights of an expert are read once for all of its tokens.
 
-#include "int8_rows.h"
+#include "int8_tile.h"
+#include "rows.h"
 
 #include <cmath>
 #include <vector>
@@ -98,7 +99,7 @@ bool experts(const Real* x, const Matrices& gate_up, const Matrices& down, const
         const long p = place[t * choices + c];
         if (p < 0) continue;
         if (done < 0) {
-          scale[p] = quantize(x + t * in, scale_of(absmax_bits(x + t * in, in)), integers + p * in, in);
+          scale[p] = quantize<OFFSET>(x + t * in, scale_of(absmax_bits(x + t * in, in)), integers + p * in, in);
           done = p;
         } else {
           scale[p] = scale[done];
@@ -120,7 +121,7 @@ bool experts(const Real* x, const Matrices& gate_up, const Matrices& down, const
 #pragma omp for
     for (long p = 0; p < used; p++) {
       const float* row = hidden + p * inner;
-      inner_scale[p] = quantize(row, scale_of(absmax_bits(row, inner)), inner_integers + p * inner, inner);
+      inner_scale[p] = quantize<OFFSET>(row, scale_of(absmax_bits(row, inner)), inner_integers + p * inner, inner);
     }
 #pragma omp for schedule(dynamic, 8)
     for (long item = 0; item < long(busy.size()) * out_blocks; item++) {

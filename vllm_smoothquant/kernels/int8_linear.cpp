@@ -2,7 +2,8 @@
 //
 // Activations are quantised once, to the integers that the tile (int8_tile.h) multiplies. Weights stay as loaded.
 
-#include "int8_rows.h"
+#include "int8_tile.h"
+#include "rows.h"
 
 namespace {
 
@@ -31,7 +32,7 @@ bool linear(const Real* x, const int8_t* weight, const float* weight_scale, cons
 #pragma omp for
     for (long m = 0; m < tokens; m++) {
       const float step = input_scale ? *input_scale : scale_of(absmax[per_token ? m : 0]);
-      scale[m] = quantize(x + m * in, step, integers + m * in, in);
+      scale[m] = quantize<OFFSET>(x + m * in, step, integers + m * in, in);
     }
     for (long top = 0; top < tokens; top += CHUNK) {
       const long bottom = top + CHUNK < tokens ? top + CHUNK : tokens;

@@ -122,3 +122,18 @@ void tile(const Integer* x, const int8_t* weight, int32_t (&total)[ROWS][COLUMNS
   for (int i = 0; i < M; i++)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(total[i]), add_up(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
 }
+
+// The tile for a number of rows and columns.
+using Tile = void (*)(const Integer*, const int8_t*, int32_t (&)[ROWS][COLUMNS], long);
+template <int M, bool FETCH>
+constexpr Tile OF_COLUMNS[COLUMNS] = {tile<M, 1, FETCH>, tile<M, 2, FETCH>, tile<M, 3, FETCH>, tile<M, 4, FETCH>};
+
+template <bool FETCH>
+Tile tile_of(long rows, long columns) {
+  switch (rows) {
+    case 1: return OF_COLUMNS<1, FETCH>[columns - 1];
+    case 2: return OF_COLUMNS<2, FETCH>[columns - 1];
+    case 3: return OF_COLUMNS<ROWS < 3 ? 1 : 3, FETCH>[columns - 1];
+    default: return OF_COLUMNS<ROWS, FETCH>[columns - 1];
+  }
+}

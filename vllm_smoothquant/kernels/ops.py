@@ -2,6 +2,7 @@
 
     smoothquant::onednn_tensor_int8     y = (q_x @ q_w^T) * s_x * s_w^T + bias        s_x one number for all tokens
     smoothquant::int8_linear            y = (q_x @ q_w^T) * s_x * s_w^T + bias        q_w int8 [out, in], s_w [out]
+    smoothquant::int4_linear            y = q(x) @ (q_w * s_w)^T + bias, or x for q(x)        see int4_linear.cpp
     smoothquant::int8_experts           the routed experts of a block, see int8_experts.cpp
     smoothquant::widened_linear         y = x @ q_w^T        x float32 integers, q_w int8 [out, in], y float32
     smoothquant::quantize_per_token     x * r -> q_x int8 [tokens, in], s_x [tokens, 1]        r float32 [in]
@@ -112,6 +113,43 @@ def int8_linear(
         y.data_ptr(),
         tokens,
         in_features,
+        out_features,
+    )
+    if not succeeded:
+        raise MemoryError(f"no memory for the integers of {tokens} tokens of {in_features}")
+    return y.to(dtype)
+
+
+@_custom_op("CPU", lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]))
+def int4_linear(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, integers: bool
+) -> torch.Tensor:
+    """weight: uint8 [out, in / 2], as cpu.Int4 packs it; weight_scale: float32 [out, groups]; both with padded inputs.
+
+    integers: x is rounded with a scale for each token; otherwise it is multiplied in float32.
+    """
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.bfloat16) or (bias is not None and bias.dtype != dtype):
+        x, bias = x.to(torch.float32), None if bias is None else bias.to(torch.float32)
+    function = build.int4_linear()
+    assert callable(function), function  # cpu.Int4 has rejected the request otherwise
+    (tokens, in_features), out_features = x.shape, weight.shape[0]
+    x = x.contiguous()
+    y = x.new_empty(tokens, out_features)
+    if not tokens:
+        return y.to(dtype)
+    succeeded = function(
+        x.dtype is torch.bfloat16,
+        integers,
+        x.data_ptr(),
+        weight.data_ptr(),
+        weight_scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        tokens,
+        in_features,
+        2 * weight.shape[1],
+        weight_scale.shape[1],
         out_features,
     )
     if not succeeded:

@@ -1,28 +1,13 @@
-// Rows of activations for the tile: their scales and integers, memory for them, and the tile for a number of rows.
+// Rows of activations: their scales and integers, and memory for them.
 
 #pragma once
 
-#include "int8_tile.h"
-
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 
 namespace {
-
-using Tile = void (*)(const Integer*, const int8_t*, int32_t (&)[ROWS][COLUMNS], long);
-template <int M, bool FETCH>
-constexpr Tile OF_COLUMNS[COLUMNS] = {tile<M, 1, FETCH>, tile<M, 2, FETCH>, tile<M, 3, FETCH>, tile<M, 4, FETCH>};
-
-template <bool FETCH>
-Tile tile_of(long rows, long columns) {
-  switch (rows) {
-    case 1: return OF_COLUMNS<1, FETCH>[columns - 1];
-    case 2: return OF_COLUMNS<2, FETCH>[columns - 1];
-    case 3: return OF_COLUMNS<ROWS < 3 ? 1 : 3, FETCH>[columns - 1];
-    default: return OF_COLUMNS<ROWS, FETCH>[columns - 1];
-  }
-}
 
 // A bfloat16 is the upper half of a float.
 struct BFloat16 {
@@ -69,8 +54,9 @@ float scale_of(uint32_t bits) {
   return scale < std::numeric_limits<float>::min() ? 1.0f : scale;
 }
 
-// As int8.quantize. Returns the scale, or NaN if x has a NaN, because integers with a static scale would hide it.
-template <class Real>
+// As int8.quantize, plus `offset`. Returns the scale, or NaN if x has a NaN, because integers with a static scale would
+// hide it.
+template <int32_t offset, class Integer, class Real>
 float quantize(const Real* x, float scale, Integer* integers, long n) {
   int nans = 0;
   for (long k = 0; k < n; k++) {
@@ -78,7 +64,7 @@ float quantize(const Real* x, float scale, Integer* integers, long n) {
     nans += step != step;
     step = step < -128.0f ? -128.0f : step;
     step = step > 127.0f ? 127.0f : step;
-    integers[k] = static_cast<Integer>(static_cast<int32_t>(__builtin_rintf(step)) + OFFSET);
+    integers[k] = static_cast<Integer>(static_cast<int32_t>(__builtin_rintf(step)) + offset);
   }
   return nans ? std::numeric_limits<float>::quiet_NaN() : scale;
 }
