@@ -96,9 +96,9 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 HEADER = """# Accuracy
 
-Written by `{command}`; not by hand. {machine}
+Written by `{command}`; not by hand.
 
-Each model was calibrated on Wikipedia articles and measured through vLLM on others, with {dtype} around the integers.
+Each model was calibrated on Wikipedia articles and measured through vLLM on others.
 Alphas, rotation and per-token scales were chosen on the calibration articles. Weights per channel, but for the paper's
 O1, O2 and O3 and where it says so. Naive: no smoothing. Smoothing: as --rotation none gives it; the paper's row has no
 bound for quiet channels. All other rows are the product's: --rotation always, alpha auto. KL:
@@ -107,7 +107,8 @@ nats per token from floating point's distribution. Top-1: the same likeliest tok
 SECTION = """
 ## {what}
 
-Calibrated on {samples} x {seq_len} tokens, measured on {windows} x {seq_len}.
+Calibrated on {samples} x {seq_len} tokens, measured on {windows} x {seq_len}, with {dtype} around the integers.
+{machine}
 
 | | KL | perplexity | change | top-1 | layers that left the scheme |
 |---|---|---|---|---|---|
@@ -240,10 +241,10 @@ def _round_only(operand: str, layer: LayerScheme, module: nn.Module, args: Any, 
 
 
 def table(figures: dict[str, Any]) -> str:
-    text = HEADER.format(**figures["about"])
+    text = HEADER.format(command=COMMAND)
     for name, rows in figures["models"].items():
         exact = rows["floating point"]["perplexity"]
-        text += SECTION.format(**vars(MODELS[name]))
+        text += SECTION.format(**vars(MODELS[name]), **rows["about"])
         text += f"| floating point | | {exact:.3f} | | | |\n" + "".join(
             f"| {row} | {f['kl_divergence']:.4f} ± {f['kl_standard_error']:.4f} | {f['perplexity']:.3f} | "
             f"{f['perplexity_change']:+.2%} ± {f['perplexity_change_standard_error']:.2%} | "
@@ -271,8 +272,8 @@ def main() -> None:
     )  # fmt: skip
     figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"models": {}}
     dtype = str(compute_dtype(load(str(model.folder())).model)).removeprefix("torch.")
-    figures["about"] = {"command": COMMAND, "machine": describe(), "dtype": dtype}
     rows = figures["models"].setdefault(args.model, {})
+    rows["about"] = {"machine": describe(), "dtype": dtype}
 
     def save() -> None:
         FIGURES.write_text(json.dumps(figures, indent=2) + "\n")

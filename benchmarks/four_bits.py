@@ -13,6 +13,7 @@ point is measured through vLLM in float32 on articles that neither calibration n
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -134,7 +135,9 @@ def theirs(recipe: str, folder: Path, output: Path, model: Model, group_size: in
         path = Path(temporary, "request.json")
         path.write_text(json.dumps(request))
         script = str(ROOT / "benchmarks" / "calibration" / "llm_compressor.py")
-        subprocess.run([python, script, str(path)], check=True, stdout=subprocess.DEVNULL, env={"PYTHONPATH": ""})
+        subprocess.run(
+            [python, script, str(path)], check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": ""}
+        )
         convert(Path(temporary, "theirs"), output, "smoothquant")
 
 

@@ -31,6 +31,7 @@ from .observation.resume import ObservationStore, temporary_store
 from .observation.saved import check_writable
 from .options import Options
 from .recipe import RECIPE, dump_recipe
+from .rounding.groups import eight_bits
 from .smoothing.choose_rotation import choose_rotation
 from .smoothing.factors import Smoothing, smooth_groups
 from .smoothing.gate import GATE_SHAPE, check_equivalence
@@ -112,7 +113,9 @@ def observe_model(options: Options, store: ObservationStore | None = None) -> Ob
         if options.quantize_lm_head:
             untie_head(options.model, source.model)
         ignore, lm_head = frozenset(options.ignore), options.quantize_lm_head
-        choose_linears(source.model, ignore, lm_head=lm_head)  # a wrong --ignore is refused before the text is read
+        # A wrong --ignore, or a model that cannot have 4 bits, is refused before the text is read.
+        possible, _ = choose_linears(source.model, ignore, lm_head=lm_head)
+        eight_bits(source.model, possible, options.scheme)
     with timed("2. draw the samples", options, quiet):
         check_seq_len(source, options.seq_len)
         size = {"samples": options.samples, "seq_len": options.seq_len, "seed": options.seed}
@@ -128,7 +131,7 @@ def observe_model(options: Options, store: ObservationStore | None = None) -> Ob
         for name in layers:
             hub_module_name(source.model, name)  # the files must be able to store it
         if not quiet:
-            print(_choice(layers, in_float), file=sys.stderr)
+            print(_choice(layers, in_float, eight_bits(source.model, layers, options.scheme)), file=sys.stderr)
     with timed("4. observe the activations", options, quiet):
         kept = graph.keeping(in_float)
         return observe(options, source, samples, kept, layers, in_float, store, rotation, rotated)
@@ -162,13 +165,18 @@ def check_gate(observation: Observation, smoothing: Smoothing) -> dict[str, Any]
     return check_equivalence(smoothing.folded(), list(batches))
 
 
-def _choice(layers: list[str], in_float: dict[str, str]) -> str:
-    """What becomes INT8 and what does not, before the long work."""
-    lines = [f"{len(layers)} linear layers become INT8; in floating point:"]
-    for reason in dict.fromkeys(in_float.values()):
-        names = [name for name, why in in_float.items() if why == reason]
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"    {names[0]}{more}: {reason}")
+def _choice(layers: list[str], in_float: dict[str, str], eight: dict[str, str]) -> str:
+    """What becomes integers and what does not, before the long work. eight: layers with 8 bits where others have 4."""
+
+    def listed(reasons: dict[str, str]) -> Iterator[str]:
+        for reason in dict.fromkeys(reasons.values()):
+            names = [name for name, why in reasons.items() if why == reason]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield f"    {names[0]}{more}: {reason}"
+
+    lines = [f"{len(layers)} linear layers become integers; in floating point:", *listed(in_float)]
+    if eight:
+        lines += ["in 8 bits:", *listed(eight)]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 import calibration.from_pretrained  # noqa: F401
 from calibration.checkpoint.convert import convert
 from calibration.checkpoint.verify import verify
+from calibration.observation.observation import Observation
 from calibration.options import Options
-from calibration.pipeline import calibrate
+from calibration.pipeline import calibrate, observe_model
 from calibration.rounding import gptq, nearest
+from calibration.rounding.hessians import Hessians
 from tests.helpers import engine, tiny_checkpoints
 from tests.helpers.reference import load_reference
 from tests.helpers.vllm_layers import FUSED, IN, PREFIX, build_layer, compile_for, load
@@ -102,6 +105,54 @@ def test_gptq_takes_inputs_that_are_always_zero() -> None:
     q = gptq.round_gptq(weight, x.t() @ x, scale)
     assert ((int4.dequantize(q, scale) - weight)[:, 10:30].abs() <= scale.amax() * 0.51).all()
     gptq.round_gptq(weight, torch.zeros(64, 64), scale)
+
+
+def test_hessians_are_those_of_the_blocks_that_were_rounded_before(source: tuple[Path, Path]) -> None:
+    """Block by block, and in passes of the whole model where blocks cannot run isolated."""
+    model, text = source
+    options = Options(
+        model=str(model), output="o", dataset=str(text), samples=8, seq_len=32, quiet=True, rotation="none"
+    )
+    observation = observe_model(options)
+    found = Hessians(observation, observation.layers)
+    assert found.blocks is not None
+    original: dict[str, torch.Tensor] = {}
+    for number in range(2):
+        inside = [name for name in observation.layers if f".layers.{number}." in name]
+        expected = plain_hessians(observation, inside)
+        for name, weight in original.items():  # what was rounded is what `found` was told, not the model's weights
+            observation.model.get_submodule(name).get_parameter("weight").data.copy_(weight)
+        for name in inside:
+            assert torch.allclose(found.of(name), expected[name], rtol=1e-4, atol=1e-4 * float(expected[name].max()))
+        if number == 0:
+            whole = Hessians(observation, observation.layers, max_bytes=1)
+            whole.blocks = None
+            assert all(torch.allclose(whole.of(name), expected[name], rtol=1e-4, atol=1e-3) for name in inside)
+        for name in inside:
+            weight = observation.model.get_submodule(name).get_parameter("weight")
+            rounded = weight.detach() + torch.randn(weight.shape, generator=torch.Generator().manual_seed(6)) * 0.02
+            found.round(name, rounded)
+            original[name] = weight.detach().clone()
+            weight.data.copy_(rounded)  # for the expected sums of the next block
+
+
+def plain_hessians(observation: Observation, names: list[str]) -> dict[str, torch.Tensor]:
+    """x^T x of the inputs of layers `names` in one pass over all samples."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0].flatten(0, -2)
+            sums[name] = x.t() @ x
+
+        return hook
+
+    handles = [observation.model.get_submodule(n).register_forward_pre_hook(keep(n)) for n in names]
+    with torch.no_grad():
+        observation.model(input_ids=observation.samples.input_ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return sums
 
 
 # --- our product -----------------------------------------------------------------------------------------------------
@@ -323,6 +374,28 @@ def test_an_engine_serves_the_reference(checkpoints: dict[str, Path]) -> None:
         assert max(float((a - b).abs().max()) for a, b in zip(answer, expected, strict=True)) < limit, name
 
 
+@pytest.mark.slow
+def test_stock_vllm_serves_a_converted_checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """By the kernel that the plugin chooses, too. Where stock vLLM has none (AVX2), only the plugin serves 4 bits."""
+    from vllm import _custom_ops  # noqa: F401  it loads the operators
+
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        pytest.skip("this vLLM is built without its operator for 4 bits, cpu_gemm_wna16 (vLLM issue 55613)")
+    convert(checkpoints["W4A16"], tmp_path / "theirs", "compressed-tensors")
+    prompts, arguments = [list(range(3, 60))], {"vocabulary": True, "dtype": "bfloat16"}
+    stock = engine.logprobs(tmp_path / "theirs", prompts, environment={"VLLM_PLUGINS": ""}, **arguments)
+    ours = engine.logprobs(checkpoints["W4A16"], prompts, **arguments)
+    assert torch.equal(stock[0], ours[0])
+
+
+def test_weights_take_a_quarter_of_16_bits(checkpoints: dict[str, Path]) -> None:
+    headers = read_headers(checkpoints["W4A16"])
+    names = [n.removesuffix(".weight_packed") for n in headers if n.endswith("weight_packed")]
+    elements = {n: headers[f"{n}.weight_packed"][1][0] * headers[f"{n}.weight_packed"][1][1] * 8 for n in names}
+    groups = {n: headers[f"{n}.weight_scale"][1][0] * headers[f"{n}.weight_scale"][1][1] for n in names}
+    assert sum(elements[n] / 2 + 4 * groups[n] for n in names) <= 0.29 * 2 * sum(elements.values())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers_computes_the_reference(checkpoints: dict[str, Path], name: str) -> None:
     from transformers import AutoModelForCausalLM
@@ -398,3 +471,17 @@ def test_a_kernel_for_every_scheme_of_this_cpu() -> None:
         request = base.Request("layer", scheme(128, activations), True, torch.float32, "cpu")
         assert select.select_kernel(request).name == "int4"
     assert json.dumps(scheme(32, "none").weights.to_dict()) == '{"num_bits": 4, "strategy": "group", "group_size": 32}'
+
+
+def test_a_model_without_a_layer_for_4_bits_is_refused_before_the_text_is_read(tmp_path: Path) -> None:
+    model = tiny_checkpoints.save("gpt2", tmp_path / "gpt2")
+    with pytest.raises(
+        SmoothQuantError, match=r"--bits 4: expected a layer that can have 4 bits, got none: .*transpos"
+    ):
+        calibrate(str(model), tmp_path / "out", bits=4, dataset="no/such/text", quiet=True)
+
+
+def test_layers_with_8_bits_are_listed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model, text = tiny_checkpoints.save("bloom-tied", tmp_path / "m"), tiny_checkpoints.save_text(tmp_path / "t.txt")
+    calibrate(str(model), tmp_path / "out", bits=4, dataset=str(text), samples=2, seq_len=32, rotation="none")
+    assert "in 8 bits:\n    transformer.h.0.self_attention.query_key_value and 1 more: vLLM" in capfd.readouterr().err

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from vllm_smoothquant.format import int4
 from vllm_smoothquant.format.config import EXPERT, CheckpointConfig, InputActivations, Override, Scheme
 from vllm_smoothquant.format.files import MANIFEST
 
@@ -103,6 +104,14 @@ def _config(model: PreTrainedModel, plan: Plan, in_float: Mapping[str, str], car
     )
 
 
+def _as_multiplied(owner: str, parts: Mapping[str, torch.Tensor], smoothing: Smoothing) -> torch.Tensor:
+    """float32 [out, in]: the 4-bit weight of layer `owner` for its input and output as they are without smoothing."""
+    weight = int4.dequantize(int4.unpack(parts["weight_packed"]), parts["weight_scale"])
+    columns, rows = smoothing.input_factor(owner), smoothing.output_factor(owner)
+    weight = weight if columns is None else weight / columns.to(weight.device)
+    return weight if rows is None else weight * rows.to(weight.device)[:, None]
+
+
 def _hessians(observation: Observation, plan: Plan, rounding: str | None) -> Hessians | None:
     """What GPTQ needs for the layers with 4-bit weights; None if weights are rounded to the nearest integers."""
     four_bits = [name for name, scheme in plan.schemes.items() if scheme.weights.num_bits == 4]
@@ -128,6 +137,8 @@ def _tensors(
                     if factor is not None:
                         hessian = hessian / torch.outer(factor, factor).to(hessian.device)
                 parts = quantize_linear(name, linear, weight, ranges[owner], schemes[owner], hessian)
+                if hessians is not None and hessian is not None:
+                    hessians.round(owner, _as_multiplied(owner, parts, smoothing))
                 if owner in smoothing.runtime:
                     parts["smoothing_factor"] = smoothing.runtime[owner]
                 for part, value in parts.items():

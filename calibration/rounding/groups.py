@@ -4,12 +4,14 @@ Kernels take groups of 128, 64 or 32 inputs, all of one size. A layer whose inpu
 gets the next smaller one, because a smaller group only costs memory for scales.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from vllm_smoothquant.format.config import REORDERED, InputActivations, Scheme, Weights
+from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.int4 import GROUP_SIZES
 
 from ..running.modules import output_head, weight_shape
@@ -31,6 +33,16 @@ def scheme_of(model: nn.Module, name: str, scheme: Scheme) -> tuple[Scheme, str 
     if not sizes:
         return EIGHT_BITS, f"{in_features} inputs are not groups of {GROUP_SIZES[-1]}"
     return replace(scheme, weights=replace(scheme.weights, group_size=sizes[0])), None
+
+
+def eight_bits(model: nn.Module, layers: Iterable[str], scheme: Scheme) -> dict[str, str]:
+    """Layer -> why it gets 8 bits where `scheme` has 4. Errors (SmoothQuantError): all of `layers` do."""
+    schemes = {name: scheme_of(model, name, scheme) for name in layers}
+    found = {name: reason for name, (_, reason) in schemes.items() if reason is not None}
+    if found and len(found) == len(schemes):
+        name, reason = next(iter(found.items()))
+        raise SmoothQuantError("--bits 4", "a layer that can have 4 bits", f"none: {name}: {reason}", "use --bits 8")
+    return found
 
 
 def _why_eight_bits(model: nn.Module, name: str, linear: nn.Module) -> str | None:

@@ -1,18 +1,26 @@
-"""The sums that GPTQ needs of the inputs of linear layers.
+"""The sums that GPTQ needs of the inputs of linear layers, computed one decoder block at a time.
 
     H = sum over calibration tokens of x^T x        float32 [in, in]; its diagonal shows how large each input is
 
-A model has more of these matrices than fit into memory. They are computed for as many layers as fit, in one pass over
-the calibration samples, when the first of them is asked for; a large model takes several passes.
+The inputs of a block are those that it gets after the blocks before it were rounded, so that it corrects their errors
+as far as it can; inside a block, layers that run later see unrounded ones. Each block runs twice over all samples,
+first for these sums, then, rounded, for the input of the next block. Memory: the matrices of one block, and two outputs
+of every sample.
+
+Where the blocks of a model cannot run isolated (observation/blocks.py), one pass over the floating-point model sums the
+matrices of as many layers as fit into memory.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..observation.blocks import BlockNotIsolated, Blocks, run, try_whole
 from ..observation.observation import Observation
 from ..running.hooks import hooked
 from ..running.modules import decoder_of, weight_shape
@@ -23,29 +31,71 @@ BATCH_SIZE = 4
 
 
 class Hessians:
-    """layers: those that will be asked for, in this order. max_bytes: of the matrices that are kept at once."""
+    """layers: those that will be asked for, in this order. max_bytes: of the matrices of one pass without blocks."""
 
     def __init__(self, observation: Observation, layers: Sequence[str], max_bytes: int = MAX_BYTES) -> None:
-        self.model, self.input_ids = observation.model, observation.samples.input_ids
+        self.model, self.batches = observation.model, observation.samples.input_ids.split(BATCH_SIZE)
         self.layers, self.max_bytes = list(layers), max_bytes
         # Layers that read one tensor share a matrix.
         groups = observation.graph.shared_input_groups
         self.owner = {name: next((g[0] for g in groups if name in g), name) for name in layers}
         self.sums: dict[str, torch.Tensor] = {}
+        self.decoder = decoder_of(self.model, layers)
+        self.blocks: Blocks | None = None
+        with suppress(BlockNotIsolated):
+            self.blocks = Blocks(self.model, self.decoder, try_whole(self.model, self.decoder, [], self.batches[0]))
+        self.index, self.inputs = 0, list[torch.Tensor | None]([None] * len(self.batches))
+        self.rounded: dict[str, torch.Tensor] = {}
 
     def of(self, name: str) -> torch.Tensor:
-        """float32 [in, in] of the input of layer `name`, as the model computes it now (not smoothed)."""
+        """float32 [in, in] of the input of layer `name`, not smoothed."""
         if self.owner[name] not in self.sums:
-            self._compute(self.layers.index(name))
+            try:
+                self._next_block(name)
+            except BlockNotIsolated:
+                self.blocks = None
+            if self.owner[name] not in self.sums:
+                self._whole(self.layers.index(name))
         return self.sums[self.owner[name]]
 
-    def _compute(self, first: int) -> None:
+    def round(self, name: str, weight: torch.Tensor) -> None:
+        """Tell that layer `name` was rounded to `weight`, float32 [out, in] for its input as the model computes it."""
+        if self.blocks is not None:
+            self.rounded[name] = weight
+
+    def _next_block(self, name: str) -> None:
+        """Sum for the layers of the block of `name`, after all blocks before it."""
+        if self.blocks is None:
+            return
+        while self.index < len(self.blocks.names):
+            inside = self.blocks.layers(self.index, self.layers)
+            if name in inside:
+                with hooked(self._watching({self.owner[layer] for layer in inside})):
+                    self._run_block()
+                return
+            with hooked(self._rounding()):
+                self.inputs = list(self._run_block())
+            self.index += 1
+            self.rounded, self.sums = {}, {}
+
+    def _run_block(self) -> list[torch.Tensor]:
+        assert self.blocks is not None
+        with torch.inference_mode(), self.blocks.isolated(self.index) as block:
+            return [block(batch, x)[0].clone() for batch, x in zip(self.batches, self.inputs, strict=True)]
+
+    def _whole(self, first: int) -> None:
+        """Sum for as many layers from number `first` on as fit into memory."""
         names: dict[str, int] = {}
         for name in self.layers[first:]:
             names.setdefault(self.owner[name], 4 * weight_shape(self.model.get_submodule(name))[1] ** 2)
             if len(names) > 1 and sum(names.values()) > self.max_bytes:
                 names.pop(self.owner[name])
                 break
+        with torch.inference_mode(), fast_arithmetic(self.model), hooked(self._watching(names)):
+            for batch in self.batches:
+                run(self.decoder, batch)
+
+    def _watching(self, names: Any) -> Iterator[RemovableHandle]:
         self.sums = {}
 
         def add(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -55,11 +105,13 @@ class Hessians:
             else:
                 self.sums[name] = x.t() @ x
 
-        def handles() -> Iterator[RemovableHandle]:
-            for name in names:
-                yield self.model.get_submodule(name).register_forward_pre_hook(partial(add, name))
+        for name in names:
+            yield self.model.get_submodule(name).register_forward_pre_hook(partial(add, name))
 
-        device = next(self.model.parameters()).device
-        with torch.no_grad(), fast_arithmetic(self.model), hooked(handles()):
-            for batch in self.input_ids.split(BATCH_SIZE):
-                decoder_of(self.model, names)(input_ids=batch.to(device), use_cache=False)
+    def _rounding(self) -> Iterator[RemovableHandle]:
+        def replace(weight: torch.Tensor, module: Any, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+            bias = None if module.bias is None else module.bias.float()
+            return nn.functional.linear(args[0].float(), weight.to(y.device), bias).to(y.dtype)
+
+        for name, weight in self.rounded.items():
+            yield self.model.get_submodule(name).register_forward_hook(partial(replace, weight))

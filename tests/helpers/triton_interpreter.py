@@ -2,8 +2,8 @@
 
     python -m tests.helpers.triton_interpreter IN OUT
 
-IN: a file with lists of arguments of our operators "quantize_per_token" and "triton_int8_mm", which calls vLLM's GEMM.
-OUT: their results, and what opcheck says of each operator.
+IN: a file with lists of arguments of our operators "quantize_per_token" and "triton_int8_mm", which calls vLLM's GEMM,
+or of `experts`, which calls vLLM's kernel for routed experts. OUT: their results, and what opcheck says of operators.
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+FUSED_MOE = "vllm.model_executor.layers.fused_moe.fused_moe"
 GEMM = "vllm.model_executor.layers.quantization.compressed_tensors.triton_scaled_mm"
 
 
@@ -44,26 +45,69 @@ def interpret() -> None:
 
 
 @functools.cache
-def import_gemm() -> ModuleType:
-    """vLLM's Triton GEMM. Without a GPU, vLLM imports it with a placeholder for Triton."""
+def import_gemm(name: str = GEMM) -> ModuleType:
+    """vLLM's Triton GEMM, or its module `name`. Without a GPU, vLLM imports it with a placeholder for Triton."""
     import triton
     import vllm.triton_utils
 
     placeholders = vllm.triton_utils.triton, vllm.triton_utils.tl
     vllm.triton_utils.triton, vllm.triton_utils.tl = triton, triton.language
-    assert GEMM not in sys.modules
-    gemm = importlib.import_module(GEMM)
+    assert name not in sys.modules
+    module = importlib.import_module(name)
     vllm.triton_utils.triton, vllm.triton_utils.tl = placeholders
-    return gemm
+    return module
+
+
+def experts(
+    x: torch.Tensor, gate_up: torch.Tensor, gate_up_scale: torch.Tensor, down: torch.Tensor, down_scale: torch.Tensor,
+    chosen: torch.Tensor, weights: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Routed experts as vLLM's TritonExperts computes them: both products by its kernel, in the layout of our plugin.
+
+    x float32 [tokens, hidden]; gate_up int8 [experts, 2 * inner, hidden], down [experts, hidden, inner]; scales
+    [experts, rows, 1]; chosen int64 and weights float32 [tokens, choices]. Integers of activations and SiLU are
+    torch's, because the interpreter has no libdevice, with which vLLM's kernel rounds; so is the sorting by expert.
+    """
+    import triton.language as tl
+
+    from vllm_smoothquant.format import int8
+
+    module = import_gemm(FUSED_MOE)
+    block, (tokens, choices), count = 16, chosen.shape, len(gate_up)
+    config = {"BLOCK_SIZE_M": block, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 1}
+    order, experts_of = [], []
+    for expert in range(count):
+        pairs = (chosen.flatten() == expert).nonzero().flatten().tolist()
+        pairs += [chosen.numel()] * (-len(pairs) % block)  # padding, which the kernel passes over
+        order += pairs
+        experts_of += [expert] * (len(pairs) // block)
+    ids, blocks = torch.tensor(order, dtype=torch.int32), torch.tensor(experts_of, dtype=torch.int32)
+    padded = torch.tensor([len(order)], dtype=torch.int32)
+
+    def product(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, last: bool) -> torch.Tensor:
+        step = int8.input_scale(values, "token")
+        out = torch.zeros(tokens, choices, weight.shape[1])
+        module.invoke_fused_moe_triton_kernel(
+            int8.quantize(values, step), weight, out, step, scale, weights if last else None, ids, blocks, padded, last,
+            1 if last else choices, config, tl.float32, False, True, False, False, True,
+        )  # fmt: skip
+        return out
+
+    gate, up = product(x, gate_up, gate_up_scale, False).chunk(2, dim=-1)
+    hidden = (torch.nn.functional.silu(gate) * up).flatten(0, 1)
+    return product(hidden, down, down_scale, True).sum(1)
 
 
 def main(source: str, target: str) -> None:
     interpret()
+    if "experts" in (requests := torch.load(source)):
+        torch.save({"experts": {"results": [experts(*case) for case in requests["experts"]]}}, target)
+        return
     import_gemm()
     from vllm_smoothquant.kernels import ops
 
     answer = {}
-    for name, cases in torch.load(source).items():
+    for name, cases in requests.items():
         operator = getattr(ops, name)
         opcheck = torch.library.opcheck(operator, cases[0])
         answer[name] = {"results": [operator(*case) for case in cases], "opcheck": set(opcheck.values())}
