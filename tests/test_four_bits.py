@@ -25,6 +25,8 @@ from vllm_smoothquant.format.config import CheckpointConfig, InputActivations, S
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import read_headers, read_json, read_tensors
 from vllm_smoothquant.kernels import base, build, four_bits, select
+from vllm_smoothquant.linear import SmoothQuantLinearMethod
+from vllm_smoothquant.loading import CheckedLoading
 
 ACTIVATIONS = {"none": InputActivations(num_bits=16), "token": InputActivations()}
 
@@ -280,6 +282,16 @@ def test_a_layer_compiles_and_stores_its_weights_once(one_rank: None) -> None:
         assert torch.allclose(compiled(x), layer(x)[0], atol=1e-4)
 
 
+def test_a_group_that_two_ranks_would_share_is_refused() -> None:
+    config = scheme(64, "none")
+    loading = CheckedLoading("model.down_proj", ["model.down_proj"], None, None, config.weights)
+    method = SmoothQuantLinearMethod(loading, config, False, lambda: None)
+    with pytest.raises(
+        SmoothQuantError, match=r"down_proj: expected inputs of each rank in groups of 64.*got 96 inputs"
+    ):
+        method.create_weights(torch.nn.Module(), 96, [64], 192, 64, torch.float32, weight_loader=print)
+
+
 def test_a_damaged_layer_is_refused(one_rank: None) -> None:
     config = layer_config("qkv_proj", 32, "none", False)
 
@@ -314,6 +326,17 @@ def source(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
+def experts(folder: Path, source: tuple[Path, Path]) -> Path:
+    """A tiny mixture, whose experts have 8 bits."""
+    model = tiny_checkpoints.save("qwen3-moe", folder / "qwen3-moe")
+    options = {"dataset": str(source[1]), "samples": 8, "seq_len": 32, "quiet": True, "rotation": "none"}
+    calibrate(str(model), folder / "experts", bits=4, activations="token", group_size=32, **options)
+    verdict = verify(folder / "experts", str(model))
+    assert not verdict.faults, verdict.faults[0]
+    return folder / "experts"
+
+
+@pytest.fixture(scope="module")
 def checkpoints(folder: Path, source: tuple[Path, Path]) -> dict[str, Path]:
     """Name -> a checkpoint of a tiny Llama."""
     options: dict[str, dict[str, object]] = {
@@ -321,6 +344,7 @@ def checkpoints(folder: Path, source: tuple[Path, Path]) -> dict[str, Path]:
         "W4A8": {"activations": "token", "group_size": 32},
         "nearest": {"rounding": "nearest", "group_size": 64, "alpha": "auto"},
         "mixed": {"max_fallback": 0.3, "quantize_lm_head": True},
+        "narrow": {"rounding": "nearest", "group_size": 32},
     }
     model, text = source
     for name, changes in options.items():
@@ -362,16 +386,29 @@ def test_layers_get_the_groups_that_their_inputs_allow(checkpoints: dict[str, Pa
 
 
 @pytest.mark.slow
-def test_an_engine_serves_the_reference(checkpoints: dict[str, Path]) -> None:
+def test_an_engine_serves_the_reference(checkpoints: dict[str, Path], experts: Path) -> None:
     prompts = [list(range(3, 60)), [5, 9, 200, 17]]
-    answers = engine.logprobs_of([checkpoints[name] for name in NAMES], prompts, vocabulary=True)
-    for name, answer in zip(NAMES, answers, strict=True):
-        model = load_reference(checkpoints[name])
+    folders = {name: checkpoints[name] for name in NAMES} | {"experts": experts}
+    answers = engine.logprobs_of(list(folders.values()), prompts, vocabulary=True)
+    for (name, folder), answer in zip(folders.items(), answers, strict=True):
+        model = load_reference(folder)
         with torch.no_grad():
             expected = [model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for ids in prompts]
         # Ties of W4A8's activations fall to either side, as in tests/test_end_to_end.py; others have no ties.
-        limit = 1e-2 if name in ("W4A8", "mixed") else 1e-4
+        limit = 1e-4 if name in ("W4A16", "nearest") else 1e-2
         assert max(float((a - b).abs().max()) for a, b in zip(answer, expected, strict=True)) < limit, name
+
+
+@pytest.mark.slow
+def test_two_ranks_serve_the_reference(checkpoints: dict[str, Path], source: tuple[Path, Path]) -> None:
+    """Words and scales are split with the inputs of a row-parallel layer."""
+    prompts, ranks = [list(range(3, 60)), [5, 9, 200, 17]], {"tensor_parallel_size": 2, "vocabulary": True}
+    ranks["environment"] = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    answer = engine.logprobs(checkpoints["narrow"], prompts, **ranks)
+    model = load_reference(checkpoints["narrow"])
+    with torch.no_grad():
+        expected = [model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for ids in prompts]
+    assert max(float((a - b).abs().max()) for a, b in zip(answer, expected, strict=True)) < 1e-4
 
 
 @pytest.mark.slow
