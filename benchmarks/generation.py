@@ -1,8 +1,8 @@
 """docs/generation.md: a judge that is not kind. Exact answers of checkpoints, paired with those of floating point.
 
-`python -m benchmarks.generation [MODEL ...]`. Perplexity averages over tokens that any model guesses; a generated
-answer of several tokens is right or wrong. The questions are made by a seeded script, with worked examples before each,
-so that a small model knows the form:
+`python -m benchmarks.generation [MODEL ...] [--checkpoints ROW ...]`. Perplexity averages over tokens that any model
+guesses; a generated answer of several tokens is right or wrong. The questions are made by a seeded script, with worked
+examples before each, so that a small model knows the form:
 
     lookup    eight words with a number of four digits each; one word again: its number
     sum       the sum of two numbers below fifty
@@ -129,13 +129,13 @@ def difference(a: list[bool], b: list[bool]) -> tuple[float, float]:
     return (gained - lost) / n, 1.96 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Row -> its answers, whether each is right."""
+def measure(name: str, checkpoints: list[str]) -> dict[str, Any]:
+    """Row -> its answers, whether each is right; of floating point and of `checkpoints`."""
     asked = list(questions())
     prompts, source = [prompt for _, prompt, _ in asked], str(MODELS[name]())
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        for row, options in {FLOAT: None, **CHECKPOINTS}.items():
+        for row, options in {FLOAT: None, **{row: CHECKPOINTS[row] for row in checkpoints}}.items():
             model = source
             if options is not None:
                 model = str(Path(folder, row.replace(" ", "-")))
@@ -170,6 +170,7 @@ def main() -> None:
     """Measure the models named on the command line and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)} (default: all)")
+    parser.add_argument("--checkpoints", nargs="+", choices=CHECKPOINTS, default=list(CHECKPOINTS))
     parser.add_argument("--answer", nargs=3, metavar=("MODEL", "PROMPTS", "ANSWERS"), help="used by the script itself")
     args = parser.parse_args()
     if args.answer:
@@ -178,7 +179,7 @@ def main() -> None:
     figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"models": {}}
     figures["machine"] = describe()
     for name in args.models or MODELS:
-        figures["models"][name] = measure(name)
+        figures["models"][name] = measure(name, args.checkpoints)
         FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
         OUTPUT.write_text(page(figures))
     summary = {

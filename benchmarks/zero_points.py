@@ -50,7 +50,7 @@ HEADER = """# Zero points for static scales
 Written by `python -m benchmarks.zero_points`; not by hand. {machine}
 
 Each model calibrated on Wikipedia articles as by default (rotated where that pays), KL from floating point on
-{windows} windows of others, simulated. *Difference*: zero points less symmetric, over the same windows, ± its standard
+{windows} windows of others, simulated. *Difference*: of zero points to symmetric, over the same windows, ± its standard
 error. *Range*: by how much a symmetric scale is coarser, twice the absmax over the range of an input: the median and
 the largest of the static layers; 2 is an input that is never negative.
 
@@ -129,14 +129,18 @@ def main() -> None:
     figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     for name in args.models or MODELS:
         figures[name] = measure(name)
-        text = HEADER.format(machine=describe(), windows=WINDOWS)
-        for model, schemes in figures.items():
-            for scheme, (a, b, change, error, median, largest) in schemes.items():
-                cells = f"{a:.4f} | {b:.4f} | {change:+.4f} ± {error:.4f} | {median:.2f}, {largest:.2f}"
-                text += f"| {model} | {scheme} | {cells} |\n"
-        OUTPUT.write_text(text)
+        OUTPUT.write_text(page(figures))
         FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures))
+
+
+def page(figures: dict[str, dict[str, list[float]]]) -> str:
+    text = HEADER.format(machine=describe(), windows=WINDOWS)
+    for model, schemes in figures.items():
+        for scheme, (a, b, change, error, median, largest) in schemes.items():
+            cells = f"{a:.3g} | {b:.3g} | {change / a:+.1%} ± {error / a:.1%} | {median:.2f}, {largest:.2f}"
+            text += f"| {model} | {scheme} | {cells} |\n"
+    return text
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class Options:
     quiet: bool = option(False, "print no progress and no summary", recipe=False, smooth=True)
     alpha: float | str | None = option(
         None, "migration strength of eq. 4: 0 to 1; auto: the best for each group; grid: the best single value "
-        "(default: 0.5, or auto for a rotated model)", metavar="ALPHA", parse=_alpha, smooth=True,
+        "(default: 0.5, or auto for a rotated model and for 4-bit weights)", metavar="ALPHA", parse=_alpha, smooth=True,
     )  # fmt: skip
     rotation: str = option(
         "auto", "rotate the hidden states by an orthogonal matrix that is folded into the weights: auto, where it "
@@ -212,8 +212,10 @@ class Options:
         return self.level is None and self.activations == "static"
 
     def alpha_for(self, *, rotated: bool) -> float | str:
-        """alpha, or its default: the paper's 0.5, which a search replaces where a rotation has changed the ranges."""
-        return self.alpha if self.alpha is not None else "auto" if rotated else 0.5
+        """alpha, or its default: the paper's 0.5, for 8 bits. A search replaces it where a rotation has changed the
+        ranges, and for 4 bits, for which a fixed alpha was worse than none (docs/four_bits.md).
+        """
+        return self.alpha if self.alpha is not None else "auto" if rotated or self.bits == 4 else 0.5
 
     @property
     def scheme(self) -> Scheme:

@@ -343,7 +343,7 @@ def checkpoints(folder: Path, source: tuple[Path, Path]) -> dict[str, Path]:
         "W4A16": {},
         "W4A8": {"activations": "token", "group_size": 32},
         "nearest": {"rounding": "nearest", "group_size": 64, "alpha": "auto"},
-        "mixed": {"max_fallback": 0.3, "quantize_lm_head": True},
+        "mixed": {"max_fallback": 0.3, "quantize_lm_head": True, "alpha": 0.5},
         "narrow": {"rounding": "nearest", "group_size": 32},
     }
     model, text = source

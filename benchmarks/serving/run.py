@@ -62,6 +62,9 @@ OURS: dict[str, list[str]] = {
     "static, rotated": ["--activations", "static", "--rotation", "always"],
     "static, not rotated": ["--activations", "static", "--rotation", "none"],
     "default, INT8 head": ["--quantize-lm-head"],
+    # Rounding changes no speed.
+    "W4A8": ["--bits", "4", "--activations", "token", "--rounding", "nearest"],
+    "W4A16": ["--bits", "4", "--rounding", "nearest"],
 }
 ARMS = (FLOAT, STOCK, *OURS)
 PROMPT = 16  # tokens that a decoding request starts from
