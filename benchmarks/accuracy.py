@@ -116,9 +116,9 @@ Calibrated on {samples} x {seq_len} tokens, measured on {windows} x {seq_len}, w
 BUDGET = """
 ### Where the error comes from
 
-Default scheme, on the same text; simulated, only the part named rounded. The parts do not quite add up, because errors
-meet. LLM.int8() (arXiv 2208.07339) keeps input channels with a value above 6 in floating point, without smoothing; vLLM
-does not serve it.
+Default scheme, on the same text; simulated in {dtype}, only the part named rounded. The parts do not add up, because
+errors meet, and because in 16 bits each part has roundings that floating point has not. LLM.int8() (arXiv 2208.07339)
+keeps input channels with a value above 6 in floating point, without smoothing; vLLM does not serve it.
 
 | rounded | KL |
 |---|---|
@@ -252,7 +252,9 @@ def table(figures: dict[str, Any]) -> str:
             for row, f in ((row, rows[row]) for row in ROWS if row in rows)
         )
         if "budget" in rows:
-            text += BUDGET + "".join(f"| {part} | {value:.3g} |\n" for part, value in rows["budget"].items())
+            text += BUDGET.format(dtype=rows["budget_dtype"]) + "".join(
+                f"| {part} | {value:.3g} |\n" for part, value in rows["budget"].items()
+            )
     return text
 
 
@@ -282,7 +284,7 @@ def main() -> None:
     possible = [name for name, changes in ROWS.items() if model.int8_head or "quantize_lm_head" not in changes]
     measure_rows(model, [name for name in args.rows or possible if name in ROWS], windows, rows, save)
     if not args.rows or "budget" in args.rows:
-        rows["budget"] = budget(model, windows)
+        rows["budget"], rows["budget_dtype"] = budget(model, windows), dtype
     save()
     print(json.dumps(figures))
 

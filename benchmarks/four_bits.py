@@ -68,6 +68,7 @@ ROWS: dict[str, dict[str, Any] | str] = {
     "SmoothQuant+ (one alpha for the model)": {"alpha": "grid", "rotation": "none", "rounding": "nearest"},
     "an alpha for each group, as AWQ": {"alpha": "auto", "rotation": "none", "rounding": "nearest"},
     "GPTQ, no smoothing": {"no_smoothing": True},
+    "GPTQ, alpha 0.5": {"alpha": 0.5, "rotation": "none"},
     "GPTQ, an alpha for each group": {"alpha": "auto", "rotation": "none"},
     "default (--bits 4)": {},
     "default, 8-bit activations": {"activations": "token"},

@@ -67,10 +67,15 @@ def int8_linear() -> Callable[..., bool] | str:
     return reason
 
 
-def _load(path: Path) -> Callable[..., bool]:
-    function: Callable[..., bool] = ctypes.CDLL(str(path)).smoothquant_int8_linear
+def _load(path: Path, name: str = "int8_linear") -> Callable[..., bool]:
+    """The function `name` of the library."""
+    function: Callable[..., bool] = getattr(ctypes.CDLL(str(path)), f"smoothquant_{name}")
     pointer, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_bool
-    function.argtypes = [flag, *[pointer] * 6, flag, pointer, *[number] * 3]  # type: ignore[attr-defined]
+    function.argtypes = {  # type: ignore[attr-defined]
+        "int8_linear": [flag, *[pointer] * 6, flag, pointer, *[number] * 3],
+        "int8_experts": [flag, *[pointer] * 11, number, pointer, *[number] * 5],
+        "int4_linear": [flag, flag, *[pointer] * 5, *[number] * 5],
+    }[name]
     function.restype = flag  # type: ignore[attr-defined]
     return function
 
@@ -79,26 +84,14 @@ def _load(path: Path) -> Callable[..., bool]:
 def int8_experts() -> Callable[..., bool] | str:
     """smoothquant_int8_experts of int8_experts.cpp, which is in the same library, or why it is not available here."""
     linear = int8_linear()
-    if isinstance(linear, str):
-        return linear
-    function: Callable[..., bool] = ctypes.CDLL(str(build(target() or ""))).smoothquant_int8_experts
-    pointer, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_bool
-    function.argtypes = [flag, *[pointer] * 11, number, pointer, *[number] * 5]  # type: ignore[attr-defined]
-    function.restype = flag  # type: ignore[attr-defined]
-    return function
+    return linear if isinstance(linear, str) else _load(build(target() or ""), "int8_experts")
 
 
 @functools.cache
 def int4_linear() -> Callable[..., bool] | str:
     """smoothquant_int4_linear of int4_linear.cpp, which is in the same library, or why it is not available here."""
     linear = int8_linear()
-    if isinstance(linear, str):
-        return linear
-    function: Callable[..., bool] = ctypes.CDLL(str(build(target() or ""))).smoothquant_int4_linear
-    pointer, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_bool
-    function.argtypes = [flag, flag, *[pointer] * 5, *[number] * 5]  # type: ignore[attr-defined]
-    function.restype = flag  # type: ignore[attr-defined]
-    return function
+    return linear if isinstance(linear, str) else _load(build(target() or ""), "int4_linear")
 
 
 def build(target: str) -> Path:

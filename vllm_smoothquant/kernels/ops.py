@@ -79,6 +79,13 @@ def onednn_tensor_int8(
     return out
 
 
+def _readable(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x, contiguous, and `bias` as our C++ reads them: both in float32 or bfloat16. float16 goes through float32."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or (bias is not None and bias.dtype != x.dtype):
+        x, bias = x.to(torch.float32), None if bias is None else bias.to(torch.float32)
+    return x.contiguous(), bias
+
+
 @_custom_op("CPU", lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]))
 def int8_linear(
     x: torch.Tensor,
@@ -90,14 +97,10 @@ def int8_linear(
     per_token: bool,
 ) -> torch.Tensor:
     """per_token: a measured scale is one per token; otherwise it is one for all tokens."""
-    dtype = x.dtype
-    # int8_linear.cpp reads and writes two dtypes. float16, and a bias of another dtype than x, go through float32.
-    if dtype not in (torch.float32, torch.bfloat16) or (bias is not None and bias.dtype != dtype):
-        x, bias = x.to(torch.float32), None if bias is None else bias.to(torch.float32)
+    dtype, (x, bias) = x.dtype, _readable(x, bias)
     function = build.int8_linear()
     assert callable(function), function  # cpu.Compiled has rejected the request otherwise
     (tokens, in_features), out_features = x.shape, weight.shape[0]
-    x = x.contiguous()
     y = x.new_empty(tokens, out_features)
     if not tokens:
         return y.to(dtype)
@@ -128,13 +131,10 @@ def int4_linear(
 
     integers: x is rounded with a scale for each token; otherwise it is multiplied in float32.
     """
-    dtype = x.dtype
-    if dtype not in (torch.float32, torch.bfloat16) or (bias is not None and bias.dtype != dtype):
-        x, bias = x.to(torch.float32), None if bias is None else bias.to(torch.float32)
+    dtype, (x, bias) = x.dtype, _readable(x, bias)
     function = build.int4_linear()
     assert callable(function), function  # cpu.Int4 has rejected the request otherwise
     (tokens, in_features), out_features = x.shape, weight.shape[0]
-    x = x.contiguous()
     y = x.new_empty(tokens, out_features)
     if not tokens:
         return y.to(dtype)
@@ -176,12 +176,10 @@ def int8_experts(
 
     weights: float32 [tokens, choices]. activation: its place in experts.ACTIVATIONS. Biases are float32.
     """
-    dtype = x.dtype
-    if dtype not in (torch.float32, torch.bfloat16):
-        x = x.to(torch.float32)
+    dtype, (x, _) = x.dtype, _readable(x, None)
     function = build.int8_experts()
     assert callable(function), function  # the method of the layer has asked before
-    x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
+    chosen, weights = chosen.contiguous(), weights.contiguous()
     y = torch.empty_like(x)
     if not len(x):
         return y.to(dtype)
