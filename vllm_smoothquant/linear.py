@@ -119,8 +119,7 @@ class SmoothQuantLinearMethod(LinearMethodBase):
             # One scale per shard becomes one per channel, which every kernel can use.
             repeats = torch.tensor(widths, device=weight_scale.device)
             weight_scale = weight_scale.repeat_interleave(repeats).reshape(-1, 1)
-            layer.weight_scale = frozen(weight_scale)
-        elif self.scheme.weights.group_size is None:
+        if self.scheme.weights.group_size is None:  # kernels for 4 bits take vLLM's parameter
             layer.weight_scale = frozen(weight_scale)
         if layer.input_scale is not None:
             layer.input_scale = frozen(layer.input_scale.data[:1].clone())

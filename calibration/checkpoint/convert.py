@@ -37,7 +37,7 @@ from ..inputs.side_files import side_files
 from ..options import ACTIVATIONS
 from ..running.modules import block_of
 from . import compressed_tensors, export, model_card
-from .compressed_groups import FORMAT_OF_BITS, scheme_arguments
+from .compressed_groups import FORMAT_OF_BITS, MIXED, scheme_arguments
 from .manifest import FORMAT_VERSION
 from .model_card import CARD
 from .verify import verify
@@ -149,7 +149,7 @@ def _compressed_config(ours: CheckpointConfig, headers: Headers) -> dict[str, An
     formats = {FORMAT_OF_BITS[scheme.weights.num_bits] for _, scheme in groups}
     return {
         "quant_method": COMPRESSED_TENSORS,
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{i}": {

@@ -127,13 +127,13 @@ def int8_linear(
 def int4_linear(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, integers: bool
 ) -> torch.Tensor:
-    """weight: uint8 [out, in / 2], as cpu.Int4 packs it; weight_scale: float32 [out, groups]; both with padded inputs.
+    """weight: uint8 [out, in / 2], as Int4 packs it; weight_scale: float32 [out, groups]; both with padded inputs.
 
     integers: x is rounded with a scale for each token; otherwise it is multiplied in float32.
     """
     dtype, (x, bias) = x.dtype, _readable(x, bias)
     function = build.int4_linear()
-    assert callable(function), function  # cpu.Int4 has rejected the request otherwise
+    assert callable(function), function  # four_bits.Int4 has rejected the request otherwise
     (tokens, in_features), out_features = x.shape, weight.shape[0]
     y = x.new_empty(tokens, out_features)
     if not tokens:
