@@ -14,7 +14,7 @@ help:
 venv: $(STAMP)
 
 # Installed once, and again when what is to be installed changes.
-$(STAMP): packaging/install.sh pyproject.toml packaging/cpu/vllm/pyproject.toml packaging/cpu/torchvision/pyproject.toml \
+$(STAMP): packaging/install.sh pyproject.toml packaging/cpu/vllm/pyproject.toml packaging/cpu/torchvision_operators.py \
           packaging/cpu/torchaudio/pyproject.toml packaging/cpu/torchcodec/pyproject.toml
 	@PYTHON="$(PYTHON)" sh packaging/install.sh $(VENV)
 	@touch $@

@@ -192,7 +192,7 @@ def page(figures: dict[str, Any]) -> str:
                     text += f"| {row} | failed | | |\n"
                 elif f:
                     text += (
-                        f"| {row} | {f['kl_divergence']:.4f} ± {f['kl_standard_error']:.4f} | {f['perplexity']:.3f} | "
+                        f"| {row} | {f['kl_divergence']:.3g} ± {f['kl_standard_error']:.2g} | {f['perplexity']:.3f} | "
                         f"{f['perplexity_change']:+.2%} ± {f['perplexity_change_standard_error']:.2%} |\n"
                     )
     return text

@@ -26,6 +26,7 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import PACKED, SCALES, header_faults, quantised_layers, read_headers, read_tensors
 
 from .checkpoint.architecture import architecture_faults
+from .checkpoint.export import file_names
 from .running.modules import LINEAR_TYPES, own_parameters, weight_shape
 from .running.products import ProductLinear, make_linear
 
@@ -119,7 +120,12 @@ class SmoothQuantQuantizer(HfQuantizer):
         config, headers = self.quantization_config.config, read_headers(folder)
         for fault in (*header_faults(config, headers), *architecture_faults(model, headers)):
             raise fault
-        modules = dict(model.named_modules())
+        modules = {
+            key.removesuffix(".weight"): name
+            for name, module in model.named_modules()
+            if isinstance(module, LINEAR_TYPES)
+            for key in file_names(model, f"{name}.weight")
+        }
         self.folder, self.experts = folder, {name for name in quantised_layers(headers) if EXPERT.search(name)}
         # transformers stacks the integers of experts in one parameter; their scales are read afterwards.
         if self.experts:
@@ -128,11 +134,11 @@ class SmoothQuantQuantizer(HfQuantizer):
         for name in quantised_layers(headers):
             if name in self.experts:
                 continue
-            linear, scheme = modules.get(name), config.scheme(name)
-            if not isinstance(linear, LINEAR_TYPES) or scheme is None:
-                expected = "a linear layer of that name in the model"
-                raise SmoothQuantError(name, expected, type(linear).__name__, "use vLLM")
-            model.set_submodule(name, QuantizedLinear(linear, scheme, name in config.smoothed))
+            module, scheme = modules.get(name), config.scheme(name)
+            if module is None or scheme is None:
+                raise SmoothQuantError(name, "a linear layer of that name in the model", "none", "use vLLM")
+            linear = model.get_submodule(module)
+            model.set_submodule(module, QuantizedLinear(linear, scheme, name in config.smoothed))
         in_float32 = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
         self.dtypes = {
             name: parameter.dtype

@@ -90,7 +90,8 @@ class Options:
     output: str = option("", "the folder to create", metavar="OUT", recipe=False, smooth=True)
     dataset: str = option(
         DEFAULT_DATASET, "calibration text: .txt, .jsonl, .json, .parquet or .csv, also with .gz or .zst, a folder of "
-        "such files, or a hub data set NAME[:CONFIG][@SPLIT]", metavar="NAME_OR_FILE", smooth=True,
+        "such files, or a hub data set NAME[:CONFIG][@SPLIT]; with images, a column image or a folder of images "
+        "with metadata.jsonl", metavar="NAME_OR_FILE", smooth=True,
     )  # fmt: skip
     text_column: str = option(
         "text", "the column that holds texts or chats; without a column text, messages or conversations is taken",
@@ -133,6 +134,10 @@ class Options:
         None, "scope of an input scale (default: token; none with 4-bit weights: inputs are not rounded); static keeps "
         "a scale per token where a stored one would more than double the error, --level O3 nowhere",
         choices=tuple(ACTIVATIONS),
+    )  # fmt: skip
+    modality_weights: str = option(
+        "equal", "how a search weighs the tokens of images and of text: equal, or auto, by how much the loss depends "
+        "on them", choices=("equal", "auto"),
     )  # fmt: skip
     max_fallback: float = option(
         0.0, "share of the linear layers, such as 10%%, that may change from static to per-token scales or to floating "

@@ -17,11 +17,11 @@ import torch
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import MANIFEST, read_json
 
-from .checkpoint.export import check_output, hub_module_name, unread
+from .checkpoint.export import check_names, check_output, unread
 from .checkpoint.write import write_checkpoint, write_smoothed
 from .discovery.discover import TRACE_SHAPE, discover
 from .discovery.linears import choose_layers, choose_linears
-from .inputs.model import check_seq_len, load, untie_head
+from .inputs.model import check_head, check_seq_len, load, untie_head
 from .inputs.text import load_samples
 from .observation.absmax import observed_layer
 from .observation.observation import Observation
@@ -110,6 +110,7 @@ def observe_model(options: Options, store: ObservationStore | None = None) -> Ob
         store.processes.from_first(lambda: check_writable(Path(stats)))
     with timed("1. load the model", options, quiet):
         source = load(options.model, store.processes.placement(options.device_map))
+        check_head(source, options)
         if options.quantize_lm_head:
             untie_head(options.model, source.model)
         ignore, lm_head = frozenset(options.ignore), options.quantize_lm_head
@@ -121,15 +122,15 @@ def observe_model(options: Options, store: ObservationStore | None = None) -> Ob
         size = {"samples": options.samples, "seq_len": options.seq_len, "seed": options.seed}
         samples = load_samples(
             options.dataset, source.tokenizer, text_column=options.text_column, chat_template=options.chat_template,
-            vocab_rows=source.model.get_input_embeddings().weight.shape[0], quiet=not store.processes.first, **size,
+            vocab_rows=source.model.get_input_embeddings().weight.shape[0], quiet=not store.processes.first,
+            model=options.model, config=source.model.config, **size,
         )  # fmt: skip
     with timed("3. discover who reads what, and rotate", options, quiet):
         rotation, rotated = choose_rotation(options, source, samples, unread(source), quiet=quiet)
         trace_ids = samples.input_ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]]
         graph = discover(source.model, trace_ids)
         layers, in_float = choose_layers(source.model, graph, ignore, lm_head=lm_head)
-        for name in layers:
-            hub_module_name(source.model, name)  # the files must be able to store it
+        check_names(source.model, layers)
         if not quiet:
             print(_choice(layers, in_float, eight_bits(source.model, layers, options.scheme)), file=sys.stderr)
     with timed("4. observe the activations", options, quiet):
@@ -160,9 +161,10 @@ def idle_experts(observation: Observation) -> Iterator[str]:
 
 def check_gate(observation: Observation, smoothing: Smoothing) -> dict[str, Any]:
     """The gate's report; SmoothQuantError if `smoothing` changes the function."""
-    batches = observation.samples.input_ids[: GATE_SHAPE[0], : GATE_SHAPE[1]].split(2)
+    samples = observation.samples
+    batches = [*samples.images[:1], *samples.input_ids[: GATE_SHAPE[0], : GATE_SHAPE[1]].split(2)]
     # Without factors at run time: a layer that divides its input multiplies its weight, and no other layer changes.
-    return check_equivalence(smoothing.folded(), list(batches))
+    return check_equivalence(smoothing.folded(), batches)
 
 
 def _choice(layers: list[str], in_float: dict[str, str], eight: dict[str, str]) -> str:

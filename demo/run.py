@@ -71,17 +71,13 @@ def calibrate(model: Path, output: Path, text: Path, options: list[str]) -> None
 
 
 def measure(model: Path, plain: Path, smoothed: Path, text: Path) -> dict[str, Any]:
-    """evaluate's result for all three; no speed of `plain`, because it runs the same kernels as `smoothed`."""
-    options = ["--text", str(text), "--samples", str(WINDOWS), "--enforce-eager", "--json"]
+    """evaluate's result for all three. No speed, because models one after the other show how busy the machine was."""
+    options = ["--text", str(text), "--samples", str(WINDOWS), "--enforce-eager", "--no-speed", "--json"]
     if SLOW_BF16:
         print("this CPU has no BF16 arithmetic: the perplexities are measured with activations in float32")
         options += ["--score-dtype", "float32"]
-    result = json.loads(smoothquant("evaluate", str(smoothed), "--baseline", str(model), *options, capture=True))
-    extra = json.loads(smoothquant("evaluate", str(plain), *options, "--no-speed", capture=True))
-    (row,) = extra["models"]
-    row["perplexity_change"] = row["perplexity"] / result["models"][0]["perplexity"] - 1
-    result["models"].insert(1, row)
-    return result
+    models = [str(plain), str(smoothed), "--baseline", str(model)]
+    return json.loads(smoothquant("evaluate", *models, *options, capture=True))
 
 
 def ask(checkpoint: Path) -> str:

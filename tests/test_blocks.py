@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from calibration.discovery.linears import choose_linears
+from calibration.inputs.text import Samples
 from calibration.observation.absmax import observe_absmax, watching_absmax
 from calibration.observation.observe import BY_BLOCKS, observe_samples
 from calibration.observation.resume import temporary_store
@@ -27,7 +28,7 @@ def samples(count: int = 10, length: int = 24) -> torch.Tensor:
 
 def observe(model, names, peaks_of, quiet=False):
     with temporary_store() as store:
-        return observe_samples(model, names, peaks_of, samples(), store, quiet=quiet)
+        return observe_samples(model, names, peaks_of, Samples(samples(), "", "", 0), store, quiet=quiet)
 
 
 @pytest.mark.parametrize("arithmetic", ["float32", "bfloat16 in float32", "bfloat16"])
@@ -149,5 +150,5 @@ def test_passes_of_the_whole_model_resume_on_another_device_than_the_cpu(monkeyp
     with temporary_store() as store:
         finished = observe_absmax(model, names, samples()[:4])
         store.save("pass", 0, finished)
-        absmax, _, _ = observe_samples(model, names, names, samples(), store, quiet=True)
+        absmax, _, _ = observe_samples(model, names, names, Samples(samples(), "", "", 0), store, quiet=True)
     assert torch.equal(absmax["layers.1"], observe_absmax(model, names, samples())["layers.1"])

@@ -248,12 +248,12 @@ BAD_MODELS = {
     "missing": (lambda m, t: t / "nowhere", "a model folder or a hub id"),
     "no model in it": (lambda m, t: t, "a model folder or a hub id"),
     "unknown architecture": (lambda m, t: edit_config(m, t, model_type="nonesuch"), "a model folder or a hub id"),
-    "no language model": (lambda m, t: edit_config(m, t, model_type="vit"), "a causal language model"),
+    "no language model": (lambda m, t: edit_config(m, t, model_type="vit"), "a class for the model_type vit"),
     "already quantised": (
         lambda m, t: edit_config(m, t, quantization_config={"quant_method": "fp8"}), "already quantised by 'fp8'",
     ),
     "tensor missing": (drop_tensor, "model.layers.1.mlp.up_proj.weight: expected every tensor"),
-    "truncated": (truncate, "a causal language model"),
+    "truncated": (truncate, "a model of class LlamaForCausalLM"),
     "NaN in weights": (poison, "model.layers.1.mlp.up_proj.weight: expected finite weights"),
     "activations overflow": (overflow, "finite"),
 }  # fmt: skip

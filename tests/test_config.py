@@ -182,3 +182,21 @@ def test_sharded_states_are_refused_by_their_name(tmp_path: Path) -> None:
     (tmp_path / "model-rank-0-part-0.safetensors").touch()
     with pytest.raises(SmoothQuantError, match="sharded_state"):
         quant_config(tmp_path)
+
+
+def test_a_mappers_prefix_may_end_in_a_dot() -> None:
+    """An INT8 head of a model that reads images: it would keep its name, and no layer would ask for it."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    stored = CheckpointConfig(ignore=frozenset({"model.projector"}), smoothed=frozenset({"lm_head"}))
+    config = SmoothQuantVllmConfig(stored)
+    config.tensors, config.quantised = frozenset({"lm_head.weight", "lm_head.weight_scale"}), frozenset({"lm_head"})
+    prefixes = {"lm_head.": "language_model.lm_head.", "model.projector.": "projector."}
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=prefixes))
+    assert config.quantised == {"language_model.lm_head"}
+    assert config.tensors == {"language_model.lm_head.weight", "language_model.lm_head.weight_scale"}
+    assert config.config is not None
+    assert (config.config.ignore, config.config.smoothed) == (
+        {"model.projector", "projector"},
+        {"language_model.lm_head"},
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calibration import __main__ as cli
-from tests.helpers import lora, tiny_architectures, tiny_checkpoints
+from tests.helpers import lora, tiny_architectures, tiny_checkpoints, tiny_vision
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,6 +58,7 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     tiny_checkpoints.save("llama", tmp_path / "MODEL")
     tiny_checkpoints.save_text(tmp_path / "mine.jsonl")
+    tiny_vision.save_pictures(tmp_path / "pictures", 16)
     lora.save_adapter(tmp_path / "ADAPTER", tiny_architectures.build("llama"))
     executed = []
     for page, words in commands():

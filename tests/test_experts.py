@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from calibration.checkpoint.verify import verify
 from calibration.discovery.discover import discover
@@ -34,11 +35,14 @@ from vllm_smoothquant.kernels import build, ops
 
 # Architectures whose files have one matrix for each expert.
 ONE_BY_ONE = (
-    "mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "olmoe", "phimoe", "deepseek-v2", "deepseek-v3", "qwen3-next",
+    "mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "olmoe", "phimoe", "jamba", "deepseek-v2", "deepseek-v3",
+    "qwen3-next",
 )  # fmt: skip
 STACKED = ("granite-moe", "gpt-oss")
 # Its router is a class of linear layer with another forward, so that the norm before it is not folded.
 OWN_ROUTER = ("phimoe",)
+# Its router is a linear layer as any other.
+LINEAR_ROUTER = ("jamba",)
 
 
 def linear(name):
@@ -57,7 +61,9 @@ def test_the_function_stays_the_same_bit_for_bit(name):
         torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, before, rtol=0, atol=0, equal_nan=True)
     assert bool(expert_blocks(model)) == (name in ONE_BY_ONE)
     routers = [m for m in model.modules() if isinstance(m, ProductLinear) and "experts." not in m.file_name]
-    assert bool(routers) == (name in (*ONE_BY_ONE, *STACKED) and name not in OWN_ROUTER), "also of stacked experts"
+    assert bool(routers) == (name in (*ONE_BY_ONE, *STACKED) and name not in OWN_ROUTER + LINEAR_ROUTER), (
+        "also of stacked"
+    )
     assert all(isinstance(m.weight, torch.nn.Parameter) for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
@@ -85,7 +91,8 @@ def test_all_experts_and_the_router_follow_the_norm(name):
         assert group.kind == "norm"
         assert group.foldable.all()
         assert {layer for expert in experts for layer in expert[:2]} <= readers
-        assert any(isinstance(model.get_submodule(r), ProductLinear) and block not in r for r in readers), "the router"
+        routers = [model.get_submodule(reader) for reader in readers if not reader.startswith(f"{block}.")]
+        assert any(isinstance(router, ProductLinear) or name in LINEAR_ROUTER for router in routers)
         for _, up, down in experts:
             (inner,) = (g for g in graph.groups if g.source == up)
             assert [reader.name for reader in inner.readers] == [down]
@@ -320,3 +327,25 @@ def test_an_engine_serves_the_reference(mixture, ranks):
     print(f"{ranks} ranks: median {float(error.median()):.1e}, mean {float(error.mean()):.1e}")
     assert error.median() < 1e-4
     assert error.mean() < 0.01
+
+
+def test_a_router_that_returns_more_than_one_tensor_is_observed_by_its_input(tmp_path):
+    """PhiMoE's is a linear layer that returns scores and choices: it has no output of which maxima could be taken."""
+    source = tiny_checkpoints.save("phimoe", tmp_path / "model")
+    text = str(tiny_checkpoints.save_text(tmp_path / "text.jsonl"))
+    record = calibrate(str(source), tmp_path / "out", dataset=text, samples=8, seq_len=32, quiet=True)
+    assert not [name for name in record["quantized"] if "router" in name]
+    assert len(record["quantized"]) == 2 * (4 + 3 * 4)  # attention, and three layers of four experts, in two blocks
+
+
+def test_a_parameter_that_takes_part_in_a_sum_stays_one():
+    """RWKV mixes by `1 - parameter`: the operators of Python do not go through torch's protocol."""
+    config = transformers.RwkvConfig(vocab_size=256, hidden_size=128, num_hidden_layers=2, context_length=64)
+    torch.manual_seed(0)
+    model, ids = transformers.RwkvForCausalLM(config).eval(), tiny_architectures.tokens(2)
+    before = dict(model.named_parameters())
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        make_linear(model)
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
+    assert before.keys() == dict(model.named_parameters()).keys()

@@ -60,6 +60,7 @@ def test_transformers_refuses_a_checkpoint_without_our_import_and_loads_it_with_
         ("llama", {}),
         ("llama", {"activations": "token", "weights": "tensor"}),
         ("llama", {"activations": "tensor"}),
+        ("llama-tied", {}),
         ("llama-tied", {"quantize_lm_head": True}),
         ("gpt2", {}),
         ("opt", {"alpha": 0.5}),

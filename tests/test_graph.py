@@ -358,9 +358,10 @@ NAMES = {re.split(r"[-\d.]", name)[0] for name in tiny_architectures.ZOO} - {"op
 ALLOWED = {
     "config.py": {"bloom", "cohere"},
     "linear.py": {"bloom"},
-    "loading.py": {"bloom"},
+    "loading.py": {"bloom", "mamba"},
+    "linears.py": {"mamba"},
     "chat.py": {"gpt"},
-}  # ShareGPT calls the assistant "gpt"
+}  # ShareGPT calls the assistant "gpt"; the first mixer of that name is known by its layers
 
 
 def _words(path: Path) -> Iterator[str]:

@@ -31,11 +31,11 @@ NOT_ROTATED = {
     "olmo3": POST_NORM, "exaone4": POST_NORM, "olmo": "native_layer_norm", "olmo-clip": "native_layer_norm",
     "mixtral": ROUTED, "qwen2-moe": ROUTED, "qwen3-moe": ROUTED, "glm4-moe": ROUTED, "olmoe": ROUTED,
     "granite-moe": ROUTED, "phimoe": ROUTED, "gpt-oss": ROUTED, "deepseek-v2": ROUTED, "deepseek-v3": ROUTED,
-    "qwen3-next": ROUTED,
+    "qwen3-next": ROUTED, "jamba": ROUTED, "olmo-hybrid": POST_NORM,
 }  # fmt: skip
 
-# Heads that stay as they are: a norm before o_proj, a product with a gate, a clamp of the values.
-NO_HEADS = {"bitnet", "diffllama", "qwen3-next", "olmo-clip"}
+# Heads that stay as they are: a norm before o_proj, a product with a gate, a clamp of the values, no attention.
+NO_HEADS = {"bitnet", "diffllama", "qwen3-next", "qwen3.5", "olmo-clip", "mamba2"}
 
 
 @cache

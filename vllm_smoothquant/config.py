@@ -7,8 +7,10 @@ same abstract methods; 0.32 adds hooks that are not needed here.
 
 import dataclasses
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -17,6 +19,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig as VllmQuantizationConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 from . import adapters
@@ -28,11 +31,11 @@ from .hidden_states import check_readers
 from .linear import SmoothQuantLinearMethod
 from .loading import CheckedLoading
 
+# What vLLM fuses in towers, whose models often do not say so.
+_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+_BLOCK = re.compile(r".*?\.(\d+)\.")  # of a decoder block, in the name of a layer
 # vLLM's class for routed experts, now and before 0.32.
 _EXPERTS = {"RoutedExperts", "FusedMoE"}
-
-if TYPE_CHECKING:
-    from vllm.model_executor.models.utils import WeightsMapper
 
 
 class SmoothQuantVllmConfig(VllmQuantizationConfig):
@@ -49,6 +52,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         self.quantised: frozenset[str] = frozenset()
         self.repeating: RepeatingMapper | None = None
         self.checkpoint = "CHECKPOINT"
+        self.headless = False  # config.json names a class without an output head; vLLM builds one, and does not need it
         self._seen_layers: set[str] = set()
         self._checked = False
 
@@ -91,27 +95,41 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
                 raise fault
             self.tensors = frozenset(headers)
             self.quantised = frozenset(quantised_layers(headers))
+        # A model without a head, as for embeddings: vLLM puts it below "model", and loads files that do not say so.
+        architecture = (getattr(hf_config, "architectures", None) or [""])[0]
+        self.headless = architecture.endswith("Model") and "LMHead" not in architecture
+        if self.headless and not any(name.startswith("model.") for name in self.tensors or ()):
+            self.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"": "model."}))
 
-    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """vLLM calls this from 0.32 on, and BLOOM's loader reorders scales from the same version on."""
         mapper = super().get_checkpoint_weight_mapper()
         return mapper if self.repeating is None else mapper | self.repeating
 
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Apply the renaming that a model applies to the checkpoint's names."""
 
         def renamed(names: frozenset[str]) -> frozenset[str]:
             return frozenset(hf_to_vllm_mapper.apply_list(sorted(names)))
 
+        def layer(name: str) -> str:
+            # A mapper may ask for the dot behind a name, as in "lm_head.".
+            new = hf_to_vllm_mapper.apply_list([name])
+            return new[0] if new and new != [name] else next(iter(renamed(frozenset({f"{name}.weight"}))), name)
+
+        def layers(names: frozenset[str]) -> frozenset[str]:
+            return frozenset(layer(name).removesuffix(".weight") for name in names)
+
         if self.config is not None:
             self.config = dataclasses.replace(
                 self.config,
-                overrides=hf_to_vllm_mapper.apply_dict(dict(self.config.overrides)),
-                smoothed=renamed(self.config.smoothed),
-                ignore=renamed(self.config.ignore),
+                overrides={layer(n).removesuffix(".weight"): o for n, o in self.config.overrides.items()},
+                smoothed=layers(self.config.smoothed),
+                # Under both names: vLLM may put the head below a part of the model, or not.
+                ignore=renamed(self.config.ignore) | layers(self.config.ignore),
             )
         if self.tensors is not None:
-            self.tensors, self.quantised = renamed(self.tensors), renamed(self.quantised)
+            self.tensors, self.quantised = renamed(self.tensors), layers(self.quantised)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our method for linear layers and an untied output head, unless `ignore` has them.
@@ -124,6 +142,8 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
             return None
         if self.config is None:
             raise _not_quantised(prefix)
+        if self.headless and isinstance(layer, ParallelLMHead):
+            return None
         names, last = self._checkpoint_names(self.config, prefix), prefix.rpartition(".")[2]
         self._seen_layers.update(names)
         if torch.empty(0).is_meta:  # vLLM loads nothing into this layer: a tower or a head that it does not need
@@ -203,8 +223,28 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         named = config.ignore | config.smoothed | set(config.overrides)
         if prefix in named or self._in_files(prefix):
             return [prefix]  # the checkpoint stores the fused layer
-        shards = self.packed_modules_mapping.get(last, [last])
-        return [f"{parent}.{shard}" if parent else shard for shard in shards]
+        names = [f"{parent}.{shard}" if parent else shard for shard in self.packed_modules_mapping.get(last, [last])]
+        fused = [f"{parent}.{shard}" for shard in _FUSED.get(last, [])]
+        if fused and last not in self.packed_modules_mapping and named.issuperset(fused):
+            return fused
+        return self._elsewhere_in_block(prefix, names, named) or names
+
+    def _elsewhere_in_block(self, prefix: str, names: list[str], named: Collection[str]) -> list[str]:
+        """The checkpoint's names of `names` if vLLM calls a part of a decoder block by another name than the files do.
+
+        Empty if some of `names` is known, or if not exactly one layer of the block has each last part.
+        """
+        stored = (name.rpartition(".")[0] for name in self.tensors or () if name.endswith((".weight", f".{PACKED}")))
+        known, match = set(stored) or set(named), _BLOCK.match(prefix)
+        blocks = {int(found[1]): found[0] for name in known if (found := _BLOCK.match(name))}
+        if match is None or not blocks or known.intersection(names):
+            return []
+        # A model may number the second parts of its blocks on from the last block.
+        number = int(match[1])
+        block = blocks.get(number, blocks.get(number % len(blocks), prefix))
+        inside = [name for name in known if name.startswith(block)]
+        alike = [[name for name in inside if name.endswith(f".{last.rpartition('.')[2]}")] for last in names]
+        return [layers[0] for layers in alike] if all(len(layers) == 1 for layers in alike) else []
 
 
 def _shared_scheme(config: CheckpointConfig, prefix: str, names: list[str]) -> tuple[Scheme | None, bool]:

@@ -23,7 +23,6 @@ from vllm.model_executor.parameter import (
     GroupQuantScaleParameter,
     ModelWeightParameter,
     PackedvLLMParameter,
-    PerTensorScaleParameter,
     RowvLLMParameter,
 )
 
@@ -33,7 +32,7 @@ from .format.errors import SmoothQuantError
 from .format.files import PACKED
 from .kernels.base import frozen, request_here
 from .kernels.select import select_kernel
-from .loading import CheckedLoading, Layer
+from .loading import CheckedLoading, Layer, WholeScale
 
 
 @register_weight_loader_v2_supported_method
@@ -74,7 +73,7 @@ class SmoothQuantLinearMethod(LinearMethodBase):
                     data=scales(out_features, 1), output_dim=0, weight_loader=loader("weight_scale")
                 )
                 if loading.per_row
-                else PerTensorScaleParameter(data=scales(shards), weight_loader=loader("weight_scale"))
+                else WholeScale(data=scales(shards), weight_loader=loader("weight_scale"))
             )
         else:
             if input_size_per_partition % group_size:
@@ -96,7 +95,7 @@ class SmoothQuantLinearMethod(LinearMethodBase):
         static = not self.scheme.input_activations.dynamic
         layer.register_parameter(
             "input_scale",
-            PerTensorScaleParameter(data=scales(shards), weight_loader=loader("input_scale")) if static else None,
+            WholeScale(data=scales(shards), weight_loader=loader("input_scale")) if static else None,
         )
         # SMOOTHING FACTOR
         if self.smoothed:
@@ -113,6 +112,8 @@ class SmoothQuantLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         self.when_built()
+        if layer.weight_scale.is_meta:
+            return  # vLLM took the memory away from a layer that it does not need: the head of a pooling model
         self.loading.check_complete(layer)
         weight_scale, widths = layer.weight_scale.data, self.loading.widths
         if not self.loading.per_row and len(widths) > 1:

@@ -28,6 +28,21 @@ _QKV = {"q": 0, "k": 1, "v": 2}
 # One value for the whole input of a fused layer, although each of its shards has a tensor.
 _SHARED = ("input_scale", "smoothing_factor")
 _FIX = "calibrate the model again"
+# The function of vLLM that makes such a loader.
+_CUTS_ROWS = "mamba_v2_sharded_weight_loader"
+
+
+class WholeScale(PerTensorScaleParameter):
+    """A scale that each rank has whole.
+
+    A mixer of vLLM gives all tensors of its input layer a loader that cuts rows; a single value has none to cut.
+    """
+
+    def _set_loader(self, loader: Callable[..., None]) -> None:
+        if not getattr(loader, "__qualname__", "").startswith(_CUTS_ROWS):
+            self._weight_loader = loader
+
+    weight_loader = property(lambda self: self._weight_loader, _set_loader)
 
 
 @dataclass
@@ -71,8 +86,13 @@ class CheckedLoading:
             # vLLM passes the shard by position, by either of two names, or not at all (fused in the checkpoint).
             shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
             value = collapse(value, self.repeating)
-            self._check_value(layer_ref(), tensor, shard, value)
-            loader_ref()(param, value, *args, **kwargs)
+            owner: Layer = layer_ref()
+            load_part: Any = loader_ref()
+            # Rows of packed weights are cut as those of their scales, for which a mixer has its own loader.
+            scale_loader: Any = getattr(owner.weight_scale, "weight_loader", None)
+            cuts_rows = tensor == PACKED and getattr(scale_loader, "__qualname__", "").startswith(_CUTS_ROWS)
+            self._check_value(owner, tensor, shard, value, any_rows=cuts_rows)
+            (scale_loader if cuts_rows else load_part)(param, value, *args, **kwargs)
             if shard is None and isinstance(param, PerTensorScaleParameter):
                 param.data.fill_(value.item())  # one scale for all shards: older versions of vLLM fill only the first
             shards[shard] = value.clone() if tensor in _SHARED else None
@@ -97,9 +117,11 @@ class CheckedLoading:
             return self.names[0]
         return self.names[indices[0]] if len(indices) == 1 and indices[0] < len(self.names) else self.prefix
 
-    def _check_value(self, layer: Layer, tensor: str, shard: Any, value: torch.Tensor) -> None:
+    def _check_value(
+        self, layer: Layer, tensor: str, shard: Any, value: torch.Tensor, *, any_rows: bool = False
+    ) -> None:
         where = f"{self._name(shard)}.{tensor}"
-        rows = self._rows(layer, shard)
+        rows = None if any_rows else self._rows(layer, shard)
         specs = Scheme(self.weights).tensors(rows or 0, self.input_size)
         scale = (torch.float32, (1,))
         dtype, sizes = (specs | {"input_scale": scale, "smoothing_factor": (torch.float32, (self.input_size,))})[tensor]

@@ -9,6 +9,7 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import PACKED, SCALES, Headers
 from vllm_smoothquant.format.int4 import IN_WORD
 
+from ..inputs.model import spell_as
 from ..inputs.unread import is_passed_over
 from ..running.modules import LINEAR_TYPES
 from . import export
@@ -27,10 +28,12 @@ def architecture_faults(model: PreTrainedModel, headers: Headers) -> Faults:
 
     A checkpoint may carry tensors that transformers passes over in this architecture.
     """
-    model.tie_weights()
+    spell_as(model, headers)
+    # By the configuration, because from_pretrained ties them only after it has read the files.
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     state: dict[str, torch.Tensor] = {}
     for block in export.source_tensors(model):
-        state |= export.hub_names(model, block)
+        state |= export.hub_names(model, {key: tensor for key, tensor in block.items() if key not in tied})
     scales = {f"{name.removesuffix('.weight')}.{suffix}" for name in state for suffix in SCALES}
     packed = {name: f"{name.removesuffix('.weight')}.{PACKED}" for name in state}
     packed = {name: stored for name, stored in packed.items() if stored in headers}

@@ -39,7 +39,7 @@ from vllm_smoothquant.format.files import (
 )
 from vllm_smoothquant.format.int4 import IN_WORD
 
-from ..inputs.model import empty_model, sha256
+from ..inputs.model import empty_model, sha256, spell_as
 from ..options import ACTIVATIONS
 from ..running.modules import LINEAR_TYPES, own_parameters
 from ..running.products import stored_experts
@@ -79,6 +79,7 @@ def translate(folder: Path, config: dict[str, Any]) -> Translation:
         expected, fix = "integers as weights", "give an int-quantized or pack-quantized checkpoint"
         raise SmoothQuantError(str(folder), expected, "none", fix)
     model = empty_model(folder)
+    spell_as(model, headers)
     in_float = _float_layers(model, schemes)
     experts = {name for name in schemes if EXPERT.search(name)}
     kinds = [scheme for name, scheme in schemes.items() if name not in experts] or list(schemes.values())

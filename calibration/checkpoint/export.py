@@ -115,6 +115,16 @@ def hub_module_name(model: PreTrainedModel, name: str) -> str:
     return names[0].removesuffix(".weight")
 
 
+def check_names(model: PreTrainedModel, layers: Iterable[str]) -> None:
+    """SmoothQuantError: checkpoint files cannot store the INT8 tensors of one of `layers`, or only with another's."""
+    owners: dict[str, str] = {}
+    for name in layers:
+        other = owners.setdefault(hub_module_name(model, name), name)
+        if other != name:
+            got, fix = f"one tensor for it and {other}", f"add --ignore {name} and --ignore {other}"
+            raise SmoothQuantError(name, "a tensor of its own in checkpoint files", got, fix)
+
+
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors creates it with 0600, which would lock out another user who serves it
@@ -163,7 +173,7 @@ def write_config(folder: Path, source: Source, quantization_config: dict[str, An
     config["architectures"] = [type(source.model).__name__]
     if not {"dtype", "torch_dtype"} & config.keys():
         config["dtype"] = str(source.model.dtype).removeprefix("torch.")
-    if source.model.config.tie_word_embeddings is False:  # untied for an INT8 head
+    if getattr(source.model.config, "tie_word_embeddings", None) is False:  # untied for an INT8 head
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False

@@ -32,6 +32,7 @@ def manifest(
             "tokens_sha256": samples.sha256,
             "samples": len(samples.input_ids),
             "seq_len": samples.input_ids.shape[1],
+            **({"images": len(samples.images)} if samples.images else {}),
             "seed": samples.seed,
             # The shape of a matrix product may change the order of its sums, and so its rounding.
             "batch_size": observation.batch_size,

@@ -87,6 +87,8 @@ def write_smoothed(
 def _config(model: PreTrainedModel, plan: Plan, in_float: Mapping[str, str], carried: list[str]) -> CheckpointConfig:
     file_name = partial(export.hub_module_name, model)
     modules = (module_name(model, name) for name in in_float)
+    # Files may split or join a layer that stays in floating point.
+    kept = {file.removesuffix(".weight") for name in in_float for file in export.file_names(model, f"{name}.weight")}
     experts = {name for name in plan.schemes if EXPERT.search(file_name(name))}
     carried_layers = {name.removesuffix(".weight") for name in carried if name.endswith(".weight")}
     return CheckpointConfig(
@@ -100,7 +102,7 @@ def _config(model: PreTrainedModel, plan: Plan, in_float: Mapping[str, str], car
         experts=InputActivations() if experts else None,
         smoothed=frozenset(map(file_name, plan.smoothing.runtime)),
         # vLLM's own models use the names of the files; its Transformers backend uses the names of the modules.
-        ignore=frozenset(filter(None, modules)) | frozenset(map(file_name, in_float)) | carried_layers,
+        ignore=frozenset(filter(None, modules)) | kept | carried_layers,
     )
 
 

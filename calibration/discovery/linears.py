@@ -47,7 +47,7 @@ def choose_linears(
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, LINEAR_TYPES)}
     ignored = {name for pattern in sorted(ignore) for name in _matching(pattern, linears)}
-    head = output_head(model)
+    head, body = output_head(model), set(getattr(model, "base_model", model).modules())
     experts = expert_layers(model)
     mixers = {name: why for child, why in FLOAT_MIXERS.items() for name in _parents_of(linears, child)}
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
@@ -58,6 +58,8 @@ def choose_linears(
             return REQUESTED
         if module is head and not lm_head:
             return "language-model head"
+        if module is not head and module not in body:
+            return "a head of the model, which vLLM computes in floating point"
         if isinstance(module, ProductLinear) and name not in experts:
             return ROUTER
         if owners[id(module.weight)] > 1:
@@ -106,10 +108,11 @@ def fused_layers(graph: Graph) -> list[tuple[str, ...]]:
 
 
 def _branch(name: str, ran: Collection[str]) -> bool:
-    """Whether layer `name` is in one of several modules of a list (an expert) of which others ran."""
+    """Whether layer `name` is in one of several modules of a list (an expert) and the same layer of another ran."""
     parts = name.split(".")
-    lists = [".".join(parts[:i]) + "." for i, part in enumerate(parts) if part.isdigit()]
-    return any(other.startswith(prefix) for prefix in lists for other in ran)
+    siblings = [(parts[:i], parts[i + 1 :]) for i, part in enumerate(parts) if part.isdigit()]
+    others = [other.split(".") for other in ran]
+    return any(o[: len(a)] == a and o[len(a) + 1 :] == b for a, b in siblings for o in others)
 
 
 def _parents_of(names: Collection[str], child: str) -> list[str]:

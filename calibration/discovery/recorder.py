@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
+from ..running.forward import forward
 from ..running.hooks import hooked
 from ..running.modules import output_head, own_parameters, plain_kernels
 from ..running.products import every_expert
@@ -70,7 +71,7 @@ class Recorder:
         self.model.eval()
         try:
             with plain_kernels(self.model), every_expert(self.model), torch.no_grad(), hooked(self.hooks()), self.trace:
-                output = self.model(input_ids=input_ids, use_cache=False)
+                output = forward(self.model, input_ids)
                 self.trace.pin_read(output, "the model's output", "it leaves the model")
         finally:
             self.model.train(training)

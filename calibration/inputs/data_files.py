@@ -15,7 +15,16 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 COMPRESSED = (".gz", ".zst")
 SUFFIXES = f"{', '.join(READERS)}, or one of them with {' or '.join(COMPRESSED)}"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 NAMED = 8  # files that an error names
+
+
+def has_pictures(dataset: str) -> bool:
+    """Whether `dataset` is a folder of images, with metadata.jsonl (file_name, text) as `datasets` reads it."""
+    try:
+        return any(path.suffix.lower() in PICTURES for path in Path(dataset).glob("*"))
+    except OSError:
+        return False
 
 
 def files_of(dataset: str) -> list[Path] | None:

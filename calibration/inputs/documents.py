@@ -14,7 +14,7 @@ from datasets.packaged_modules.json.json import JsonConfig
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from .chat import MESSAGE_KEYS
-from .data_files import files_of, plain_file, reader_of
+from .data_files import files_of, has_pictures, plain_file, reader_of
 from .faults import explain
 
 DEFAULT_COLUMN = "text"
@@ -30,9 +30,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def read_table(dataset: str) -> Dataset:
     """All rows of `dataset`, which stay on disk. SmoothQuantError: it cannot be read, or has no row."""
-    files = files_of(dataset)
+    pictures = has_pictures(dataset)
+    files = None if pictures else files_of(dataset)
     try:
-        table = _read_hub(dataset) if files is None else _read_files(files)
+        if pictures:
+            table = load_dataset("imagefolder", data_dir=dataset, split="train", drop_labels=True)
+        else:
+            table = _read_hub(dataset) if files is None else _read_files(files)
     except SmoothQuantError:
         raise
     except Exception as error:  # of any kind, because the readers pass on what other libraries raise

@@ -1,17 +1,22 @@
-"""Load a floating-point causal language model and its tokenizer, or raise an error that gives the reason."""
+"""Load a floating-point model, by the class that its config.json names, and its tokenizer, or say why not."""
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from vllm_smoothquant.format.errors import SmoothQuantError
+from vllm_smoothquant.format.files import PACKED
 
-from ..options import PLACEMENTS, DeviceMap, public_name
+from ..options import PLACEMENTS, DeviceMap, Options, public_name
 from ..running.modules import output_head
 from ..running.offload import MORE_ROOM, check_devices, complete_map, offload_folder, take_over
 from ..running.products import make_linear
@@ -42,7 +47,7 @@ def load(name: str, device_map: DeviceMap = "auto") -> Source:
     Errors (SmoothQuantError): not found, already quantised, an architecture that transformers does not know, a device
     map that does not fit the model or the machine, weights that are missing, unused, of another shape or not finite.
     """
-    check_source(name)
+    architecture = model_class(name, check_source(name))
     path = model_folder(name)
     tokenizer = load_tokenizer(name, path)
     if isinstance(device_map, str):
@@ -52,14 +57,12 @@ def load(name: str, device_map: DeviceMap = "auto") -> Source:
         device_map = complete_map(empty_model(name), device_map)
     with offload_folder() as folder:
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                name, dtype="auto", device_map=device_map, offload_folder=folder, output_loading_info=True,
-                trust_remote_code=False,
-            )  # fmt: skip
+            model, info = architecture.from_pretrained(
+                name, dtype="auto", device_map=device_map, offload_folder=folder, output_loading_info=True
+            )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             fix = MORE_ROOM if "No space left" in str(error) else "check the name"
-            raise SmoothQuantError(name, "a causal language model", error, fix) from error
-        _check_head(name, model, info["missing_keys"])
+            raise SmoothQuantError(name, f"a model of class {architecture.__name__}", error, fix) from error
         for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
             if keys := sorted(map(str, info.get(fault) or ())):
                 number, fix = f"{len(keys)} {fault.replace('_', ' ')}", "use a complete checkpoint of this architecture"
@@ -71,13 +74,27 @@ def load(name: str, device_map: DeviceMap = "auto") -> Source:
     return Source(name, model, tokenizer, weight_hashes(path), sha256(path / "config.json"), path)
 
 
-def _check_head(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
-    """A model without an output head, such as one for embeddings, lacks that one weight and nothing else."""
-    head = output_head(model)
-    names = {key for key in missing if model.get_submodule(key.rpartition(".")[0]) is head}
-    if names and names == set(missing):
-        fix = "give a causal language model; models for embeddings and rewards are not supported"
-        raise SmoothQuantError(name, f"an output head ({min(names)})", "a model without one", fix)
+def model_class(name: str | Path, config: PreTrainedConfig) -> Any:
+    """The class of transformers in `architectures`, which vLLM goes by as well; a causal model if there is none.
+
+    Errors (SmoothQuantError): transformers has no such class, or it is one with an encoder and a decoder.
+    """
+    if config.is_encoder_decoder:
+        got = f"{config.model_type}, an encoder and a decoder"
+        raise SmoothQuantError(f"{name}/config.json", "a model of one decoder", got, "use another model")
+    if not config.architectures:
+        return AutoModelForCausalLM
+    where, class_name = f"{name}/config.json: architectures", str(config.architectures[0])
+    architecture: Any = getattr(transformers, class_name, None)
+    if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
+        expected, fix = f"a class of transformers {transformers.__version__}", "upgrade transformers, or correct it"
+        raise SmoothQuantError(where, expected, class_name, fix)
+    if not isinstance(config, architecture.config_class):  # type: ignore[attr-defined]
+        expected = f"a class for the model_type {config.model_type}"
+        raise SmoothQuantError(where, expected, class_name, "correct config.json")
+    if (reads := architecture.main_input_name) != "input_ids":  # type: ignore[attr-defined]
+        raise SmoothQuantError(where, "a language model", f"{class_name}, which reads {reads}", "use another model")
+    return architecture
 
 
 def empty_model(name: str | Path) -> PreTrainedModel:
@@ -89,15 +106,31 @@ def empty_model(name: str | Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        architecture = model_class(name, config)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return architecture.from_config(config) if architecture is AutoModelForCausalLM else architecture(config)
+    except SmoothQuantError:
+        raise
     except Exception as error:  # for a damaged config, transformers may raise any exception
-        expected, fix = "a causal language model transformers can build", "copy or export the checkpoint again"
+        expected, fix = "a model that transformers can build", "copy or export the checkpoint again"
         raise SmoothQuantError(f"{name}/config.json", expected, error, fix) from error
 
 
-def check_source(name: str) -> None:
-    """Refuse an unknown architecture or a quantised model from config.json, before any weight is read."""
+def spell_as(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Let `model`, whose weights were not loaded, know which spelling its files have: those with the tensors `names`.
+
+    transformers reads files of several releases, and saves a model as it was read.
+    """
+    conversions = get_model_conversion_mapping(model)
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    renamings = [conversion for conversion in conversions if not isinstance(conversion, WeightConverter)]
+    for name in names:
+        rename_source_key(name.replace(f".{PACKED}", ".weight"), renamings, converters)
+    model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+
+
+def check_source(name: str) -> PreTrainedConfig:
+    """The configuration; SmoothQuantError: an unknown architecture or a quantised model, before a weight is read."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -112,6 +145,17 @@ def check_source(name: str) -> None:
         quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
         method = f"one already quantised by {quantization.get('quant_method')!r}"
         raise SmoothQuantError(f"{name}: config.json", "a floating-point model", method, "calibrate the original model")
+    return config
+
+
+def check_head(source: Source, options: Options) -> None:
+    """SmoothQuantError: options that go by perplexity, for a model without an output head (embeddings, rewards)."""
+    for asked, name, fix in (
+        (options.alpha == "grid", "--alpha grid", "use --alpha auto"),
+        (options.budget_ppl is not None, "--budget-ppl", "use --max-fallback alone"),
+    ):
+        if asked and output_head(source.model) is None:
+            raise SmoothQuantError(name, "a model with an output head, which has a perplexity", source.name, fix)
 
 
 def check_seq_len(source: Source, seq_len: int) -> None:
@@ -137,7 +181,7 @@ def untie_head(name: str, model: PreTrainedModel) -> Callable[[], None]:
     if head is None:
         raise SmoothQuantError("--quantize-lm-head", "a model with an output head", f"none in {name}", "leave it out")
     weight, configs = head.weight, (model.config, model.config.get_text_config())
-    ties = [config.tie_word_embeddings for config in configs]
+    ties = [getattr(config, "tie_word_embeddings", None) for config in configs]
     if weight is embeddings.weight:
         head.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
     for config in configs:
@@ -146,7 +190,8 @@ def untie_head(name: str, model: PreTrainedModel) -> Callable[[], None]:
     def undo() -> None:
         head.weight = weight
         for config, tie in zip(configs, ties, strict=True):
-            config.tie_word_embeddings = tie
+            if tie is not None:
+                config.tie_word_embeddings = tie
 
     return undo
 

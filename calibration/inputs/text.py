@@ -8,28 +8,33 @@ until they fill a window. Every window is full, because padding would enter the 
 import hashlib
 import random
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..options import check_positive
+from ..running.forward import Batch
 from .chat import has_text, read_messages, read_template, render
 from .documents import column_of_texts, document_column, is_text, read_table
 from .faults import explain
+from .images import find_pictures, read_images, without_images
+
+SHORTEST = 16  # tokens of a text that discovery follows
 
 
 @dataclass(frozen=True)
 class Samples:
     """input_ids int64 [samples, seq_len]; dataset, sha256 and seed record their origin for the manifest.
 
-    skipped: empty rows among those that were read.
+    skipped: empty rows among those that were read. images: samples with images (images.py); input_ids is then their
+    text. image_token: what stands for an image in them.
     """
 
     input_ids: torch.Tensor
@@ -37,6 +42,12 @@ class Samples:
     sha256: str
     seed: int
     skipped: int = 0
+    images: tuple[Mapping[str, torch.Tensor], ...] = ()
+    image_token: int | None = None
+
+    def batches(self, size: int) -> list[Batch]:
+        """All samples: first those with images, one by one, then `size` of the texts at a time."""
+        return [*self.images, *self.input_ids.split(size)]
 
 
 @dataclass
@@ -50,13 +61,15 @@ class _Tally:
 
 def load_samples(
     dataset: str, tokenizer: PreTrainedTokenizerBase, *, text_column: str, samples: int, seq_len: int, seed: int,
-    chat_template: str | None = None, vocab_rows: int | None = None, quiet: bool = False,
+    chat_template: str | None = None, vocab_rows: int | None = None, quiet: bool = False, model: str = "",
+    config: PreTrainedConfig | None = None,
 ) -> Samples:  # fmt: skip
     """`samples` windows of `seq_len` tokens from `dataset`.
 
     dataset: a file or a folder of files (data_files.SUFFIXES), or a hub data set `NAME[:CONFIG][@SPLIT]`. text_column:
     of texts or chats. chat_template: a Jinja file for chats, instead of the tokenizer's. vocab_rows: rows of the input
-    embedding; None if they are not known. quiet: do not say on stderr what was left out.
+    embedding; None if they are not known. quiet: do not say on stderr what was left out. model, config: its name and
+    its configuration, for a data set with images.
     Errors (SmoothQuantError): unreadable or empty data, no such column, too little text for these samples, a chat that
     the template refuses, a token without a row in the embedding.
     """
@@ -66,6 +79,11 @@ def load_samples(
     if chat_template is not None and is_text(table.features[column]):
         expected, fix = "a column of chats", "leave the template out, or name another column with --text-column"
         raise SmoothQuantError("--chat-template", expected, f"the texts of {column!r}", fix)
+    if config is not None and (pictures := find_pictures(table, dataset, model, config, quiet=quiet)) is not None:
+        if chat_template is not None:
+            pictures = replace(pictures, chat_template=read_template(dataset, column, tokenizer, chat_template))
+        rows = read_images(table, dataset, column, pictures, samples=samples, seed=seed)
+        return _with_images(rows, dataset, tokenizer, vocab_rows, pictures.token, seq_len=seq_len, seed=seed)
     tally = _Tally()
     documents = _documents(dataset, table.select_columns([column]), tokenizer, chat_template, seed, tally)
     windows = list(islice(_windows(documents, seq_len, seed), samples))
@@ -82,6 +100,23 @@ def load_samples(
     check_tokens(dataset, input_ids, tokenizer, vocab_rows)
     sha256 = hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()
     return Samples(input_ids, dataset, sha256, seed, len(tally.empty))
+
+
+def _with_images(
+    rows: Sequence[Mapping[str, torch.Tensor]], dataset: str, tokenizer: PreTrainedTokenizerBase,
+    vocab_rows: int | None, token: int, *, seq_len: int, seed: int,
+) -> Samples:  # fmt: skip
+    text = without_images(rows, token, seq_len)
+    if text.shape[1] < SHORTEST:
+        expected, fix = f"rows with {2 * SHORTEST} tokens of text in all", "give more rows, or longer texts"
+        raise SmoothQuantError(dataset, expected, str(text.numel()), fix)
+    for row in rows:
+        check_tokens(dataset, row["input_ids"], tokenizer, vocab_rows)
+    digest = hashlib.sha256()
+    for row in rows:
+        for tensor in row.values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return Samples(text, dataset, digest.hexdigest(), seed, images=tuple(rows), image_token=token)
 
 
 def read_texts(dataset: str, column: str) -> Dataset:

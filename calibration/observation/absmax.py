@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..discovery.graph import Graph
+from ..running.forward import forward
 from ..running.hooks import hooked
 from ..running.modules import decoder_of
 from ..running.precision import fast_arithmetic
@@ -60,8 +61,9 @@ def watching_absmax(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str
             last[:] = [args[0], _absmax(args[0])]
         update(name, last[1])
 
-    def watch_output(name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        update(name, _absmax(output))
+    def watch_output(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):  # a router may be a linear layer that returns more than one tensor
+            update(name, _absmax(output))
 
     def handles() -> Iterator[RemovableHandle]:
         for name in names:
@@ -92,10 +94,9 @@ def observe_absmax(
     Errors (SmoothQuantError): a layer that no sample reached, or NaN or infinity in its input.
     """
     decoder = decoder_of(model, map(observed_layer, names))
-    device = next(model.parameters()).device
     with torch.no_grad(), fast_arithmetic(model), watching_absmax(model, names) as absmax:
         for batch in input_ids.split(batch_size):
-            decoder(input_ids=batch.to(device), use_cache=False)
+            forward(decoder, batch)
     return checked(names, with_idle_experts(model, absmax))
 
 

@@ -13,7 +13,8 @@ the blocks, and every absmax and the final output must be equal, bit for bit. If
 the reason, and the caller runs the whole model.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +22,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
+from ..running.forward import Batch, forward
 from ..running.hooks import hooked
 from ..running.modules import decoder_blocks, decoder_of
 from ..running.precision import fast_arithmetic, fast_block
@@ -39,26 +42,37 @@ class Trial:
     """The first batch in the whole model. absmax: of each observed layer. output: what the decoder returned.
 
     blocks: name of each block in running order -> None if it returned one tensor, else the length of its tuple. Empty
-    if there is no list of modules that ran once each, one after the other.
+    if there is no list of modules that ran once each, one after the other. ran: names of all modules that ran.
     """
 
     absmax: Absmax
     output: list[torch.Tensor]
     blocks: dict[str, int | None]
+    ran: frozenset[str] = frozenset()
+
+    def towers(self, text: "Trial") -> list[str]:
+        """The largest modules that ran here and did not run in the trial `text`: what reads images."""
+        return [name for name in sorted(self.ran - text.ran) if name.rpartition(".")[0] in text.ran]
 
 
-def try_whole(model: nn.Module, decoder: nn.Module, names: Sequence[str], batch: torch.Tensor) -> Trial:
-    """Run `decoder` (the model or a part of it) on `batch`, int64 [samples, tokens], and observe the layers `names`."""
+def try_whole(model: nn.Module, decoder: nn.Module, names: Sequence[str], batch: Batch) -> Trial:
+    """Run `decoder` (the model or a part of it) on `batch` and observe the layers `names`."""
     blocks = decoder_blocks(model)
     order: list[str] = []
+    ran: list[str] = []
     lengths: dict[str, int | None] = {}
 
     def hook(name: str, module: nn.Module, args: Any, output: Any) -> None:
         order.append(name)
         lengths[name] = len(output) if isinstance(output, tuple) else None
 
-    handles = (block.register_forward_hook(partial(hook, name)) for name, block in blocks.items())
-    with hooked(handles), fast_arithmetic(model), watching_absmax(model, names) as absmax:
+    def handles() -> Iterator[RemovableHandle]:
+        for name, module in model.named_modules():
+            yield module.register_forward_pre_hook(lambda module, args, name=name: ran.append(name))
+        for name, block in blocks.items():
+            yield block.register_forward_hook(partial(hook, name))
+
+    with hooked(handles()), fast_arithmetic(model), watching_absmax(model, names) as absmax:
         output = run(decoder, batch)
     lists: dict[str, list[str]] = {}
     for name in blocks:
@@ -69,20 +83,24 @@ def try_whole(model: nn.Module, decoder: nn.Module, names: Sequence[str], batch:
 
     largest = max(lists.values(), key=parameters, default=[])  # the decoder's list of blocks
     once = [name for name in order if name in largest] == largest
-    return Trial({n: t.clone() for n, t in absmax.items()}, output, {n: lengths[n] for n in largest} if once else {})
+    inside = {n: lengths[n] for n in largest} if once else {}
+    return Trial({n: t.clone() for n, t in absmax.items()}, output, inside, frozenset(ran))
 
 
-def run(decoder: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
+def run(decoder: nn.Module, batch: Batch) -> list[torch.Tensor]:
     """The floating-point tensors that `decoder` returns for `batch`."""
-    output = decoder(input_ids=batch.to(next(decoder.parameters()).device), use_cache=False)
+    output = forward(decoder, batch)
     leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
     return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 class Blocks:
-    """The blocks of `decoder` that `trial` recorded. names: of the blocks, in running order."""
+    """The blocks of `decoder` that `trial` recorded. names: of the blocks, in running order.
 
-    def __init__(self, model: nn.Module, decoder: nn.Module, trial: Trial) -> None:
+    towers: modules that run once for each batch and then return the same again.
+    """
+
+    def __init__(self, model: nn.Module, decoder: nn.Module, trial: Trial, towers: Iterable[str] = ()) -> None:
         """Errors (BlockNotIsolated): `trial` recorded no list of blocks."""
         if not trial.blocks:
             raise BlockNotIsolated("no list of blocks runs once from its first to its last")
@@ -90,6 +108,8 @@ class Blocks:
         self.names = list(trial.blocks)
         self.modules = [model.get_submodule(name) for name in self.names]
         self.body = decoder_of(model, self.names)  # without the head, which need not run for each block
+        self.towers = {name: model.get_submodule(name) for name in towers}
+        self.returned: dict[tuple[int, str, int], Any] = {}  # batch, tower, number of its call -> what it returned
 
     def layers(self, index: int, names: Iterable[str]) -> list[str]:
         """The layers of `names` that are in block `index`; for the index after the last block, those in no block."""
@@ -101,12 +121,15 @@ class Blocks:
         """While open, a pass runs block `index` only; for the index after the last block, no block at all."""
         isolated = IsolatedBlock(self, index)
         block = self.modules[index] if index < len(self.modules) else nn.Module()
-        forwards = [module.__dict__.get("forward") for module in self.modules]
+        replaced = [*self.modules, *self.towers.values()]
+        forwards = [module.__dict__.get("forward") for module in replaced]
         try:
             for i, module in enumerate(self.modules):
                 if i != index:
                     stand_in = isolated.replay if i == index - 1 else bypass
                     module.forward = partial(stand_in, self.trial.blocks[self.names[i]])
+            for name, tower in self.towers.items():
+                tower.forward = partial(isolated.once, name, tower.forward)
             with (
                 hooked([block.register_forward_hook(isolated.catch)]),
                 fast_arithmetic(self.model, without=self.modules),
@@ -114,7 +137,7 @@ class Blocks:
             ):
                 yield isolated
         finally:
-            for module, forward in zip(self.modules, forwards, strict=True):
+            for module, forward in zip(replaced, forwards, strict=True):
                 module.__dict__.pop("forward", None)
                 if forward is not None:  # accelerate's, which moves tensors to the block's device
                     module.forward = forward
@@ -127,14 +150,16 @@ class IsolatedBlock:
         self.blocks, self.index = blocks, index
         self.input: torch.Tensor | None = None
         self.output: torch.Tensor | None = None
+        self.batch, self.calls = 0, Counter[str]()
 
-    def __call__(self, batch: torch.Tensor, x: torch.Tensor | None) -> list[torch.Tensor]:
+    def __call__(self, batch: Batch, x: torch.Tensor | None) -> list[torch.Tensor]:
         """What the block returns for `batch`; what the decoder returns after the last block.
 
         x: the previous block's output for `batch`, None for the first block.
         Errors (BlockNotIsolated): the block cannot run isolated.
         """
         self.input, self.output = x, None
+        self.batch, self.calls = id(batch), Counter()
         try:
             returned = run(self.blocks.decoder if self.after_last else self.blocks.body, batch)
         except (TypeError, LookupError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
@@ -163,6 +188,16 @@ class IsolatedBlock:
         """The forward of the previous block: it returns its recorded output."""
         assert self.input is not None
         return _packed(self.input.to(_hidden(args, kwargs).device), length)
+
+    def once(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of a tower: what it returned for this batch when a block before this one ran."""
+        key = (self.batch, name, self.calls[name])
+        self.calls[name] += 1
+        if key not in self.blocks.returned:
+            self.blocks.returned[key] = forward(*args, **kwargs)
+        # Containers are made anew at both ends, because models replace entries of what a tower returned.
+        self.blocks.returned[key] = tree_map(lambda leaf: leaf, self.blocks.returned[key])
+        return tree_map(lambda leaf: leaf, self.blocks.returned[key])
 
     def check(self, returned: list[torch.Tensor], absmax: Absmax) -> None:
         """BlockNotIsolated if the first batch gave anything else than in the whole model."""

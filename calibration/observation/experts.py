@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..running.forward import forward
 from ..running.hooks import hooked
 from ..running.modules import decoder_of
 from ..running.precision import fast_arithmetic
@@ -50,5 +51,5 @@ def expert_load(model: nn.Module, input_ids: torch.Tensor) -> dict[str, list[int
     if blocks:
         decoder = decoder_of(model, blocks)
         with torch.no_grad(), fast_arithmetic(model), hooked(hooks()):
-            decoder(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
+            forward(decoder, input_ids)
     return {name: counts.tolist() for name, counts in load.items()}

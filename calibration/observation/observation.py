@@ -8,9 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..discovery.graph import Graph
+from ..inputs.images import together
 from ..inputs.model import Source
 from ..inputs.text import Samples
 from ..rotation.rotation import Rotation
+from ..running.forward import Batch
 
 # Tokens that searches and simulations run on: enough for a mean over tokens, few compared with calibration itself.
 SEARCH_TOKENS = 4096
@@ -25,7 +27,8 @@ class Observation:
     tokens, float32 [in] on the CPU, of `layers` and of every reader of a group. sinks: see sinks.py. passes: "block by
     block", or the reason why not. batch_size: samples that ran together. rotation: what the model was rotated by;
     rotated: the manifest's entry. idle_experts: layers of experts that no token reached; their absmax is that of the
-    others. expert_load: block of experts -> how many of `search_ids` each gets.
+    others. expert_load: block of experts -> how many of `search_ids` each gets. image_weights: decoder block -> weight
+    of an image token in a search, beside 1 of a text token; 1 where it is not named (sensitivity.py).
     """
 
     source: Source
@@ -41,6 +44,7 @@ class Observation:
     rotated: dict[str, Any] = field(default_factory=dict)
     idle_experts: list[str] = field(default_factory=list)
     expert_load: dict[str, list[int]] = field(default_factory=dict)
+    image_weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -50,6 +54,12 @@ class Observation:
     def search_ids(self) -> torch.Tensor:
         """int64 [samples, tokens]: about SEARCH_TOKENS tokens of the calibration samples."""
         return some_of(self.samples.input_ids)
+
+    @property
+    def search_batch(self) -> Batch:
+        """`search_ids`, or about as many tokens of the samples with images."""
+        images = self.samples.images
+        return together(images, SEARCH_TOKENS) if images else self.search_ids
 
 
 def some_of(ids: torch.Tensor) -> torch.Tensor:

@@ -17,10 +17,12 @@ from torch import nn
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..discovery.graph import Graph
+from ..inputs.images import together
 from ..inputs.model import Source
 from ..inputs.text import Samples
 from ..options import Options
 from ..rotation.rotation import Rotation
+from ..running.forward import Batch, input_ids
 from ..running.modules import LINEAR_TYPES, decoder_of, output_head, weight_shape
 from ..running.precision import compute_dtype, fast_arithmetic
 from ..running.progress import Progress
@@ -28,9 +30,10 @@ from .absmax import checked, needed_absmax, observed_layer, output_of, watching_
 from .block_outputs import BlockOutputs
 from .blocks import BlockNotIsolated, Blocks, run, try_whole
 from .experts import expert_load, idle_experts, with_idle_experts
-from .observation import Observation, some_of
+from .observation import SEARCH_TOKENS, Observation, some_of
 from .resume import ObservationStore
 from .saved import START_OVER, Absmax, load_observation, save_observation
+from .sensitivity import image_weights
 from .sinks import SAMPLES, name_sinks, watching_peaks
 
 # Samples that run together. This decides the shapes of products and so their rounding: the manifest names it.
@@ -68,6 +71,9 @@ def observe(
     # What is saved names all layers, because a later run may have another --ignore.
     sinks = [sink | {"layers": [name for name in sink["layers"] if name in layers]} for sink in findings["sinks"]]
     findings["sinks"] = [sink for sink in sinks if sink["layers"]]
+    weights: dict[str, float] = {}
+    if samples.image_token is not None and options.modality_weights == "auto":
+        weights = image_weights(source.model, together(samples.images, SEARCH_TOKENS), samples.image_token)
     # INT8 layers whose input nothing can smooth offline form groups of their own.
     return Observation(
         source,
@@ -81,6 +87,7 @@ def observe(
         rotated=rotated or {},
         idle_experts=[name for name in idle_experts(source.model, absmax) if name in layers],
         expert_load=expert_load(source.model, some_of(samples.input_ids)),
+        image_weights=weights,
     )
 
 
@@ -119,7 +126,7 @@ def _observe_in_store(
         where = str(store.observation)
         return processes.from_first(lambda: load_observation(store.observation, key, where, START_OVER))
     readers = {names[0]: list(names) for names in graph.shared_input_groups}
-    absmax, peaks, passes = observe_samples(model, observed, list(readers), samples.input_ids, store, quiet=quiet)
+    absmax, peaks, passes = observe_samples(model, observed, list(readers), samples, store, quiet=quiet)
     sinks = name_sinks(peaks, readers, samples.input_ids[:SAMPLES], source.tokenizer)
     findings = {"sinks": sinks, "passes": passes, "batch_size": BATCH_SIZE}
     processes.from_first(lambda: save_observation(store.observation, absmax, key, findings))
@@ -128,23 +135,25 @@ def _observe_in_store(
 
 
 def observe_samples(
-    model: nn.Module, names: Sequence[str], peaks_of: Sequence[str], input_ids: torch.Tensor, store: ObservationStore,
+    model: nn.Module, names: Sequence[str], peaks_of: Sequence[str], samples: Samples, store: ObservationStore,
     *, quiet: bool = False,
 ) -> tuple[Absmax, Mapping[str, torch.Tensor], str]:  # fmt: skip
-    """(absmax, peaks, passes) of `input_ids` [samples, seq_len].
+    """(absmax, peaks, passes) of `samples`.
 
     absmax: layer -> float32 [in] on the CPU, of those of `names` that a sample reached. peaks: layer -> float32
-    [samples, tokens], of `peaks_of` and the first SAMPLES samples. passes: BY_BLOCKS, or why the whole model ran.
+    [samples, tokens], of `peaks_of` and the first SAMPLES texts. passes: BY_BLOCKS, or why the whole model ran.
     """
     quiet = quiet or not store.processes.first
     decoder = decoder_of(model, map(observed_layer, names))
-    batches = input_ids.split(BATCH_SIZE)
+    batches = samples.batches(BATCH_SIZE)
     with torch.inference_mode():
         with watching_peaks(model, peaks_of) as peaks:
-            trial = try_whole(model, decoder, names, batches[0])
+            text = try_whole(model, decoder, names, samples.input_ids[:BATCH_SIZE])
+        # With images the decoder gets more than tokens: the stricter trial.
+        trial = try_whole(model, decoder, names, batches[0]) if samples.images else text
         checked(trial.absmax, trial.absmax)
         try:
-            absmax = _by_blocks(Blocks(model, decoder, trial), names, batches, store, quiet)
+            absmax = _by_blocks(Blocks(model, decoder, trial, trial.towers(text)), names, batches, store, quiet)
             passes = BY_BLOCKS
         except BlockNotIsolated as reason:
             passes = f"whole model: {reason}"
@@ -157,7 +166,7 @@ def observe_samples(
 
 
 def _by_blocks(
-    blocks: Blocks, names: Sequence[str], batches: Sequence[torch.Tensor], store: ObservationStore, quiet: bool
+    blocks: Blocks, names: Sequence[str], batches: Sequence[Batch], store: ObservationStore, quiet: bool
 ) -> Absmax:
     absmax: Absmax = {}
     processes = store.processes
@@ -173,7 +182,7 @@ def _by_blocks(
         print(f"observe: again from block {first + 1}, because what an earlier one returned is lost", file=sys.stderr)
     for part in finished[:first]:
         absmax |= part
-    samples = sum(len(batch) for _, batch in own_batches)
+    samples = sum(len(input_ids(batch)) for _, batch in own_batches)
     with Progress(last, samples, done=min(first, last), quiet=quiet) as progress:
         for index in range(first, last + 1):
             inside = blocks.layers(index, names)
@@ -188,7 +197,7 @@ def _by_blocks(
                             block.check(returned, maxima)
                         if index < last:
                             outputs.write(index, b, returned[0])
-                            progress.sample(len(batch))
+                            progress.sample(len(input_ids(batch)))
                 except BlockNotIsolated as error:
                     reason = error
             if processes.any(reason is not None):
@@ -208,12 +217,13 @@ def _by_blocks(
 
 
 def _by_passes(
-    model: nn.Module, decoder: nn.Module, names: Sequence[str], batches: Sequence[torch.Tensor],
+    model: nn.Module, decoder: nn.Module, names: Sequence[str], batches: Sequence[Batch],
     store: ObservationStore, quiet: bool,
 ) -> Absmax:  # fmt: skip
     absmax: Absmax = {}
     own_batches = store.processes.share(batches)
-    with fast_arithmetic(model), Progress(len(own_batches), len(batches[0]), quiet=quiet, unit="batch") as progress:
+    bar = Progress(len(own_batches), len(input_ids(batches[-1])), quiet=quiet, unit="batch")
+    with fast_arithmetic(model), bar as progress:
         for b, batch in own_batches:
             maxima = store.load("pass", b)
             if maxima is None:

@@ -50,7 +50,7 @@ class Processes:
         """Whether this process plans, checks and writes."""
         return self.rank == 0
 
-    def share(self, batches: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+    def share(self, batches: Sequence[Made]) -> list[tuple[int, Made]]:
         """(number, batch) of the batches that this process runs."""
         return list(enumerate(batches))[self.rank :: self.size]
 

@@ -34,7 +34,7 @@ class Hessians:
     """layers: those that will be asked for, in this order. max_bytes: of the matrices of one pass without blocks."""
 
     def __init__(self, observation: Observation, layers: Sequence[str], max_bytes: int = MAX_BYTES) -> None:
-        self.model, self.batches = observation.model, observation.samples.input_ids.split(BATCH_SIZE)
+        self.model, self.batches = observation.model, observation.samples.batches(BATCH_SIZE)
         self.layers, self.max_bytes = list(layers), max_bytes
         # Layers that read one tensor share a matrix.
         groups = observation.graph.shared_input_groups
@@ -43,7 +43,10 @@ class Hessians:
         self.decoder = decoder_of(self.model, layers)
         self.blocks: Blocks | None = None
         with suppress(BlockNotIsolated):
-            self.blocks = Blocks(self.model, self.decoder, try_whole(self.model, self.decoder, [], self.batches[0]))
+            trial = text = try_whole(self.model, self.decoder, [], self.batches[0])
+            if observation.samples.images:
+                text = try_whole(self.model, self.decoder, [], self.batches[-1])
+            self.blocks = Blocks(self.model, self.decoder, trial, trial.towers(text))
         self.index, self.inputs = 0, list[torch.Tensor | None]([None] * len(self.batches))
         self.rounded: dict[str, torch.Tensor] = {}
 

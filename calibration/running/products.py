@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
+from .forward import forward
 from .hooks import hooked
 from .modules import own_parameters, plain_kernels
 
@@ -171,18 +172,27 @@ def make_linear(model: PreTrainedModel) -> None:
     try:
         ids = torch.arange(2 * TOKENS, device=model.device).reshape(2, -1)
         with torch.no_grad(), plain_kernels(model):
-            model(input_ids=ids, use_cache=False)
+            forward(model, ids)
     finally:
         for key, (owner, name) in candidates.items():
             del owner.__dict__[name]
             owner.register_parameter(name, probes[key].parameter)
-    for key, (owner, name) in candidates.items():
-        products = None
-        if probes[key].multiplied and not probes[key].other:
-            products = _products(model, key, probes[key].parameter)
-        if products is not None:
-            del owner._parameters[name]
-            owner.add_module(name, products)
+    made = {
+        key: products
+        for key in candidates
+        if probes[key].multiplied and not probes[key].other
+        and (products := _products(model, key, probes[key].parameter)) is not None
+    }  # fmt: skip
+    lengths: dict[int, set[int]] = {}
+    for key, products in made.items():
+        if isinstance(products, ExpertStack):
+            lengths.setdefault(id(candidates[key][0]), set()).add(len(products))
+    for key, products in made.items():
+        owner, name = candidates[key]
+        if isinstance(products, ExpertStack) and len(lengths[id(owner)]) > 1:
+            continue  # some of its experts lack a matrix
+        del owner._parameters[name]
+        owner.add_module(name, products)
     if expert_stacks(model):
         for module in model.modules():  # other implementations would read the stacked parameter
             if hasattr(getattr(module, "config", None), "_experts_implementation_internal"):
@@ -266,6 +276,38 @@ class _Probe:
     def __getattr__(self, name: str) -> Any:
         self.of.other = True
         return getattr(self.parameter, name)
+
+    def _number(self, other: Any) -> Any:
+        """What an operator such as 1 - parameter gets: the parameter, which is then more than multiplied by."""
+        self.of.other = True
+        return self.parameter
+
+    def __rsub__(self, other: Any) -> Any:
+        return other - self._number(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self._number(other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return other * self._number(other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self._number(other)
+
+    def __add__(self, other: Any) -> Any:
+        return self._number(other) + other
+
+    def __sub__(self, other: Any) -> Any:
+        return self._number(other) - other
+
+    def __mul__(self, other: Any) -> Any:
+        return self._number(other) * other
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._number(other) / other
+
+    def __neg__(self) -> Any:
+        return -self._number(0)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

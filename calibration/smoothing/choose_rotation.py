@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from vllm_smoothquant.format.config import STREAM, TIED_IN_VLLM
 from vllm_smoothquant.format.errors import SmoothQuantError
@@ -27,6 +28,7 @@ from ..observation.observation import Observation
 from ..options import Options
 from ..rotation.orthogonal import rotation_matrix
 from ..rotation.rotation import Rotation
+from ..running.modules import output_head
 from ..running.offload import mapped, offload_folder
 from . import simulate
 from .gate import GATE_SHAPE
@@ -60,17 +62,18 @@ def choose_rotation(
         return None, {"rotated": False, "reason": reason}
     model, ids = source.model, samples.input_ids
     graph = find_rotations(model, ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]])
-    obstacle = _obstacle(graph, carried, model.config.get_text_config().model_type)
+    obstacle = _obstacle(graph, carried, model)
     if obstacle and not quiet:
         print(f"hidden states are not rotated: {obstacle}", file=sys.stderr)
     if obstacle and options.rotation == "always":
         fix = "use --rotation auto or none"
         raise SmoothQuantError("--rotation always", "hidden states that can be rotated", obstacle, fix)
-    if not graph.sizes or carried or (obstacle and STREAM in graph.sizes):
+    if not graph.sizes or carried or output_head(model) is None or (obstacle and STREAM in graph.sizes):
         return None, {"rotated": False, "reason": obstacle}
     tie = untie_head(source.name, model) if STREAM in graph.sizes else lambda: None
     rotation = rotation_of(graph, model)
-    report = {"gate": check_rotation(rotation, list(ids[: GATE_SHAPE[0], : GATE_SHAPE[1]].split(2)))}
+    batches = [*samples.images[:1], *ids[: GATE_SHAPE[0], : GATE_SHAPE[1]].split(2)]
+    report = {"gate": check_rotation(rotation, batches)}
     compare = options.rotation == "auto"
     if compare:
         reference = simulate.log_probabilities(model, ids[-COMPARED_SAMPLES:], {})
@@ -90,9 +93,11 @@ def choose_rotation(
     return rotation, {"rotated": True, **rotation.describe(), **report}
 
 
-def _obstacle(graph: RotationGraph, carried: list[str], model_type: str) -> str:
+def _obstacle(graph: RotationGraph, carried: list[str], model: PreTrainedModel) -> str:
     """Why the stream is not rotated; "" if it can be."""
-    if model_type in TIED_IN_VLLM:
+    if output_head(model) is None:
+        return "the model has no output head, so that others read them"
+    if model.config.get_text_config().model_type in TIED_IN_VLLM:
         return "vLLM computes the output head of this architecture with the embeddings, which a rotation separates"
     if carried:
         return f"{carried[0]}: transformers does not read it, but something that reads hidden states may"

@@ -28,6 +28,7 @@ from ..discovery.trace import tensors_of
 from ..observation.observation import Observation
 from ..options import ACTIVATIONS
 from ..rounding.groups import EIGHT_BITS
+from ..running.forward import forward
 from ..running.hooks import hooked
 from ..running.modules import decoder_blocks, decoder_of
 from ..running.precision import fast_arithmetic
@@ -139,5 +140,5 @@ def block_errors(
                 yield module.register_forward_hook(partial(rerun, inside), with_kwargs=True)
 
     with torch.no_grad(), fast_arithmetic(model), hooked(handles()):
-        decoder_of(model, layers)(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
+        forward(decoder_of(model, layers), input_ids)
     return errors

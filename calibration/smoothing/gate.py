@@ -38,6 +38,7 @@ from torch.utils.hooks import RemovableHandle
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..discovery.trace import tensors_of
+from ..running.forward import Batch, forward
 from ..running.hooks import hooked
 from ..running.modules import float_parameters, own_parameters, plain_kernels
 from ..running.precision import Parameters, in_float32, plain_parameters
@@ -71,12 +72,13 @@ class Comparison:
         return self.change / self.allowed
 
 
-def check_equivalence(smoothing: Smoothing, batches: Sequence[torch.Tensor]) -> dict[str, Any]:
+def check_equivalence(smoothing: Smoothing, batches: Sequence[Batch]) -> dict[str, Any]:
     """Compare smoothed with original; returns the report for the manifest, or raises SmoothQuantError.
 
-    batches: int64 [batch, tokens] each. The error names the first group, in the order in which the model runs, whose
-    fold changes the function, and the layer where the change first shows. The report: batches, `change` and `allowed`
-    of the logits and of the reader of each group that comes nearest to its bound (relative to the output's maximum).
+    batches: int64 [batch, tokens], or a sample with images, each. The error names the first group, in the order in
+    which the model runs, whose fold changes the function, and the layer where the change first shows. The report:
+    batches, `change` and `allowed` of the logits and of the reader of each group that comes nearest to its bound
+    (relative to the output's maximum).
     """
     groups = [group for group in smoothing.graph.groups if group.source in smoothing.factors]
     readers = {reader.name for group in groups for reader in group.readers}
@@ -95,9 +97,7 @@ def check_equivalence(smoothing: Smoothing, batches: Sequence[torch.Tensor]) -> 
     }
 
 
-def _compare(
-    smoothing: Smoothing, batch: torch.Tensor, layers: Iterable[str], floors: int = FLOORS
-) -> dict[str, Comparison]:
+def _compare(smoothing: Smoothing, batch: Batch, layers: Iterable[str], floors: int = FLOORS) -> dict[str, Comparison]:
     """Change of the logits and of the output of each of `layers` under `smoothing`, with its bound."""
     original = Original(smoothing.model, batch, layers)
     changes = original.change(smoothing.parameters, factor=smoothing.output_factor)
@@ -112,7 +112,7 @@ def _compare(
     return comparisons
 
 
-def _refusal(smoothing: Smoothing, batch: torch.Tensor, comparisons: dict[str, Comparison]) -> SmoothQuantError:
+def _refusal(smoothing: Smoothing, batch: Batch, comparisons: dict[str, Comparison]) -> SmoothQuantError:
     """Find the group to blame: the shortest run of groups, from the first, that changes the function ends with it."""
     graph = smoothing.graph
     sources = [group.source for group in graph.groups if group.source in smoothing.factors]
@@ -151,7 +151,7 @@ class Original:
     outputs: name -> float32 [rows, features] for each time that the module ran, of `layers` and LOGITS.
     """
 
-    def __init__(self, model: nn.Module, batch: torch.Tensor, layers: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, layers: Iterable[str]) -> None:
         self.model, self.batch = model, batch
         self.outputs: dict[str, list[torch.Tensor]] = {}
 
@@ -227,7 +227,7 @@ class Original:
                 hooked(hooks),
                 in_float32(self.model, parameters),
             ):
-                output = self.model(input_ids=self.batch.to(next(self.model.parameters()).device), use_cache=False)
+                output = forward(self.model, self.batch)
         except RuntimeError as error:
             if "dtype" not in str(error):
                 raise

@@ -21,13 +21,14 @@ from vllm_smoothquant.format.config import STREAM
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..rotation.rotation import Rotation
+from ..running.forward import Batch
 from ..running.precision import stays
 from .gate import LOGITS, Original, settled
 
 BOUND = 1e-4
 
 
-def check_rotation(rotation: Rotation, batches: Sequence[torch.Tensor]) -> dict[str, Any]:
+def check_rotation(rotation: Rotation, batches: Sequence[Batch]) -> dict[str, Any]:
     """Compare the rotated model with the original, which `rotation` still describes; returns the manifest's report.
 
     batches: int64 [batch, tokens] each. Errors (SmoothQuantError): the layer where the function first changes.

@@ -34,8 +34,9 @@ from vllm_smoothquant.format.config import Scheme
 
 from ..discovery.graph import Group
 from ..observation.observation import Observation, input_range
+from ..running.forward import Batch, forward, input_ids
 from ..running.hooks import hooked
-from ..running.modules import decoder_of, output_head
+from ..running.modules import block_of, decoder_of, output_head
 from ..running.precision import fast_arithmetic
 from . import simulate
 from .factors import needs_power_of_two, smoothing_factors
@@ -73,22 +74,27 @@ def search_alphas(
     grid: of several alphas that are equally good, the first is taken. optional: a group whose source is a linear layer
     may also stay as it is.
     """
-    model, ids = observation.model, observation.search_ids
+    model, batch = observation.model, observation.search_batch
     bar = tqdm(total=len(schemes), desc="search", unit="layer", disable=True if quiet else None)
-    search = _Search(observation, schemes, grid, bar, optional)
+    search = _Search(observation, batch, schemes, grid, bar, optional)
     decoder = decoder_of(model, schemes)
     with bar, torch.no_grad(), fast_arithmetic(model), hooked(search.hooks()):
-        decoder(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+        forward(decoder, batch)
     return search.result
 
 
 class _Search:
     def __init__(
-        self, observation: Observation, schemes: Mapping[str, Scheme], grid: Sequence[Alpha], bar: tqdm, optional: bool
-    ) -> None:
+        self, observation: Observation, batch: Batch, schemes: Mapping[str, Scheme], grid: Sequence[Alpha], bar: tqdm,
+        optional: bool,
+    ) -> None:  # fmt: skip
         self.optional = optional
         self.model, self.absmax, graph = observation.model, observation.absmax, observation.graph
-        self.schemes, self.grid, self.bar, self.samples = schemes, grid, bar, len(observation.search_ids)
+        self.schemes, self.grid, self.bar, self.samples = schemes, grid, bar, len(input_ids(batch))
+        # 0 for what fills up a sample with images.
+        self.token_weights = None if isinstance(batch, torch.Tensor) else batch["attention_mask"].float()
+        self.is_image = input_ids(batch) == observation.samples.image_token
+        self.image_weights = observation.image_weights
         self.result = SearchResult()
         self.factors: dict[str, torch.Tensor] = {}
         self.head = output_head(self.model)
@@ -192,12 +198,26 @@ class _Search:
         # Only a dynamic per_tensor scale depends on the rows that are left out here.
         depends = activations.dynamic and activations.strategy == "tensor"
         scale = simulate.input_scale(simulate.divided_input(x, layer) if depends else rows, layer)
-        return relative_error(y, simulate.multiply(rows, scale, self.model.get_submodule(name), layer))
+        rounded = simulate.multiply(rows, scale, self.model.get_submodule(name), layer)
+        return relative_error(y, rounded, self.weights_of(name, rows))
+
+    def weights_of(self, name: str, rows: torch.Tensor) -> torch.Tensor | None:
+        """The weight of each token of `rows` [samples, tokens, in] in layer `name`; None: all alike, as routed ones."""
+        if self.token_weights is None:
+            return None
+        weights = self.token_weights * (1 + (self.image_weights.get(block_of(name), 1.0) - 1) * self.is_image)
+        weights = _rows(weights[..., None])[..., 0]
+        return weights.to(rows.device) if weights.shape == rows.shape[:-1] else None
 
 
-def relative_error(exact: torch.Tensor, rounded: torch.Tensor) -> float:
-    """Sum over rows t of |exact_t - rounded_t|^2 / |exact_t|, over the sum of |exact_t|; rows of 0 are left out."""
+def relative_error(exact: torch.Tensor, rounded: torch.Tensor, weights: torch.Tensor | None = None) -> float:
+    """Sum over rows t of |exact_t - rounded_t|^2 / |exact_t|, over the sum of |exact_t|; rows of 0 are left out.
+
+    weights: of the rows in both sums.
+    """
     squared, size = (exact - rounded).square().sum(dim=-1), exact.norm(dim=-1)
+    if weights is not None:
+        squared, size = weights**2 * squared, weights * size
     some = size > 0
     return float((squared[some] / size[some]).double().sum() / size.double().sum()) if bool(some.any()) else 0.0
 

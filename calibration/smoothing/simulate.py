@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from vllm_smoothquant.format import int4, int8
 from vllm_smoothquant.format.config import Scheme
 
+from ..running.forward import forward
 from ..running.hooks import hooked
 from ..running.precision import fast_arithmetic
 from .factors import fold_weight
@@ -131,8 +132,7 @@ def log_probabilities(
 ) -> list[torch.Tensor]:
     """float32 [tokens, vocabulary] of each sample of `input_ids` on the CPU, with `layers` as they will be served."""
     with torch.no_grad(), fast_arithmetic(model), as_served(model, layers):
-        batches = input_ids.to(next(model.parameters()).device).split(1)
-        return [model(input_ids=b, use_cache=False).logits[0].float().log_softmax(-1).cpu() for b in batches]
+        return [forward(model, ids).logits[0].float().log_softmax(-1).cpu() for ids in input_ids.split(1)]
 
 
 def divergences(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> list[float]:
@@ -146,7 +146,8 @@ def loss(
     """Mean -log p(token | those before it) over `input_ids` [samples, tokens], with `layers` as they will be served."""
     total = 0.0
     with torch.no_grad(), fast_arithmetic(model), as_served(model, layers or {}):
-        for batch in input_ids.to(next(model.parameters()).device).split(batch_size):
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-            total += float(nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+        for batch in input_ids.split(batch_size):
+            logits = forward(model, batch).logits[:, :-1].float()
+            targets = batch[:, 1:].flatten().to(logits.device)
+            total += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
     return total / input_ids[:, 1:].numel()

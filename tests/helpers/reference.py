@@ -18,6 +18,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from calibration.checkpoint import export
+from calibration.running.modules import LINEAR_TYPES
 from calibration.running.products import make_linear
 from vllm_smoothquant.format import int4, int8
 from vllm_smoothquant.format.config import CheckpointConfig, InputActivations
@@ -93,7 +95,8 @@ def load_reference(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float3
         tensors[f"{layer}.weight"] = torch.zeros(()).expand(shape)
     model = _float_model(folder, config, tensors, dtype)
     make_linear(model)  # experts
-    modules = {getattr(m, "file_name", name): (name, m) for name, m in model.named_modules()}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, LINEAR_TYPES)}
+    modules = {export.hub_module_name(model, name): (name, m) for name, m in linears.items()}
     for layer in layers:
         scheme = quantization.scheme(layer)
         assert scheme is not None  # header_faults

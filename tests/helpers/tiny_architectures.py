@@ -60,6 +60,15 @@ MLA: dict[str, Any] = {
     "num_key_value_heads": 4, "head_dim": None,
 }  # fmt: skip
 
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16,
+}  # fmt: skip
+
+GATED_DELTA: dict[str, Any] = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+
 ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", OPT),
     "opt-gelu": ("OPTConfig", OPT | {"activation_function": "gelu"}),
@@ -132,13 +141,26 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("GptOssConfig", LOCAL_MOE),
     "deepseek-v2": ("DeepseekV2Config", MLA | ROUTED),
     "deepseek-v3": ("DeepseekV3Config", MLA | ROUTED | {"topk_method": "noaux_tc"}),
-    "bamba": ("BambaConfig", SPLIT | {
-        "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1,
+    "bamba": ("BambaConfig", SPLIT | MAMBA | {"attn_layer_indices": [1]}),
+    "falcon-h1": ("FalconH1Config", SPLIT | MAMBA | {"mamba_d_ssm": 256}),
+    "granite-4-h": ("GraniteMoeHybridConfig", SPLIT | MAMBA | {
+        "layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 192,
     }),
-    "qwen3-next": ("Qwen3NextConfig", MOE | {
-        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
-        "layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 64,
+    "nemotron-h": ("NemotronHConfig", {
+        "layers_block_type": ["mamba", "mlp", "attention", "mlp"], "mamba_num_heads": 4, "mamba_head_dim": 64,
+        "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16, "num_hidden_layers": None,
     }),
+    "jamba": ("JambaConfig", SPLIT | {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_dt_rank": 16,
+        "use_mamba_kernels": False,
+    }),
+    "mamba2": ("Mamba2Config", {"num_heads": 4, "head_dim": 64, "state_size": 16, "n_groups": 1, "chunk_size": 16}),
+    "lfm2": ("Lfm2Config", SPLIT | {
+        "layer_types": ["conv", "full_attention"], "block_multiple_of": 32, "conv_dim": HIDDEN, "block_dim": HIDDEN,
+    }),
+    "qwen3-next": ("Qwen3NextConfig", MOE | GATED_DELTA | {"shared_expert_intermediate_size": 64}),
+    "qwen3.5": ("Qwen3_5TextConfig", GATED_DELTA),
+    "olmo-hybrid": ("OlmoHybridConfig", SPLIT | GATED_DELTA),
 }  # fmt: skip
 
 

@@ -1,0 +1,115 @@
+"""docs/embeddings.md: how far INT8 moves the embeddings of a real model.
+
+`python -m benchmarks.embeddings`. No package contains an embedding model, so that SmolLM2-135M-Instruct without its
+head serves as one, with the files of sentence-transformers beside it (mean pooling, normalised). Passages of articles
+that calibration did not see are embedded by vLLM (`runner="pooling"`, float32), by the model and by its INT8
+checkpoints. Cosine: of a passage's two embeddings. Neighbour: whether the nearest other passage is the same. The last
+line is JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from benchmarks.machine import describe
+from calibration.pipeline import calibrate
+from demo import assets
+from tests.helpers import engine
+
+OUTPUT = Path(__file__).parent.parent / "docs" / "embeddings.md"
+CHILD = "SMOOTHQUANT_EMBEDDINGS_CHILD"
+PASSAGES, WORDS = 200, 60
+ROWS: dict[str, dict[str, Any]] = {
+    "no smoothing": {"no_smoothing": True}, "default": {}, "alpha auto": {"alpha": "auto"},
+    "static, alpha auto": {"activations": "static", "alpha": "auto"},
+}  # fmt: skip
+HEADER = """# Embeddings
+
+Written by `python -m benchmarks.embeddings`; not by hand. {machine}
+
+SmolLM2-135M-Instruct without its head, mean pooling, as an embedding model: {passages} passages of {words} words from
+articles that calibration did not see, embedded by vLLM in float32 by the model and by its INT8 checkpoint. *Cosine* of
+a passage's two embeddings: mean and smallest. *Neighbour*: share of passages whose nearest other passage is the same.
+
+| | cosine, mean | cosine, smallest | neighbour |
+|---|---|---|---|
+"""
+
+
+def save_model(folder: Path) -> Path:
+    source = assets.model_dir()
+    AutoModel.from_pretrained(source, dtype="auto").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 576, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return folder
+
+
+def passages() -> list[str]:
+    """The beginnings of parts of the evaluation articles, the same number from each."""
+    texts = [json.loads(line)["text"].split() for line in assets.evaluation_text().read_text().splitlines()]
+    each = -(-PASSAGES // len(texts))
+    found = [" ".join(words[i * 400 : i * 400 + WORDS]) for words in texts for i in range(each)]
+    return [text for text in found if text][:PASSAGES]
+
+
+def embeddings(folder: Path) -> torch.Tensor:
+    """float32 [passages, channels], normalised, by vLLM in a process of its own."""
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary, "embeddings.pt")
+        environment = engine.small_engine() | {CHILD: str(output), "VLLM_LOGGING_LEVEL": "ERROR"}
+        command = [sys.executable, "-m", "benchmarks.embeddings", str(folder)]
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return torch.load(output)
+
+
+def _embed(folder: str, output: str) -> None:
+    from vllm import LLM
+
+    llm = LLM(folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=16)
+    found = [torch.tensor(answer.outputs.embedding) for answer in llm.embed(passages(), use_tqdm=False)]
+    torch.save(torch.nn.functional.normalize(torch.stack(found), dim=1), output)
+
+
+def neighbours(vectors: torch.Tensor) -> torch.Tensor:
+    return (vectors @ vectors.t()).fill_diagonal_(-1).argmax(1)
+
+
+def main() -> None:
+    if CHILD in os.environ:
+        _embed(sys.argv[1], os.environ[CHILD])
+        return
+    text, figures = HEADER.format(machine=describe(), passages=len(passages()), words=WORDS), {}
+    with tempfile.TemporaryDirectory() as temporary:
+        source = save_model(Path(temporary, "model"))
+        exact = embeddings(source)
+        for row, options in ROWS.items():
+            output = Path(temporary, row.replace(" ", "-").replace(",", ""))
+            data = str(assets.calibration_text())
+            calibrate(str(source), output, dataset=data, samples=16, seq_len=512, quiet=True, **options)
+            got = embeddings(output)
+            cosine = (exact * got).sum(1)
+            same = float((neighbours(exact) == neighbours(got)).float().mean())
+            figures[row] = [float(cosine.mean()), float(cosine.min()), same]
+            text += f"| {row} | {figures[row][0]:.5f} | {figures[row][1]:.5f} | {same:.1%} |\n"
+            print(row, figures[row], file=sys.stderr, flush=True)
+    OUTPUT.write_text(text)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
