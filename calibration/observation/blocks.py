@@ -195,7 +195,7 @@ class IsolatedBlock:
         self.calls[name] += 1
         if key not in self.blocks.returned:
             self.blocks.returned[key] = forward(*args, **kwargs)
-        # Containers are made anew at both ends, because models replace entries of what a tower returned.
+        # Containers are copied at both ends, because models replace entries of what a tower returned.
         self.blocks.returned[key] = tree_map(lambda leaf: leaf, self.blocks.returned[key])
         return tree_map(lambda leaf: leaf, self.blocks.returned[key])
 
