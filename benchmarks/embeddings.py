@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from benchmarks.machine import describe
 from calibration.pipeline import calibrate
 from demo import assets
-from tests.helpers import engine
+from tests.helpers import engine, tiny_checkpoints
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "embeddings.md"
 CHILD = "SMOOTHQUANT_EMBEDDINGS_CHILD"
@@ -47,15 +47,7 @@ def save_model(folder: Path) -> Path:
     source = assets.model_dir()
     AutoModel.from_pretrained(source, dtype="auto").save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(kinds)
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": 576, "pooling_mode_mean_tokens": True}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    tiny_checkpoints.save_pooling(folder, "mean_tokens", AutoConfig.from_pretrained(source).hidden_size)
     return folder
 
 

@@ -28,9 +28,10 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from benchmarks.architectures import share
 from benchmarks.machine import describe
 from calibration.pipeline import calibrate, smooth
-from calibration.running.modules import LINEAR_TYPES, output_head, plain_kernels
+from calibration.running.modules import plain_kernels
 from calibration.running.products import make_linear
 from tests.helpers import tiny_architectures, tiny_checkpoints
 from vllm_smoothquant.format.errors import SmoothQuantError
@@ -145,21 +146,12 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
         a = before(input_ids=ids, use_cache=False).logits
         b = type(model).from_pretrained(folder / "smoothed").eval()(input_ids=ids, use_cache=False).logits
     change = float((a - b).abs().max() / a.abs().max())
+    make_linear(model)
     kept = Counter(why for layer, why in record["kept"].items() if why != "language-model head")
     return {
-        "result": "exact" if change <= BOUND else "WRONG", "change": change, "int8": share(model, record),
+        "result": "exact" if change <= BOUND else "WRONG", "change": change, "int8": share(model, record["quantized"]),
         "why": "; ".join(f"{count} x {why}" for why, count in kept.items()),
     }  # fmt: skip
-
-
-def share(model: PreTrainedModel, record: dict[str, Any]) -> float:
-    """Of the weights in linear layers and stacked experts, without the output head, those that are integers."""
-    make_linear(model)
-    head = output_head(model)
-    sizes = {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, LINEAR_TYPES) and m is not head}
-    quantised = set(record["quantized"])
-    stacks = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 3 and ".experts." in n)
-    return sum(size for name, size in sizes.items() if name in quantised) / (sum(sizes.values()) + stacks)
 
 
 def reason(error: BaseException) -> str:

@@ -45,15 +45,7 @@ def save(name: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if name == "embedding":
-        kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-        modules = [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(kinds)
-        ]
-        (folder / "modules.json").write_text(json.dumps(modules))
-        (folder / "1_Pooling").mkdir()
-        pooling = {"word_embedding_dimension": 128, "pooling_mode_lasttoken": True}
-        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+        tiny_checkpoints.save_pooling(folder, "lasttoken", tiny_architectures.HIDDEN)
     return folder
 
 

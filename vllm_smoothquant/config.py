@@ -115,15 +115,17 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         def layer(name: str) -> str:
             # A mapper may ask for the dot behind a name, as in "lm_head.".
             new = hf_to_vllm_mapper.apply_list([name])
-            return new[0] if new and new != [name] else next(iter(renamed(frozenset({f"{name}.weight"}))), name)
+            if not new or new == [name]:
+                new = hf_to_vllm_mapper.apply_list([f"{name}.weight"]) or [name]
+            return new[0].removesuffix(".weight")
 
         def layers(names: frozenset[str]) -> frozenset[str]:
-            return frozenset(layer(name).removesuffix(".weight") for name in names)
+            return frozenset(map(layer, names))
 
         if self.config is not None:
             self.config = dataclasses.replace(
                 self.config,
-                overrides={layer(n).removesuffix(".weight"): o for n, o in self.config.overrides.items()},
+                overrides={layer(n): o for n, o in self.config.overrides.items()},
                 smoothed=layers(self.config.smoothed),
                 # Under both names: vLLM may put the head below a part of the model, or not.
                 ignore=renamed(self.config.ignore) | layers(self.config.ignore),
@@ -234,6 +236,8 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
 
         Empty if some of `names` is known, or if not exactly one layer of the block has each last part.
         """
+        if any(map(self._in_files, names)):
+            return []
         stored = (name.rpartition(".")[0] for name in self.tensors or () if name.endswith((".weight", f".{PACKED}")))
         known, match = set(stored) or set(named), _BLOCK.match(prefix)
         blocks = {int(found[1]): found[0] for name in known if (found := _BLOCK.match(name))}

@@ -28,8 +28,6 @@ _QKV = {"q": 0, "k": 1, "v": 2}
 # One value for the whole input of a fused layer, although each of its shards has a tensor.
 _SHARED = ("input_scale", "smoothing_factor")
 _FIX = "calibrate the model again"
-# The function of vLLM that makes such a loader.
-_CUTS_ROWS = "mamba_v2_sharded_weight_loader"
 
 
 class WholeScale(PerTensorScaleParameter):
@@ -39,7 +37,7 @@ class WholeScale(PerTensorScaleParameter):
     """
 
     def _set_loader(self, loader: Callable[..., None]) -> None:
-        if not getattr(loader, "__qualname__", "").startswith(_CUTS_ROWS):
+        if not _cuts_rows(loader):
             self._weight_loader = loader
 
     weight_loader = property(lambda self: self._weight_loader, _set_loader)
@@ -90,7 +88,7 @@ class CheckedLoading:
             load_part: Any = loader_ref()
             # Rows of packed weights are cut as those of their scales, for which a mixer has its own loader.
             scale_loader: Any = getattr(owner.weight_scale, "weight_loader", None)
-            cuts_rows = tensor == PACKED and getattr(scale_loader, "__qualname__", "").startswith(_CUTS_ROWS)
+            cuts_rows = tensor == PACKED and _cuts_rows(scale_loader)
             self._check_value(owner, tensor, shard, value, any_rows=cuts_rows)
             (scale_loader if cuts_rows else load_part)(param, value, *args, **kwargs)
             if shard is None and isinstance(param, PerTensorScaleParameter):
@@ -193,6 +191,11 @@ def fill(layer: Layer, tensors: Iterable[str]) -> None:
             data.copy_(torch.arange(data.numel(), device=data.device).reshape(data.shape) % 255 - 127)
         else:
             data.fill_(1e-3)
+
+
+def _cuts_rows(loader: Any) -> bool:
+    """Whether vLLM's Mamba-2 mixer made this loader for its input layer, whose rows it cuts in a way of its own."""
+    return getattr(loader, "__qualname__", "").startswith("mamba_v2_sharded_weight_loader")
 
 
 def _indices(shard: Any) -> tuple[int, ...]:

@@ -277,38 +277,6 @@ class _Probe:
         self.of.other = True
         return getattr(self.parameter, name)
 
-    def _number(self, other: Any) -> Any:
-        """What an operator such as 1 - parameter gets: the parameter, which is then more than multiplied by."""
-        self.of.other = True
-        return self.parameter
-
-    def __rsub__(self, other: Any) -> Any:
-        return other - self._number(other)
-
-    def __radd__(self, other: Any) -> Any:
-        return other + self._number(other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return other * self._number(other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return other / self._number(other)
-
-    def __add__(self, other: Any) -> Any:
-        return self._number(other) + other
-
-    def __sub__(self, other: Any) -> Any:
-        return self._number(other) - other
-
-    def __mul__(self, other: Any) -> Any:
-        return self._number(other) * other
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._number(other) / other
-
-    def __neg__(self) -> Any:
-        return -self._number(0)
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -320,3 +288,17 @@ class _Probe:
                     value.of.other = True
         plain = [value.parameter if isinstance(value, _Probe) else value for value in args]
         return func(*plain, **{k: v.parameter if isinstance(v, _Probe) else v for k, v in kwargs.items()})
+
+
+def _operator(name: str) -> Any:
+    """An operator of Python, such as that of `1 - parameter`, which does not go through torch's protocol."""
+
+    def apply(probe: _Probe, *others: Any) -> Any:
+        probe.of.other = True
+        return getattr(probe.parameter, name)(*others)
+
+    return apply
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg"):
+    setattr(_Probe, f"__{_name}__", _operator(f"__{_name}__"))

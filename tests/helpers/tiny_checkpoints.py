@@ -36,6 +36,19 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return folder
 
 
+def save_pooling(folder: Path, mode: str, channels: int) -> None:
+    """Write the files of sentence-transformers beside a model. mode: "lasttoken" or "mean_tokens"."""
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": channels, f"pooling_mode_{mode}": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
 def save_text(path: Path, documents: int = 12, characters: int = 200) -> Path:
     """Write a JSONL file of random documents."""
     rng = random.Random(0)
