@@ -158,17 +158,21 @@ def check_head(source: Source, options: Options) -> None:
             raise SmoothQuantError(name, "a model with an output head, which has a perplexity", source.name, fix)
 
 
-def check_seq_len(source: Source, seq_len: int) -> None:
-    """SmoothQuantError: `seq_len` is more than the positions of the model, by any of the names that configs give them.
+def position_limit(config: PreTrainedConfig) -> tuple[str, int] | None:
+    """(key, positions) of the least limit in `config`, by any of the names that configs give it; None: no limit.
 
     -1 in a config means that positions have no limit.
     """
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length")
-    config = source.model.config.get_text_config()
     limits = {name: limit for name in names if isinstance(limit := getattr(config, name, None), int) and limit > 0}
-    name = min(limits, key=limits.__getitem__, default=None)
-    if name is not None and seq_len > limits[name]:
-        expected = f"at most the model's {limits[name]} positions ({name} in config.json)"
+    return min(limits.items(), key=lambda item: item[1], default=None)
+
+
+def check_seq_len(source: Source, seq_len: int) -> None:
+    """SmoothQuantError: `seq_len` is more than the positions of the model."""
+    limit = position_limit(source.model.config.get_text_config())
+    if limit is not None and seq_len > limit[1]:
+        expected = f"at most the model's {limit[1]} positions ({limit[0]} in config.json)"
         raise SmoothQuantError("--seq-len", expected, str(seq_len), "reduce it")
 
 

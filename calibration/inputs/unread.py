@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import read_json
+from vllm_smoothquant.format.files import read_header, read_json
 
 # What transformers' loading passes over in every model: buffers that are computed again.
 BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -50,8 +50,7 @@ def weight_files(folder: Path) -> dict[str, str]:
             path = folder / single
             if path.suffix == ".bin":
                 return dict.fromkeys(_pickled(path), single)
-            with safe_open(path, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single)
+            return dict.fromkeys(read_header(path), single)
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):

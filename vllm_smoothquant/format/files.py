@@ -42,7 +42,7 @@ def read_headers(folder: str | Path) -> Headers:
     headers: Headers = {}
     file_of: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        for name, header in _read_header(path).items():
+        for name, header in read_header(path).items():
             if name in file_of:
                 fix = "remove the file that does not belong to this checkpoint"
                 raise SmoothQuantError(str(path), f"{name} in one file", f"a second copy, after {file_of[name]}", fix)
@@ -61,7 +61,7 @@ def read_headers(folder: str | Path) -> Headers:
     return headers
 
 
-def _read_header(path: Path) -> Headers:
+def read_header(path: Path) -> Headers:
     """The header of one file, read by the library that will read the tensors, because it checks offsets and sizes."""
     try:
         if not path.is_file():
