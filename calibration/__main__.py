@@ -95,7 +95,11 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub.add_argument("--png", metavar="DIR", help="also write the page's figures as PNG into this folder")
     sub.add_argument("--evaluation", metavar="FILE", help="also show the output of `evaluate --json` in this file")
 
-    add("doctor", _doctor, "Show what this machine can do with INT8, which kernels would run, and what to change.")
+    sub = add("doctor", _doctor, "Show what this machine can do with INT8, and which scheme MODEL should get on it.")
+    sub.add_argument(
+        "model", metavar="MODEL", nargs="?",
+        help="a folder or a hub id, of which only config.json and the headers of safetensors are read",
+    )  # fmt: skip
     add_arguments(add("evaluate", _evaluate, "Measure checkpoints and a baseline through vLLM."), EvaluateOptions)
     return parser
 
@@ -184,8 +188,16 @@ def _report(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from .doctor import examine, format_report
 
+    if args.model is None:
+        facts = examine()
+        return _print(args, facts, format_report(facts))
+    from .advice.recommend import format_model, recommend
+    from .footprint import footprint
+
+    size = footprint(args.model)  # first, because a wrong name should not wait for the machine's report
     facts = examine()
-    return _print(args, facts, format_report(facts))
+    found = recommend(facts, size, args.model)
+    return _print(args, {**facts, "model": found}, f"{format_report(facts)}\n\n{format_model(found)}")
 
 
 def _evaluate(args: argparse.Namespace) -> int:

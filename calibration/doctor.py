@@ -1,5 +1,6 @@
 """`smoothquant doctor`: what this machine can do with INT8, and advice. It changes nothing and loads no model.
 
+The advice on schemes is the table that docs/which_scheme.md has (advice/table.py).
 The kernels are those that vllm_smoothquant/kernels/select.py chooses here, because that code is called.
 """
 
@@ -19,6 +20,7 @@ from vllm_smoothquant.format.config import QUANT_METHOD, Scheme, Weights
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.int4 import GROUP_SIZES
 
+from .advice.table import HARDWARE, TAKE, USES, hardware_of
 from .options import ACTIVATIONS
 
 # Flag of an x86 CPU in /proc/cpuinfo -> name of the instructions.
@@ -49,49 +51,26 @@ def examine() -> dict[str, Any]:
 
 def advise(facts: Facts) -> Iterator[str]:
     """The advice for a machine with these facts."""
-    vllm, capabilities = facts["vllm"], [gpu["capability"] for gpu in facts["gpus"]]
+    vllm = facts["vllm"]
     if vllm["version"] is None:
         yield "No vLLM here: this host can calibrate, smooth, verify and report. To serve, see Install in the README."
     elif not vllm["supported"]:
         yield f"This vLLM is outside {SUPPORTED_VLLM}: it will refuse SmoothQuant checkpoints. Install one of these."
     if vllm["version"] is not None and not vllm["plugin"]:
         yield "vLLM will not load the plugin: it is not installed here, or VLLM_PLUGINS does not name smoothquant."
-    if not capabilities and facts["x86"] and not facts["int8_instructions"]:
-        yield (
-            "This CPU has no INT8 instructions (VNNI or AMX). Stock vLLM's INT8 product gives wrong sums here; the "
-            "plugin's product is correct, and faster than floating point if a C++ compiler (g++) is available to build "
-            "it. A CPU with VNNI, or a GPU, is faster."
-        )
-    if not capabilities and "AMX" in facts["int8_instructions"]:
-        yield (
-            "AMX: per-token scales run on vLLM's AMX kernel in bfloat16 and float16, and on the plugin's in float32; "
-            "static ones run on oneDNN. Use the default scheme."
-        )
-    if not capabilities and not facts["allocator"]:
+    if not facts["gpus"] and not facts["allocator"]:
         yield (
             "Preload an allocator before serving on a CPU: vLLM recommends LD_PRELOAD=libtcmalloc_minimal.so.4 (and "
             "libiomp5.so, which is in the environment's lib folder)."
         )
-    if not capabilities and facts["cores"] <= 4:
+    if not facts["gpus"] and facts["cores"] <= 4:
         yield "Few cores: VLLM_CPU_OMP_THREADS_BIND=0-1 (your cores) gives vLLM all cores; by default one is reserved."
-    if any(c < 75 for c in capabilities):
-        yield "This GPU has no INT8 tensor cores (compute capability 7.5 and above): vLLM will refuse the checkpoint."
-    if any(c >= 100 for c in capabilities):
-        yield (
-            "Blackwell (compute capability 10.0 and above) has no CUTLASS INT8 kernel in vLLM: Triton's is used, also "
-            "for O2. FP8 is the fast format of this GPU, so measure before you choose INT8."
-        )
-    if any(75 <= c < 100 for c in capabilities):
-        yield (
-            "INT8 helps if arithmetic is the limit: long prompts and large batches. At batch 1 a fast GPU waits for "
-            "memory and kernel launches, and INT8 may gain nothing; measure with `smoothquant evaluate --table`."
-        )
-    if any(c in (89, 90) for c in capabilities):
-        yield "This GPU multiplies FP8 as fast as INT8: use INT8 for checkpoints that must also run on older GPUs."
-    yield (
-        "Scheme: the default (one scale per channel and per token) loses least. --activations static saves a pass over "
-        "the activations, and keeps a scale per token where static ones would fail; evaluate the result."
-    )
+    for key in hardware_of(facts):
+        row = HARDWARE[key]
+        yield row.note
+        for use, name in USES.items():
+            yield f"{name}: {TAKE[row.uses[use].take][0]}, because {row.uses[use].why}"
+    yield "For a model, `smoothquant doctor MODEL` says the same with sizes, sources and what to type."
 
 
 def machine() -> str:

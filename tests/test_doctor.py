@@ -7,6 +7,7 @@ import pytest
 
 from calibration import __main__ as cli
 from calibration import doctor
+from calibration.advice import table
 
 # A machine without a fault; each test changes one fact.
 SERVER = {
@@ -33,6 +34,7 @@ def gpu(capability: int) -> dict:
         ({"cores": 2}, "VLLM_CPU_OMP_THREADS_BIND", "Blackwell"),
         (gpu(70), "no INT8 tensor cores", "At batch 1"),
         (gpu(80), "At batch 1", "multiplies FP8"),
+        (gpu(75), "--dtype half", "At batch 1"),
         (gpu(90), "multiplies FP8", "Preload"),
         (gpu(120), "Blackwell", "At batch 1"),
         ({"vllm": {"version": None, "supported": False, "platform": None, "plugin": False}}, "No vLLM", "VLLM_PLUGINS"),
@@ -44,7 +46,8 @@ def test_advice_is_given_if_it_applies(changes, present, absent):
     text = advice(**changes)
     assert present in text
     assert absent not in text
-    assert "Scheme:" in text
+    assert all(f"{use}: " in text for use in table.USES.values())
+    assert "doctor MODEL" in text
 
 
 def test_this_machine_is_described_as_text_and_as_json(capsys, monkeypatch):
