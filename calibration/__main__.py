@@ -227,12 +227,13 @@ def _print(args: argparse.Namespace, result: Mapping[str, Any], text: str) -> in
 
 
 def _summary(manifest: dict[str, Any]) -> str:
-    from .checkpoint.model_card import rotated_parts
+    from .checkpoint.model_card import rotated_parts, size_in_words
 
     fallbacks = manifest.get("fallen_back")
     parts = [
         f"{len(manifest['quantized'])} linear layers in INT8" if manifest["quantized"] else "floating point",
         *([f"{len(fallbacks)} layers fell back"] if fallbacks else []),
+        *([f"their weights {size}"] if (size := size_in_words(manifest)) else []),
         *([f"{what} rotated"] if (what := rotated_parts(manifest)) else []),
         f"{sum(group['smoothed'] for group in manifest['groups'])} groups smoothed",
         f"logits moved {manifest['gate']['logits']['change']:.1e} by smoothing",

@@ -147,6 +147,10 @@ class Options:
         None, "let only as many layers fall back as keep the simulated perplexity within this share, such as 1.5%% "
         "(default: as many as may)", metavar="SHARE", parse=_share,
     )  # fmt: skip
+    budget_size: float | None = option(
+        None, "let layers leave 4 bits, first those that gain most for each byte, while the weights of the linear "
+        "layers and their scales take at most this share of 16 bits, such as 35%%", metavar="SHARE", parse=_share,
+    )  # fmt: skip
     no_smoothing: bool = option(False, "round the model without smoothing, as a baseline")
     quantize_lm_head: bool = option(False, "untie the output head and store it in INT8 as well")
     save_stats: str | None = option(
@@ -183,7 +187,7 @@ class Options:
             raise SmoothQuantError("--max-fallback", "a share from 0 to 100 %", f"{self.max_fallback:.4g}", "try 10%")
         if self.budget_ppl is not None and not 0 < self.budget_ppl < math.inf:
             raise SmoothQuantError("--budget-ppl", "a share above 0 %", f"{self.budget_ppl:.4g}", "try 1.5%")
-        if self.budget_ppl is not None and not self.max_fallback:
+        if self.budget_ppl is not None and not self.may_fall_back:
             raise SmoothQuantError("--budget-ppl", "layers that may fall back", "none", "add --max-fallback 10%")
         stats = Path(self.save_stats).resolve() if self.save_stats and self.output else None
         for folder in (self.output, f"{self.output}.state"):  # the second one is removed by a run that succeeds
@@ -194,7 +198,9 @@ class Options:
         if self.bits not in (8, 4):
             raise SmoothQuantError("--bits", "8 or 4", str(self.bits), "choose one")
         if self.bits == 8:
-            for name, value in (("--group-size", self.group_size), ("--rounding", self.rounding)):
+            for name, value in (
+                ("--group-size", self.group_size), ("--rounding", self.rounding), ("--budget-size", self.budget_size),
+            ):  # fmt: skip
                 if value is not None:
                     raise SmoothQuantError(name, "4-bit weights", "8 bits", "add --bits 4, or leave it out")
             if self.activations == "none":
@@ -210,6 +216,21 @@ class Options:
         if self.activations not in (None, "none", "token"):
             fix = "no kernel has 4-bit weights with such scales"
             raise SmoothQuantError("--activations", "none or token with --bits 4", str(self.activations), fix)
+        if self.budget_size is None:
+            return
+        if self.max_fallback:
+            fix = "give only one of the two options"
+            raise SmoothQuantError("--budget-size", "no other limit", f"--max-fallback {self.max_fallback:.4g}", fix)
+        group_size = self.group_size or GROUP_SIZES[0]
+        smallest = (4 + 32 / group_size) / 16  # bits of a weight and its part of a scale
+        if not smallest <= self.budget_size <= 1:
+            expected = f"a share from {smallest:.4%}, which 4 bits in groups of {group_size} take, to 100 %"
+            raise SmoothQuantError("--budget-size", expected, f"{self.budget_size:.4%}", "try 35%")
+
+    @property
+    def may_fall_back(self) -> bool:
+        """Whether layers may leave the scheme because the user allows it."""
+        return self.max_fallback > 0 or self.budget_size is not None
 
     @property
     def static_by_design(self) -> bool:

@@ -36,6 +36,7 @@ from .smoothing.choose_rotation import choose_rotation
 from .smoothing.factors import Smoothing, smooth_groups
 from .smoothing.gate import GATE_SHAPE, check_equivalence
 from .smoothing.plan import make_plan
+from .smoothing.size import check_budget
 
 
 def calibrate(model: str, output: str | Path, **options: Any) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def observe_model(options: Options, store: ObservationStore | None = None) -> Ob
         graph = discover(source.model, trace_ids)
         layers, in_float = choose_layers(source.model, graph, ignore, lm_head=lm_head)
         check_names(source.model, layers)
+        check_budget(source.model, layers, options.scheme, options.budget_size)
         if not quiet:
             print(_choice(layers, in_float, eight_bits(source.model, layers, options.scheme)), file=sys.stderr)
     with timed("4. observe the activations", options, quiet):

@@ -12,6 +12,8 @@ from calibration.recipe import RECIPE
 from tests.helpers import tiny_checkpoints
 from vllm_smoothquant.format.files import MANIFEST
 
+ONLY_FOUR_BITS = ("group-size", "rounding", "budget-size")
+
 
 def printed(capsys, *arguments: str) -> dict:
     assert cli.main(["calibrate", *arguments, "--print-recipe"]) == 0
@@ -30,13 +32,27 @@ def test_every_option_of_calibrate_is_in_a_recipe(capsys, tmp_path):
         "--budget-ppl", "1.5%", "--max-fallback", "10%", "--ignore", "a", "--ignore", "b", "--alpha", "auto",
         "--chat-template", "t.jinja",
     )  # fmt: skip
-    four_bits = printed(capsys, "some/model", "-o", "OUT", "--bits", "4", "--group-size", "64", "--rounding", "nearest")
+    four_bits = printed(
+        capsys,
+        "some/model",
+        "-o",
+        "OUT",
+        "--bits",
+        "4",
+        "--group-size",
+        "64",
+        "--rounding",
+        "nearest",
+        "--budget-size",
+        "40%",
+    )
     assert printed(capsys, "--recipe", write(tmp_path / "f.yaml", **four_bits)) == four_bits
-    recipe |= {key: four_bits[key] for key in ("group-size", "rounding")}
+    assert four_bits["budget-size"] == 0.4
+    recipe |= {key: four_bits[key] for key in ONLY_FOUR_BITS}
     assert recipe.keys() == {f.name.replace("_", "-") for f in fields(options.Options) if f.metadata["recipe"]}
     assert recipe["max-fallback"] == 0.1
     assert recipe["ignore"] == ["a", "b"]
-    recipe = {key: value for key, value in recipe.items() if key not in ("group-size", "rounding")}
+    recipe = {key: value for key, value in recipe.items() if key not in ONLY_FOUR_BITS}
     assert printed(capsys, "--recipe", write(tmp_path / "r.yaml", **recipe)) == recipe
 
 

@@ -210,6 +210,7 @@ def test_finished_blocks_are_not_run_again(source, whole, tmp_path, monkeypatch)
     [
         {"alpha": 0.7}, {"activations": "token"}, {"ignore": ["model.layers.0.mlp.up_proj"]},
         {"alpha": "auto", "max_fallback": 0.3},
+        {"bits": 4, "activations": "none", "rounding": "nearest", "budget_size": 0.4},
     ],
 )  # fmt: skip
 def test_another_alpha_or_scheme_resumes_from_the_same_observation(options, source, tmp_path, monkeypatch):
@@ -256,7 +257,8 @@ MISTAKES = [
     {"text_column": "texts"}, {"dataset": "nowhere.jsonl"}, {"dataset": __file__}, {"samples": 100_000}, {"samples": 8},
     {"samples": 0}, {"seq_len": 4096}, {"seq_len": 31}, {"seq_len": 1}, {"seed": 1}, {"device_map": "gpu"},
     {"alpha": "best"}, {"alpha": 2.0}, {"level": "O1"}, {"level": "O9"}, {"weights": "row"}, {"activations": "row"},
-    {"max_fallback": 29}, {"budget_ppl": 0.01}, {"quantize_lm_head": True}, {"save_stats": "/"},
+    {"max_fallback": 29}, {"budget_ppl": 0.01}, {"budget_size": 0.6},
+    {"bits": 4, "activations": "none", "budget_size": 0.2}, {"quantize_lm_head": True}, {"save_stats": "/"},
     {"stats": "nowhere"}, {"ignore": ["typo"]}, {"ignore": ALL_LAYERS},
 ]  # fmt: skip
 

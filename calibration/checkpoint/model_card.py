@@ -49,6 +49,14 @@ def rotated_parts(manifest: Mapping[str, Any]) -> str:
     return ", ".join([*words, *(f"heads of {int(shape[0])}" for name, shape in matrices.items() if name != STREAM)])
 
 
+def size_in_words(manifest: Mapping[str, Any]) -> str:
+    """What the weights of the linear layers of a manifest take, and may take; "" if there was no budget."""
+    if not (size := manifest.get("size")):
+        return ""
+    weights, whole, budget = (int(size[key]) for key in ("weights", "in_16_bits", "budget"))
+    return f"{weights / 1e6:,.2f} MB of at most {budget / 1e6:,.2f} MB, {weights / whole:.2%} of 16 bits"
+
+
 def _body(manifest: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
     calibration, config = manifest["calibration"], manifest["quantization_config"]
     compressed = config["quant_method"] != "smoothquant"
@@ -70,6 +78,7 @@ def _body(manifest: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
         *([("linear layers in INT8", str(len(eight)))] if eight else []),
         ("kept in floating point", str(len(manifest["kept"]))),
         *([("fell back", f"{len(fallbacks)} layers")] if fallbacks else []),
+        *([("weights of the linear layers", size)] if (size := size_in_words(manifest)) else []),
         ("smoothing", f"{smoothed} groups, alpha {alpha}" if smoothed else "none"),
         *([("rotated", what)] if (what := rotated_parts(manifest)) else []),
         ("calibrated on", f"{calibration['samples']} x {calibration['seq_len']} tokens of {_plain(dataset)}"),

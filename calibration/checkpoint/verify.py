@@ -3,7 +3,7 @@
 Checked, each only if the files that it needs can be read: config.json and its quantization_config; the manifest; the
 sha256 of every file against the manifest; every tensor's name, dtype and shape against the format and against the
 architecture, built without memory; every value: scales finite and above zero, integers as rounding produces them, the
-rest finite; layers that read one tensor share its input_scale and smoothing_factor.
+rest finite; layers that read one tensor share its input_scale and smoothing_factor; a size budget is kept.
 
 Integers. `calibrate` gives each row its largest weight at 127 or -127, never -128, and a row of zeros the scale 1
 (int8.py): other rows are damaged. Other tools round in other ways: compressed-tensors' scale is absmax / 127.5, so that
@@ -41,6 +41,7 @@ from ..running.modules import LINEAR_TYPES
 from ..running.products import stored_experts
 from . import export, transforms
 from .architecture import Faults, architecture_faults, fault, missing_from_ignore
+from .sizes import budget_faults, stored_sizes
 from .verify_source import compare_with_source
 
 # Scales that tools give to a row of zeros: 1 (int8.py), the dtype's epsilon (compressed-tensors), or that of a lower
@@ -108,6 +109,8 @@ def verify(checkpoint: str | Path, source: str | None = None) -> Verdict:
         attempt("names and shapes by the architecture", _architecture_faults(files, files.config))
         if not verdict.faults:
             attempt("every value", _value_faults(files))
+            if "size" in files.manifest:
+                attempt("the weights keep the size budget", _size_faults(files))
             attempt("layers that read one tensor agree", _shared_input_faults(files))
         if source is not None and files.manifest and not verdict.faults:
             comparison = compare_with_source(files.folder, source, files.manifest, verdict.layers)
@@ -229,6 +232,14 @@ def _dtype_faults(model: PreTrainedModel, headers: Headers) -> Faults:
         for name, tensor in export.hub_names(model, block).items():
             if name in integers and tensor.is_floating_point():
                 yield fault(name, f"{' or '.join(FLOATS)}, because it is no weight of a linear layer", headers[name][0])
+
+
+def _size_faults(files: _Files) -> Faults:
+    fallen_back = files.manifest.get("fallen_back")
+    if not isinstance(fallen_back, dict):
+        raise fault(f"{MANIFEST}: fallen_back", "an object", repr(fallen_back)[:80])
+    stored = stored_sizes(empty_model(files.folder), files.headers, fallen_back)
+    yield from budget_faults(files.manifest["size"], stored)
 
 
 def _value_faults(files: _Files) -> Faults:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from vllm_smoothquant.format import int4
 from vllm_smoothquant.format.config import EXPERT, CheckpointConfig, InputActivations, Override, Scheme
-from vllm_smoothquant.format.files import MANIFEST
+from vllm_smoothquant.format.files import MANIFEST, read_headers
 
 from ..inputs.unread import read_tensors
 from ..observation.observation import Observation
@@ -22,9 +22,11 @@ from ..rounding.hessians import Hessians
 from ..running.products import module_name
 from ..smoothing.factors import Smoothing
 from ..smoothing.plan import Plan
+from ..smoothing.size import budget
 from . import channel_statistics, export, model_card, transforms
 from .manifest import manifest
 from .quantize import quantize_linear
+from .sizes import budget_faults, stored_sizes
 
 
 def write_checkpoint(
@@ -56,6 +58,7 @@ def write_checkpoint(
             "alphas": dict(plan.alphas),
             "fallen_back": dict(plan.fallbacks),
             **({"eight_bits": dict(plan.eight_bits)} if plan.eight_bits else {}),
+            **_size(observation, plan, options, staged),
             "simulated_perplexity": dict(plan.perplexities),
             "errors": {} if plan.search is None else plan.search.errors,  # as search.py defines them
         }
@@ -64,6 +67,17 @@ def write_checkpoint(
         # Not hashed by verify: recipe.yaml is the request, the manifest the result.
         (staged / RECIPE).write_text(dump_recipe(vars(options), published=True), encoding="utf-8")
     return record
+
+
+def _size(observation: Observation, plan: Plan, options: Options, folder: Path) -> dict[str, Any]:
+    """The manifest's entry for the files in `folder`, if there is a budget."""
+    if options.budget_size is None:
+        return {}
+    stored = stored_sizes(observation.source.model, read_headers(folder), plan.fallbacks)
+    size = stored | {"budget": budget(observation.model, observation.layers, options.budget_size)}
+    for wrong in budget_faults(size, stored):  # a plan that does not count what is written
+        raise wrong
+    return {"size": size}
 
 
 def write_smoothed(

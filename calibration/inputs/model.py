@@ -152,7 +152,7 @@ def check_head(source: Source, options: Options) -> None:
     """SmoothQuantError: options that go by perplexity, for a model without an output head (embeddings, rewards)."""
     for asked, name, fix in (
         (options.alpha == "grid", "--alpha grid", "use --alpha auto"),
-        (options.budget_ppl is not None, "--budget-ppl", "use --max-fallback alone"),
+        (options.budget_ppl is not None, "--budget-ppl", "leave it out"),
     ):
         if asked and output_head(source.model) is None:
             raise SmoothQuantError(name, "a model with an output head, which has a perplexity", source.name, fix)

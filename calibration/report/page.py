@@ -26,7 +26,7 @@ from vllm_smoothquant.format.files import MANIFEST, PACKED, read_json, read_tens
 
 from ..checkpoint import channel_statistics as channel_file
 from ..checkpoint.channel_statistics import Channels
-from ..checkpoint.model_card import rotated_parts
+from ..checkpoint.model_card import rotated_parts, size_in_words
 from ..checkpoint.verify import SATURATED
 from ..evaluation.columns import cells
 from ..running.modules import block_of
@@ -90,7 +90,6 @@ def gather(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     errors = {str(k): float(v) for k, v in manifest.get("errors", {}).items()}
     alphas = {str(k): None if v is None else float(v) for k, v in manifest.get("alphas", {}).items()}
     fallbacks = {str(k): str(v) for k, v in manifest.get("fallen_back", {}).items()}
-    int8_bytes = sum(w["bytes"] for w in weights.values())
     calibration = dict(manifest["calibration"])
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     return {
@@ -124,18 +123,20 @@ def gather(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "idle_experts": sum(len(entry["idle"]) for entry in manifest.get("experts", {}).values()),
         "perplexities": {str(k): float(v) for k, v in manifest.get("simulated_perplexity", {}).items()},
         "rotated": rotated_parts(manifest),
+        "size": size_in_words(manifest),
         "gate": float(manifest["gate"]["logits"]["change"]),
         "versions": dict(manifest["versions"]),
         "disk_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
-        "int8_bytes": int8_bytes,
+        "integer_bytes": sum(w["bytes"] for w in weights.values()),
+        "in_16_bits": sum(2 * w["elements"] for w in weights.values()),
         "manifest": text[:MAX_MANIFEST] + ("\n... truncated" if len(text) > MAX_MANIFEST else ""),
         "smoothed": sorted(config.smoothed),
     }
 
 
 def count_weights(folder: Path) -> dict[str, dict[str, Any]]:
-    """Layer -> share of its integers at the ends of their range (`full`), of the fullest row (`worst`), bytes of the
-    weight, input_scale or None.
+    """Layer -> share of its integers at the ends of their range (`full`), of the fullest row (`worst`), bytes and
+    elements of the weight, input_scale or None.
     """
     counts: dict[str, dict[str, Any]] = {}
     scales: dict[str, float] = {}
@@ -147,7 +148,7 @@ def count_weights(folder: Path) -> dict[str, dict[str, Any]]:
             integers, largest = (int4.unpack(tensor), int4.QMAX) if suffix == PACKED else (tensor, int8.QMAX)
             ends = (integers.to(torch.int16).abs() >= largest).float()
             shares = {"full": float(ends.mean()), "worst": float(ends.mean(1).max())}
-            counts[layer] = {**shares, "bytes": tensor.nbytes}
+            counts[layer] = {**shares, "bytes": tensor.nbytes, "elements": integers.numel()}
     return {name: {**entry, "input_scale": scales.get(name)} for name, entry in counts.items()}
 
 

@@ -111,7 +111,7 @@ def _divergence(
 ) -> float:
     """Mean KL in nats of the model, planned from some of `samples` and as it will be served, from `reference`."""
     alpha = "auto" if options.alpha == "grid" else options.alpha
-    options = replace(options, alpha=alpha, max_fallback=0.0, budget_ppl=None, quiet=True)
+    options = replace(options, alpha=alpha, max_fallback=0.0, budget_ppl=None, budget_size=None, quiet=True)
     ranges = replace(samples, input_ids=samples.input_ids[:RANGE_SAMPLES])
     observation = observe_at_once(options, source, ranges, rotation)
     layers = make_plan(observation, options).layers()

@@ -1,7 +1,7 @@
 """Which layers leave the scheme: those whose rounding changes the output of their decoder block most.
 
 Under static scales, some kinds of layers leave it without being asked for (`per_token_kinds`); the others only as far
-as --max-fallback allows.
+as --max-fallback or --budget-size allows.
 
     error(layers) = sum over tokens t of |z_t - z^_t|^2 / |z_t|, divided by the sum of |z_t|
 
@@ -12,7 +12,7 @@ served, once with a scale per token.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from ..running.hooks import hooked
 from ..running.modules import decoder_blocks, decoder_of
 from ..running.precision import fast_arithmetic
 from ..running.products import expert_layers
-from . import simulate
+from . import simulate, size
 from .search import relative_error
 from .simulate import LayerScheme
 
@@ -64,16 +64,48 @@ def rank_fallbacks(observation: Observation, layers: Mapping[str, LayerScheme], 
     instead of 4, do not halve their error, they go to floating point. Routed experts do not fall back, because vLLM
     runs those of a block as one.
     """
-    candidates, experts = [], expert_layers(observation.model)
+    cost = {candidate: len(candidate.names) for candidate in _candidates(observation, layers)}
+    return _affordable(sorted(cost, key=lambda candidate: -candidate.gain), cost, most)
+
+
+def rank_by_size(observation: Observation, layers: Mapping[str, LayerScheme], budget: int) -> tuple[Fallback, ...]:
+    """The fallbacks of 4-bit layers after which the weights of all `layers` take at most `budget` bytes.
+
+    Those with the largest gain for each byte that they add come first. One that does not fit is left out, and smaller
+    ones after it may still fit. Candidates are those of `rank_fallbacks` that have 4 bits.
+
+    Source of the idea: SliM-LLM (Huang et al., arXiv 2405.14917), there for groups of a weight, here for whole layers,
+    because vLLM has one scheme for a layer.
+    """
+
+    def bytes_of(name: str, scheme: Scheme | None) -> int:
+        return size.weight_bytes(observation.model.get_submodule(name), scheme)
+
+    cost: dict[Fallback, int] = {}
+    for candidate in _candidates(observation, layers):
+        schemes = [layers[name].scheme for name in candidate.names]
+        if candidate.gain > 0 and any(scheme.weights.num_bits == 4 for scheme in schemes):
+            to = None if candidate.to == FLOAT else EIGHT_BITS
+            cost[candidate] = sum(bytes_of(name, to) - bytes_of(name, layers[name].scheme) for name in candidate.names)
+    free = budget - sum(bytes_of(name, layer.scheme) for name, layer in layers.items())
+    return _affordable(sorted(cost, key=lambda candidate: -candidate.gain / cost[candidate]), cost, free)
+
+
+def _candidates(observation: Observation, layers: Mapping[str, LayerScheme]) -> Iterator[Fallback]:
+    experts = expert_layers(observation.model)
     layers = {name: layer for name, layer in layers.items() if name not in experts}
     ids = observation.samples.input_ids[:SAMPLES]
     for names, (error, finer_error) in block_errors(observation.model, observation.graph, layers, ids).items():
         grain = EIGHT if layers[names[0]].scheme.weights.num_bits == 4 else TOKEN
         to = grain if finer_error <= error / 2 else FLOAT
-        candidates.append(Fallback(names, to, error if to == FLOAT else error - finer_error))
+        yield Fallback(names, to, error if to == FLOAT else error - finer_error)
+
+
+def _affordable(ranked: Sequence[Fallback], cost: Mapping[Fallback, int], limit: int) -> tuple[Fallback, ...]:
+    """Of each of `ranked` in turn, those whose costs stay within `limit` together."""
     fallbacks: list[Fallback] = []
-    for candidate in sorted(candidates, key=lambda candidate: -candidate.gain):
-        if sum(len(fallback.names) for fallback in (*fallbacks, candidate)) <= most:
+    for candidate in ranked:
+        if sum(cost[fallback] for fallback in (*fallbacks, candidate)) <= limit:
             fallbacks.append(candidate)
     return tuple(fallbacks)
 

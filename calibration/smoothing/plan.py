@@ -22,7 +22,7 @@ from ..observation.observation import Observation, input_range
 from ..options import Options
 from ..rounding.groups import scheme_of
 from ..running.products import expert_layers
-from . import fallback, simulate
+from . import fallback, simulate, size
 from .factors import Smoothing, smooth_groups
 from .fallback import Fallback
 from .search import GRID, Alpha, SearchResult, search_alphas
@@ -81,10 +81,14 @@ def make_plan(observation: Observation, options: Options) -> Plan:
         return replace(_plan(observation, options, grid, kept + fallbacks), perplexities=perplexities)
 
     first = plan()
-    if not options.max_fallback:
+    if not options.may_fall_back:
         return first
-    most = int(round(options.max_fallback * len(observation.layers), 6))  # because 0.29 * 100 is 28.999999999999996
-    fallbacks = fallback.rank_fallbacks(observation, first.layers(), most)
+    if options.budget_size is not None:
+        budget = size.budget(observation.model, observation.layers, options.budget_size)
+        fallbacks = fallback.rank_by_size(observation, first.layers(), budget)
+    else:
+        most = size.part(options.max_fallback, len(observation.layers))
+        fallbacks = fallback.rank_fallbacks(observation, first.layers(), most)
     if options.budget_ppl is None:
         return plan(fallbacks)
     return _fewest(observation, lambda count: plan(fallbacks[:count]), len(fallbacks), options.budget_ppl)
@@ -112,7 +116,7 @@ def _fewest(observation: Observation, plan: Callable[[int], Plan], most: int, bu
         change = plans[most].perplexities["as served"] / original - 1
         expected = f"at most {budget:+.2%} perplexity over floating point"
         got = f"{change:+.2%} with {len(plans[most].fallbacks)} layers that fell back"
-        fix = "raise --max-fallback, or the budget, or use --activations token"
+        fix = "raise --max-fallback or --budget-size, or this budget, or use --activations token"
         raise SmoothQuantError("--budget-ppl", expected, got, fix)
     return plans[bisect_left(range(most), True, key=within_budget)]
 
