@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from calibration.checkpoint.convert import convert
 from calibration.checkpoint.verify import verify
 from calibration.observation.observation import Observation
 from calibration.options import Options
@@ -210,6 +211,13 @@ def test_the_files_say_which_layers_have_8_bits(made: dict[float, Path]) -> None
     bits = {name: 0 if (s := config.scheme(name)) is None else s.weights.num_bits for name in manifest["quantized"]}
     assert {name for name, count in bits.items() if count == 8} == set(manifest["fallen_back"])
     assert set(bits.values()) == {4, 8}
+
+
+def test_the_budget_survives_a_conversion_there_and_back(made: dict[float, Path], tmp_path: Path) -> None:
+    """compressed-tensors keeps scales in another dtype; `verify`, which `convert` runs, counts ours again."""
+    convert(made[0.4], tmp_path / "theirs", "compressed-tensors")
+    convert(tmp_path / "theirs", tmp_path / "ours", "smoothquant")
+    assert "the weights keep the size budget" in verify(tmp_path / "ours").checked
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
