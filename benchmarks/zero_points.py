@@ -1,18 +1,22 @@
-"""docs/zero_points.md: what zero points would gain for static scales.
+"""docs/zero_points.md: what zero points would gain for static scales, and for 4-bit weights.
 
-`python -m benchmarks.zero_points [MODEL ...]`. With a zero point, real = scale * (int - zero_point): an input whose
-range is not symmetric, such as the output of a ReLU, gets all 256 integers instead of half of them.
+`python -m benchmarks.zero_points [--part static|weights] [MODEL ...]`. With a zero point, real = scale * (int -
+zero_point): an input whose range is not symmetric, such as the output of a ReLU, gets all 256 integers instead of half.
 
 Each model is planned as calibrate does it under three static schemes. Then each static layer is computed with the
 scale and the zero point of the range of its own input, instead of with the symmetric scale. KL from floating point on
-articles that calibration did not see, simulated, with the integers that vLLM serves. The last line printed is JSON.
+articles that calibration did not see, simulated, with the integers that vLLM serves.
+
+The weights of four_bits.py's models (in floating point again, nobody's grid) are rounded to 4 bits in groups of two
+sizes by three rules, without smoothing and with activations as they are. Scales have the same search: one range factor
+for each group. GPTQ's sums are those of the floating-point model. The last line printed is JSON.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,19 +26,24 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from benchmarks import four_bits
 from benchmarks.accuracy import MODELS, calibration_options
 from benchmarks.machine import describe
 from calibration.evaluation.columns import standard_error
 from calibration.evaluation.windows import token_windows
+from calibration.inputs.model import load
+from calibration.inputs.text import load_samples
 from calibration.observation.observation import Observation
 from calibration.pipeline import observe_model
+from calibration.rounding import gptq, nearest
 from calibration.running.hooks import hooked
+from calibration.running.modules import decoder_blocks
 from calibration.running.precision import fast_arithmetic
 from calibration.smoothing import simulate
 from calibration.smoothing.plan import make_plan
 from calibration.smoothing.simulate import LayerScheme
 from demo import assets
-from vllm_smoothquant.format import int8
+from vllm_smoothquant.format import int4, int8
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "benchmarks" / "results" / "zero_points.json"
@@ -58,6 +67,24 @@ the largest of the static layers; 2 is an input that is never negative.
 |---|---|---|---|---|---|
 """
 Range = tuple[float, float]
+Grid = tuple[torch.Tensor, torch.Tensor]
+WEIGHTS = ROOT / "benchmarks" / "results" / "zero_points_weights.json"
+# Models of four_bits.MODELS -> tokens of a text: of WINDOWS texts that are scored and of CALIBRATION others.
+FOUR_BIT_MODELS = {"SmolLM2-135M-Instruct": 128, "a Qwen3 trained here": 128}
+CALIBRATION = 32
+WEIGHTS_HEADER = """
+# Zero points for 4-bit weights
+
+As AWQ stores them: unsigned integers, a zero point of 4 bits for each group. Weights only, no smoothing, all with the
+same search for the scale, on {windows} windows of {tokens} tokens, GPTQ on {samples}. KL as above; in brackets the
+difference to symmetric, over the same windows, ± its standard error, and the change of the output error: the sum over
+all layers of a layer's squared error over its squared output. *Signed scale*: symmetric, but the scale of a group whose
+largest weight is positive is negative, so that the integer -8 always serves the largest weight. It takes no memory; the
+format wants scales above zero, and whether every kernel takes others was not tried.
+
+| model | groups | rounding | symmetric | signed scale | zero points |
+|---|---|---|---|---|---|
+"""
 
 
 def input_ranges(observation: Observation, layers: dict[str, LayerScheme]) -> dict[str, Range]:
@@ -121,17 +148,128 @@ def measure(name: str) -> dict[str, list[float]]:
     return figures
 
 
+def symmetric(weight: torch.Tensor, group_size: int, importance: torch.Tensor | None) -> Grid:
+    scale = nearest.best_scale(weight, group_size, importance)
+    return scale, torch.full_like(scale, -int4.QMIN)
+
+
+def signed_scale(weight: torch.Tensor, group_size: int, importance: torch.Tensor | None) -> Grid:
+    """Scales under which -8 is the weight of the largest magnitude of its group, times a range factor."""
+    groups = weight.unflatten(1, (-1, group_size))
+    sign = torch.where(-groups.amin(-1) > groups.amax(-1), 1.0, -1.0)
+    h = torch.ones(weight.shape[1]) if importance is None else importance
+    scales, losses = [], []
+    for factor in nearest.RANGE_FACTORS:
+        scales.append(sign * int4.group_scale(weight, group_size, factor * int4.QMAX / -int4.QMIN))
+        error = int4.dequantize(int4.quantize(weight, scales[-1]), scales[-1]) - weight
+        losses.append((error.square() * h).unflatten(1, (-1, group_size)).sum(-1))
+    scale = torch.stack(scales).gather(0, torch.stack(losses).argmin(0)[None])[0]
+    return scale, torch.full_like(scale, -int4.QMIN)
+
+
+# What the columns compare -> (scale, zero point) of each group of a weight under an importance.
+KINDS: dict[str, Callable[[torch.Tensor, int, torch.Tensor | None], Grid]] = {
+    "symmetric": symmetric, "signed scale": signed_scale, "zero points": nearest.best_zero_points,
+}  # fmt: skip
+
+
+def measure_weights(name: str, tokens: int) -> list[dict[str, Any]]:
+    """One row for each group size and way of rounding."""
+    folder = four_bits.without_grid(name, four_bits.MODELS[name])
+    source = load(str(folder))
+    model = source.model.float()
+    size = {"text_column": "text", "seq_len": tokens, "seed": 0}
+    windows, _ = token_windows([str(folder)], str(assets.evaluation_text()), samples=WINDOWS, **size)
+    text = load_samples(str(assets.calibration_text()), source.tokenizer, samples=CALIBRATION, **size).input_ids
+    ids = torch.tensor(windows)
+    blocks = tuple(decoder_blocks(model))
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(blocks)}
+    sums = input_sums(model, layers, text)
+    original = {n: m.weight.detach().clone() for n, m in layers.items()}
+    exact = simulate.log_probabilities(model, ids, {})
+    rows = []
+    for group, rounding in ((group, rounding) for group in (128, 32) for rounding in ("nearest", "gptq")):
+        kl, output = dict[str, list[float]](), dict[str, float]()
+        for kind in KINDS:
+            output[kind] = 0.0
+            for layer, module in layers.items():
+                w, h = original[layer], sums[layer]
+                group_size = next(s for s in int4.GROUP_SIZES if s <= group and w.shape[1] % s == 0)
+                importance = None if rounding == "nearest" else h.diagonal()
+                scale, zero_point = KINDS[kind](w, group_size, importance)
+                if rounding == "nearest":
+                    integers = nearest.quantize(w, scale, zero_point)
+                else:
+                    integers = gptq.round_gptq(w, h, scale, zero_point)
+                module.weight.data = int4.dequantize(integers, scale)
+                error = module.weight.data - w
+                output[kind] += float((error @ h * error).sum() / (w @ h * w).sum())
+            kl[kind] = simulate.divergences(exact, simulate.log_probabilities(model, ids, {}))
+        row: dict[str, Any] = {"group": group, "rounding": rounding}
+        for kind in KINDS:
+            difference = [a - b for a, b in zip(kl[kind], kl["symmetric"], strict=True)]
+            row[kind] = {
+                "kl": statistics.fmean(kl[kind]), "difference": statistics.fmean(difference),
+                "standard_error": standard_error(difference), "output": output[kind] / output["symmetric"] - 1,
+            }  # fmt: skip
+        rows.append(row)
+        print(name, rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def input_sums(model: nn.Module, layers: dict[str, nn.Linear], text: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Layer -> x^T x of its inputs over `text`; layers whose inputs are one tensor have one."""
+    sums, seen = dict[str, torch.Tensor](), dict[int, tuple[torch.Tensor, str]]()
+
+    def add(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        _, owner = seen.setdefault(id(args[0]), (args[0], name))
+        if owner == name:
+            x = args[0].flatten(0, -2)
+            sums[name] = sums[name].addmm_(x.t(), x) if name in sums else x.t() @ x
+        else:
+            sums[name] = sums[owner]
+
+    def handles() -> Iterator[RemovableHandle]:
+        for name, module in layers.items():
+            yield module.register_forward_pre_hook(partial(add, name))
+
+    with torch.no_grad(), hooked(handles()):
+        for batch in text.split(4):
+            model(input_ids=batch, use_cache=False)
+            seen.clear()
+    return sums
+
+
 def main() -> None:
     """Measure the models named on the command line and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)} (default: all)")
+    names = dict.fromkeys((*MODELS, *FOUR_BIT_MODELS))
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(names)} (default: all)")
+    parser.add_argument("--part", choices=("static", "weights"), help="only static scales, or only weights")
     args = parser.parse_args()
-    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    for name in args.models or MODELS:
-        figures[name] = measure(name)
-        OUTPUT.write_text(page(figures))
-        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures))
+    parts = {"static": (FIGURES, MODELS), "weights": (WEIGHTS, FOUR_BIT_MODELS)}
+    found = {part: json.loads(path.read_text()) if path.exists() else {} for part, (path, _) in parts.items()}
+    for part, (path, models) in parts.items():
+        for name in (name for name in args.models or names if name in models and args.part in (None, part)):
+            found[part][name] = measure(name) if part == "static" else measure_weights(name, FOUR_BIT_MODELS[name])
+            OUTPUT.write_text(page(found["static"]) + weights_section(found["weights"]))
+            path.write_text(json.dumps(found[part], indent=1) + "\n")
+    print(json.dumps(found))
+
+
+def weights_section(figures: dict[str, list[dict[str, Any]]]) -> str:
+    tokens = " and ".join(map(str, sorted(set(FOUR_BIT_MODELS.values()))))
+    text = WEIGHTS_HEADER.format(windows=WINDOWS, tokens=tokens, samples=CALIBRATION)
+    for model, rows in figures.items():
+        for row in rows:
+            plain = row["symmetric"]["kl"]
+            cells = [f"{plain:.3g}"]
+            for kind in ("signed scale", "zero points"):
+                f = row[kind]
+                change = f"{f['difference'] / plain:+.1%} ± {f['standard_error'] / plain:.1%}"
+                cells.append(f"{f['kl']:.3g} ({change}; output {f['output']:+.1%})")
+            text += f"| {model} | {row['group']} | {row['rounding']} | {' | '.join(cells)} |\n"
+    return text
 
 
 def page(figures: dict[str, dict[str, list[float]]]) -> str:

@@ -109,6 +109,46 @@ def test_gptq_takes_inputs_that_are_always_zero() -> None:
     gptq.round_gptq(weight, torch.zeros(64, 64), scale)
 
 
+def test_zero_points_cover_the_range_of_a_group() -> None:
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(8, 64, generator=generator) + torch.tensor([-3.0, -0.5, 0.0, 0.2, 1.0, 3.0, 9.0, 0.0])[:, None]
+    weight[7] = 0
+    scale, zero_point = nearest.best_zero_points(weight, 32)
+    q = nearest.quantize(weight, scale, zero_point)
+    unsigned = q.unflatten(1, (2, 32)) + zero_point[..., None]
+    assert unsigned.min() == 0  # all of 4 unsigned bits, and nothing else
+    assert unsigned.max() == 15
+    assert torch.equal(scale, scale.bfloat16().float())
+    assert torch.equal(zero_point, zero_point.round())
+    assert not int4.dequantize(q, scale)[7].any()
+    error = (int4.dequantize(q, scale) - weight).square().sum(1)
+    plain = nearest.best_scale(weight, 32)
+    symmetric = (int4.dequantize(int4.quantize(weight, plain), plain) - weight).square().sum(1)
+    # All of one sign: 16 integers instead of 8 are half the step, a quarter of the squared error; 0.4 for the clipping.
+    assert (error[[0, 5]] < 0.4 * symmetric[[0, 5]]).all()
+    assert error.sum() < symmetric.sum()
+
+
+def test_gptq_keeps_the_range_of_zero_points() -> None:
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(512, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    weight = torch.randn(32, 128, generator=generator) + 0.7
+    hessian = x.t() @ x
+    scale, zero_point = nearest.best_zero_points(weight, 32, hessian.diagonal())
+    q = gptq.round_gptq(weight, hessian, scale, zero_point)
+    unsigned = q.unflatten(1, (4, 32)) + zero_point[..., None]
+    assert ((unsigned >= 0) & (unsigned <= 15)).all()
+
+    def loss(integers: torch.Tensor) -> float:
+        return float(((int4.dequantize(integers, scale) - weight) @ x.t()).norm())
+
+    assert loss(q) < 0.75 * loss(nearest.quantize(weight, scale, zero_point))
+    plain = nearest.best_scale(weight, 32, hessian.diagonal())
+    middle = torch.full_like(plain, 8)
+    assert torch.equal(gptq.round_gptq(weight, hessian, plain, middle), gptq.round_gptq(weight, hessian, plain))
+    assert torch.equal(nearest.quantize(weight, plain, middle), int4.quantize(weight, plain))
+
+
 def test_hessians_are_those_of_the_blocks_that_were_rounded_before(source: tuple[Path, Path]) -> None:
     """Block by block, and in passes of the whole model where blocks cannot run isolated."""
     model, text = source

@@ -14,24 +14,35 @@ import torch
 
 from vllm_smoothquant.format import int4
 
+from .nearest import STEPS
+
 # Added to H's diagonal, relative to its mean (section 3.3).
 DAMPING = 0.01
 # Columns whose corrections of later columns are applied at once: matrix products instead of many vector products.
 BLOCK = 128
 
 
-def round_gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """int8 [out, in] with values of 4 bits. weight [out, in]; hessian [in, in]; scale [out, groups] (int4.py)."""
+def round_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
+    """int8 [out, in] with values of 4 bits. weight [out, in]; hessian [in, in]; scale [out, groups] (int4.py).
+
+    zero_point: as scale, if integers go from -zero_point to 15 - zero_point (nearest.py).
+    """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     w = weight.float()[:, order].clone()
-    steps = scale.float().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)[:, order]
+    zero_point = torch.full_like(scale, -int4.QMIN) if zero_point is None else zero_point
+    steps, zeros = (
+        each.float().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)[:, order]
+        for each in (scale, zero_point)
+    )
     factor = _inverse_factor(hessian[order][:, order])
     q = torch.empty_like(w)
     for start in range(0, w.shape[1], BLOCK):
         stop = min(start + BLOCK, w.shape[1])
         errors = torch.empty_like(w[:, start:stop])
         for k in range(start, stop):
-            q[:, k] = torch.round(w[:, k] / steps[:, k]).clamp_(int4.QMIN, int4.QMAX)
+            q[:, k] = torch.round(w[:, k] / steps[:, k]).clamp_(-zeros[:, k], STEPS - zeros[:, k])
             error = (w[:, k] - q[:, k] * steps[:, k]) / factor[k, k]
             w[:, k:stop] -= error[:, None] * factor[k, k:stop]
             errors[:, k - start] = error

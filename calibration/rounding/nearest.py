@@ -5,7 +5,15 @@
 h_k is the mean square of input k, if it is known, and 1 otherwise. A factor below 1 clips the largest weights of a
 group so that the many small ones are rounded finer.
 
-Source: the clipping search of AWQ (Lin et al., arXiv 2306.00978, section 3.2 and its code), there by block outputs.
+With zero points, integers of a group go from -zero_point to 15 - zero_point, which 4 unsigned bits store as integer +
+zero_point. The scale then needs to cover only the range from the group's smallest weight to its largest:
+
+    scale = range_factor * (max - min) / 15       zero_point = round(-range_factor * min / scale)
+
+The format has none yet: docs/zero_points.md measures what they gain.
+
+Source: the clipping search of AWQ (Lin et al., arXiv 2306.00978, section 3.2 and its code), there by block outputs; its
+weights have zero points.
 """
 
 import torch
@@ -13,19 +21,56 @@ import torch
 from vllm_smoothquant.format import int4
 
 RANGE_FACTORS = tuple(1 - 0.04 * step for step in range(11))
+STEPS = int4.QMAX - int4.QMIN
 
 
 def best_scale(weight: torch.Tensor, group_size: int, importance: torch.Tensor | None = None) -> torch.Tensor:
     """float32 [out, groups]: the best scale of each group of `weight` [out, in]. importance: h, float32 [in]."""
+    return _best(weight, group_size, importance, zero_points=False)[0]
+
+
+def best_zero_points(
+    weight: torch.Tensor, group_size: int, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [out, groups] each: the best scale of each group of `weight` [out, in] and its zero point, 0 to 15."""
+    return _best(weight, group_size, importance, zero_points=True)
+
+
+def quantize(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """int8 [out, in] with values from -zero_point to 15 - zero_point. weight [out, in]; the others [out, groups]."""
+    lowest = -zero_point[..., None]
+    groups = weight.float().unflatten(1, (scale.shape[1], -1))
+    return torch.round(groups / scale[..., None]).clamp(lowest, lowest + STEPS).flatten(1).to(torch.int8)
+
+
+def _best(
+    weight: torch.Tensor, group_size: int, importance: torch.Tensor | None, *, zero_points: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     weight = weight.float()
     h = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.to(weight.device)
-    best, least = torch.empty(0), torch.empty(0)
+    best, zeros, least = torch.empty(0), torch.empty(0), torch.empty(0)
     for factor in RANGE_FACTORS:
-        scale = int4.group_scale(weight, group_size, factor)
-        error = (int4.dequantize(int4.quantize(weight, scale), scale) - weight).square() * h
+        scale, zero_point = _grid(weight, group_size, factor, zero_points)
+        error = (int4.dequantize(quantize(weight, scale, zero_point), scale) - weight).square() * h
         loss = error.unflatten(1, (-1, group_size)).sum(-1)
         if not len(best):
-            best, least = scale, loss
+            best, zeros, least = scale, zero_point, loss
         better = loss < least
-        best, least = torch.where(better, scale, best), torch.where(better, loss, least)
-    return best
+        best, zeros = torch.where(better, scale, best), torch.where(better, zero_point, zeros)
+        least = torch.where(better, loss, least)
+    return best, zeros
+
+
+def _grid(
+    weight: torch.Tensor, group_size: int, range_factor: float, zero_points: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, zero point) of each group under one range factor; without zero points the middle, 8."""
+    if not zero_points:
+        scale = int4.group_scale(weight, group_size, range_factor)
+        return scale, torch.full_like(scale, -int4.QMIN)
+    groups = weight.unflatten(1, (-1, group_size))
+    # 0 is inside, because a weight of 0 must stay 0.
+    low, high = groups.amin(-1).clamp(max=0) * range_factor, groups.amax(-1).clamp(min=0) * range_factor
+    scale = ((high - low) / STEPS).to(torch.bfloat16).float()
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    return scale, torch.round(-low / scale).clamp(0, STEPS)
