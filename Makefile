@@ -1,15 +1,16 @@
 # make demo   calibrate a real model, serve it with vLLM, compare it with BF16     (the first run installs, a few minutes)
 # make test   every test                make lint   ruff and mypy
-# make venv   the environment alone     make clean  remove what these made
+# make venv   the environment alone     make docs   README and docs as a site in site/
+# make clean  remove what these made
 #
-# All of it lives in .venv and .cache of this folder. PYTHON=python3.12 picks another interpreter for the environment.
+# All of it lives in .venv, .cache and site of this folder. PYTHON=python3.12 picks another interpreter for the environment.
 
 PYTHON = python3
 VENV = .venv
 STAMP = $(VENV)/.installed
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
 
 venv: $(STAMP)
 
@@ -31,7 +32,10 @@ lint: $(STAMP)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-clean:
-	rm -rf $(VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info packaging/cpu/*/*.egg-info
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
-.PHONY: help venv demo test lint clean
+clean:
+	rm -rf $(VENV) .cache site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info packaging/cpu/*/*.egg-info
+
+.PHONY: help venv demo test lint docs clean
