@@ -36,7 +36,7 @@ export PATH="$folder/venv/bin:$PATH" HF_HUB_OFFLINE=1
 python -c 'import sys, vllm_smoothquant as ours; sys.exit(not ours.__file__.startswith(sys.prefix) and ours.__file__)'
 run() { echo "\$ $*"; "$@"; }
 run smoothquant doctor
-run smoothquant calibrate "$model" -o INT8 --dataset "$text" --samples 8 --seq-len 256
+run smoothquant calibrate "$model" -o INT8 --dataset "$text" --samples 4 --seq-len 128
 run smoothquant verify INT8
 run smoothquant report INT8
 VLLM_LOGGING_LEVEL=WARNING VLLM_CPU_KVCACHE_SPACE=1 run python "$clone/examples/offline_batch.py" INT8 --enforce-eager

@@ -27,7 +27,7 @@ build_meta.build_wheel("dist")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a sdist and a wheel that were built from a copy of everything that setuptools could take."""
     copy = tmp_path_factory.mktemp("clone")
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site", "results")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site", "out", "results")
     shutil.copytree(ROOT, copy, ignore=ignored, dirs_exist_ok=True)
     done = subprocess.run([sys.executable, "-c", BUILD], cwd=copy, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
