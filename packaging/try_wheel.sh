@@ -32,7 +32,8 @@ sh packaging/install.sh "$folder/venv" "$wheel" calibration,report
 
 mkdir "$folder/user"
 cd "$folder/user"
-export PATH="$folder/venv/bin:$PATH" HF_HUB_OFFLINE=1
+# An own cache, because a kernel that was compiled before would hide a source that the wheel lacks.
+export PATH="$folder/venv/bin:$PATH" HF_HUB_OFFLINE=1 VLLM_CACHE_ROOT="$folder/cache"
 python -c 'import sys, vllm_smoothquant as ours; sys.exit(not ours.__file__.startswith(sys.prefix) and ours.__file__)'
 run() { echo "\$ $*"; "$@"; }
 run smoothquant doctor
