@@ -3,16 +3,18 @@
 #
 # The wheel goes into a fresh environment outside this clone, together with vLLM (packaging/install.sh). Then, in an
 # empty folder and with the hub switched off: doctor, calibrate, verify, report, and answers through vllm.LLM. MODEL and
-# TEXT are those of `make demo` if none are given. It takes some minutes and 3 GB; everything is deleted at the end,
+# TEXT are those of `make demo` if none are given. It takes some minutes and 4 GB; everything is deleted at the end,
 # except the two distributions if DIST names a folder for them.
 set -eu
-cd "$(dirname "$0")/.."
-clone=$PWD
-model=$(realpath "${1:-.cache/SmolLM2-135M-Instruct}")
-text=$(realpath "${2:-.cache/calibration.jsonl}")
+clone=$(realpath "$(dirname "$0")/..")
+model=$(realpath -m "${1:-$clone/.cache/SmolLM2-135M-Instruct}")
+text=$(realpath -m "${2:-$clone/.cache/calibration.jsonl}")
 for needed in "$model/config.json" "$text"; do
-    [ -f "$needed" ] || { echo "$needed: expected a file, got none; give MODEL and TEXT, or run \`make demo\`" >&2; exit 1; }
+    [ -f "$needed" ] && continue
+    echo "$needed: expected a file, got none; give MODEL and TEXT, or run \`make demo\`" >&2
+    exit 1
 done
+cd "$clone"
 unset PYTHONPATH # the clone must not be found
 
 folder=$(mktemp -d)
@@ -23,7 +25,10 @@ say() { echo "[try_wheel] $*"; }
 say "build"
 "${PYTHON:-python3}" -m venv "$folder/build"
 "$folder/build/bin/python" -m pip install --quiet build twine
-"$folder/build/bin/python" -m build --outdir "$dist" . >"$folder/build.log" 2>&1 || { cat "$folder/build.log" >&2; exit 1; }
+"$folder/build/bin/python" -m build --outdir "$dist" . >"$folder/build.log" 2>&1 || {
+    cat "$folder/build.log" >&2
+    exit 1
+}
 "$folder/build/bin/python" -m twine check --strict "$dist"/*
 wheel=$(ls -t "$dist"/*.whl | head -n 1)
 
