@@ -135,7 +135,7 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe": ("Qwen2MoeConfig", SPLIT | MOE | {"shared_expert_intermediate_size": 64}),
     "qwen3-moe": ("Qwen3MoeConfig", MOE),
     "glm4-moe": ("Glm4MoeConfig", ROUTED | {"head_dim": 64}),
-    "olmoe": ("OlmoeConfig", SPLIT | MOE),
+    "olmoe": ("OlmoeConfig", SPLIT | MOE | {"moe_intermediate_size": None}),
     "granite-moe": ("GraniteMoeConfig", SPLIT | LOCAL_MOE),
     "phimoe": ("PhimoeConfig", SPLIT | LOCAL_MOE),
     "gpt-oss": ("GptOssConfig", LOCAL_MOE),
