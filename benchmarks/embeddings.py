@@ -8,8 +8,6 @@ line is JSON.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +22,6 @@ from demo import assets
 from tests.helpers import engine, tiny_checkpoints
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "embeddings.md"
-CHILD = "SMOOTHQUANT_EMBEDDINGS_CHILD"
 PASSAGES, WORDS = 200, 60
 ROWS: dict[str, dict[str, Any]] = {
     "no smoothing": {"no_smoothing": True}, "default": {}, "alpha auto": {"alpha": "auto"},
@@ -61,20 +58,15 @@ def passages() -> list[str]:
 
 def embeddings(folder: Path) -> torch.Tensor:
     """float32 [passages, channels], normalised, by vLLM in a process of its own."""
-    with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary, "embeddings.pt")
-        environment = engine.small_engine() | {CHILD: str(output), "VLLM_LOGGING_LEVEL": "ERROR"}
-        command = [sys.executable, "-m", "benchmarks.embeddings", str(folder)]
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return torch.load(output)
+    return engine.elsewhere(_embed, [str(folder)], {"VLLM_LOGGING_LEVEL": "ERROR"})[0]
 
 
-def _embed(folder: str, output: str) -> None:
+def _embed(folder: str) -> torch.Tensor:
     from vllm import LLM
 
     llm = LLM(folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=16)
     found = [torch.tensor(answer.outputs.embedding) for answer in llm.embed(passages(), use_tqdm=False)]
-    torch.save(torch.nn.functional.normalize(torch.stack(found), dim=1), output)
+    return torch.nn.functional.normalize(torch.stack(found), dim=1)
 
 
 def neighbours(vectors: torch.Tensor) -> torch.Tensor:
@@ -82,9 +74,6 @@ def neighbours(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    if CHILD in os.environ:
-        _embed(sys.argv[1], os.environ[CHILD])
-        return
     text, figures = HEADER.format(machine=describe(), passages=len(passages()), words=WORDS), {}
     with tempfile.TemporaryDirectory() as temporary:
         source = save_model(Path(temporary, "model"))

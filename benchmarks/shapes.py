@@ -8,22 +8,21 @@ floating point's. KL from floating point over the tokens of the right answers is
 its standard error over the questions. The last line printed is JSON.
 """
 
-import argparse
+import itertools
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
+from benchmarks import training
 from benchmarks.machine import describe
 from calibration.evaluation.columns import standard_error
 from calibration.pipeline import calibrate
@@ -34,7 +33,6 @@ from tests.helpers.reference import load_reference
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "benchmarks" / "results" / "shapes.json"
 OUTPUT = ROOT / "docs" / "vision.md"
-CHILD = "SMOOTHQUANT_SHAPES_CHILD"
 STEPS, BATCH, LEARNING_RATE = 1200, 48, 1.5e-3
 SIZE, PATCH = 32, 8
 QUESTIONS, SAMPLES, COMPARED = 1000, 64, 300
@@ -140,11 +138,13 @@ def model_dir() -> Path:
 
 
 def train(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    training.fit(model.parameters(), losses(model), STEPS, LEARNING_RATE, weight_decay=0.05)
+    return model.eval()
+
+
+def losses(model: transformers.PreTrainedModel) -> Iterator[torch.Tensor]:
     made = processor()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, STEPS // 20, STEPS)
-    bar = tqdm(range(STEPS), desc="train", file=sys.stderr, mininterval=10)
-    for step in bar:
+    for step in itertools.count():
         examples = [example(10_000_000 + step * BATCH + i) for i in range(BATCH)]
         texts = [made.apply_chat_template(messages(q, a), tokenize=False) for _, q, a in examples]
         inputs = made(
@@ -155,14 +155,7 @@ def train(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         for row, (_, _, answer) in zip(labels, examples, strict=True):
             row[: int((row != -100).sum()) - len(answer) - 1] = -100  # a byte is a token; the end is one more
-        loss = model(**inputs, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval()
+        yield model(**inputs, labels=labels).loss
 
 
 def insert_outliers(model: Any) -> None:
@@ -199,15 +192,10 @@ def save_texts(path: Path, first: int, count: int) -> Path:
 
 def answers(folder: Path) -> list[str]:
     """What the model in `folder` answers, by vLLM in a process of its own."""
-    with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary, "answers.json")
-        environment = engine.small_engine() | {CHILD: str(output), "VLLM_LOGGING_LEVEL": "ERROR"}
-        command = [sys.executable, "-m", "benchmarks.shapes", str(folder)]
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-        return json.loads(output.read_text())
+    return engine.elsewhere(_answers, [str(folder)], {"VLLM_LOGGING_LEVEL": "ERROR"})[0]
 
 
-def _answer(folder: str, output: Path) -> None:
+def _answers(folder: str) -> list[str]:
     from vllm import LLM, SamplingParams
 
     made = transformers.AutoProcessor.from_pretrained(folder)
@@ -222,7 +210,7 @@ def _answer(folder: str, output: Path) -> None:
         requests.append({"prompt": text, "multi_modal_data": {"image": image}})
     sampling = SamplingParams(max_tokens=10, temperature=0.0, stop=["\n"], skip_special_tokens=False)
     outputs = llm.generate(requests, sampling, use_tqdm=False)
-    output.write_text(json.dumps([o.outputs[0].text.partition("\n")[0].strip() for o in outputs]))
+    return [o.outputs[0].text.partition("\n")[0].strip() for o in outputs]
 
 
 def divergences(model: torch.nn.Module, exact: torch.nn.Module) -> list[float]:
@@ -253,12 +241,6 @@ def page(figures: dict[str, Any]) -> str:
 
 def main() -> None:
     """Train if need be, measure all rows and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if CHILD in os.environ:
-        _answer(args.folder, Path(os.environ[CHILD]))
-        return
     folder = model_dir()
     right = [example(number)[2] for number in range(QUESTIONS)]
     exact = answers(folder)

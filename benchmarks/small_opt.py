@@ -7,21 +7,20 @@ not make a good language model, but the weights are trained and not random.
 
 import argparse
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from tqdm import tqdm
 from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
 )
 
+from benchmarks import training
 from demo import assets
 
 NAME = "OPT-2M"
@@ -64,20 +63,15 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 def _train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int) -> PreTrainedModel:
     ids = torch.tensor([token for text in _texts() for token in [0, *tokenizer(text).input_ids]])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     draw = torch.Generator().manual_seed(0)
-    bar = tqdm(range(steps), desc="train", file=sys.stderr, mininterval=10)
-    for _ in bar:
-        starts = torch.randint(len(ids) - LENGTH, (BATCH,), generator=draw)
-        batch = torch.stack([ids[start : start + LENGTH] for start in starts])
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+    def losses() -> Iterator[torch.Tensor]:
+        while True:
+            starts = torch.randint(len(ids) - LENGTH, (BATCH,), generator=draw)
+            batch = torch.stack([ids[start : start + LENGTH] for start in starts])
+            yield model(input_ids=batch, labels=batch).loss
+
+    training.fit(model.parameters(), losses(), steps, LEARNING_RATE, weight_decay=0.1)
     return model.eval()
 
 

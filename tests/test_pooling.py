@@ -1,10 +1,6 @@
 """Models for embeddings, rewards and classes: loaded by their own class, heads and pooling carried, served alike."""
 
-import gc
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,28 +124,13 @@ def test_vllm_serves_them_like_the_reference(folders) -> None:
 
 def serve(requests: list[tuple[str, bool]]) -> list[list[torch.Tensor]]:
     """The answers of vLLM to PROMPTS; requests: (folder, whether it is an embedding model)."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "answer.pt")
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.test_pooling", json.dumps(requests), str(answer)], env=engine.small_engine(),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=engine.TIMEOUT_S, check=False,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise engine.EngineFailedError(done.stdout)
-        return torch.load(answer)
+    return engine.elsewhere(_answer, requests)
 
 
-def _serve(requests: str, answer: str) -> None:
-    found = []
-    for folder, embeds in json.loads(requests):
-        found.append(_answer(folder, embeds))
-        gc.collect()
-    torch.save(found, answer)
-
-
-def _answer(folder: str, embeds: bool) -> list[torch.Tensor]:
+def _answer(request: tuple[str, bool]) -> list[torch.Tensor]:
     from vllm import LLM, PoolingParams
 
+    folder, embeds = request
     llm = LLM(folder, runner="pooling", **engine.DEFAULTS | {"skip_tokenizer_init": False})
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
     if embeds:
@@ -157,7 +138,3 @@ def _answer(folder: str, embeds: bool) -> list[torch.Tensor]:
     plain = PoolingParams(use_activation=False)
     outputs = llm.classify(prompts, use_tqdm=False, pooling_params=plain)
     return [torch.tensor(output.outputs.probs) for output in outputs]
-
-
-if __name__ == "__main__":
-    _serve(*sys.argv[1:])

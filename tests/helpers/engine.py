@@ -6,17 +6,19 @@ A new process frees all memory at its end and shows a refusal as a user sees it.
 """
 
 import gc
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+ROOT = Path(__file__).parents[2]
 # One engine for one comparison takes 20 s eager and 90 s compiled on two cores. Ten times that means that it hangs.
 TIMEOUT_S = 900
 
@@ -78,14 +80,25 @@ def logprobs_of_all(
 
     A request has "model", "prompts", optionally "vocabulary", and arguments for vllm.LLM, which override DEFAULTS.
     """
+    return elsewhere(_logprobs, [DEFAULTS | r | {"model": str(r["model"])} for r in requests], environment)
+
+
+def elsewhere(
+    function: Callable[[Any], Any], requests: Sequence[Any], environment: Mapping[str, str] | None = None
+) -> list[Any]:
+    """function(request) of each request, in one new process for all; environment overrides small_engine().
+
+    function: of a module, not inside another one. Requests are sent as JSON, answers come by torch.save. Raises
+    EngineFailedError.
+    """
+    name = sys.modules[function.__module__].__spec__.name if function.__module__ == "__main__" else function.__module__
     with tempfile.TemporaryDirectory() as folder:
         request_file, answer = Path(folder, "requests.json"), Path(folder, "answer.pt")
-        request_file.write_text(
-            json.dumps([DEFAULTS | request | {"model": str(request["model"])} for request in requests])
-        )
+        request_file.write_text(json.dumps(requests))
         done = subprocess.run(
-            [sys.executable, __file__, str(request_file), str(answer)],
-            env=small_engine() | (environment or {}),
+            [sys.executable, "-m", "tests.helpers.engine", name, function.__name__, str(request_file), str(answer)],
+            env=small_engine() | dict(environment or {}),
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -125,11 +138,16 @@ def logprobs_by(llm: Any, prompts: list[list[int]], *, vocabulary: bool = False)
     return answer
 
 
-def _main(request_file: str, answer_file: str) -> None:
+def _logprobs(request: dict[str, Any]) -> list[torch.Tensor]:
+    prompts, vocabulary = request.pop("prompts"), request.pop("vocabulary", False)
+    return logprobs_here(request, prompts, vocabulary=vocabulary)
+
+
+def _main(module: str, function: str, request_file: str, answer_file: str) -> None:
+    answer = getattr(importlib.import_module(module), function)
     answers = []
     for request in json.loads(Path(request_file).read_text()):
-        prompts, vocabulary = request.pop("prompts"), request.pop("vocabulary", False)
-        answers.append(logprobs_here(request, prompts, vocabulary=vocabulary))
+        answers.append(answer(request))
         gc.collect()
     torch.save(answers, answer_file)
 

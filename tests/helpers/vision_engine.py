@@ -3,11 +3,6 @@
 answers([folder, ...])  ->  for each folder, for each of PICTURES: (token ids, log-probabilities) of the prompt
 """
 
-import gc
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,16 +32,7 @@ def inputs(folder: Path, picture: int) -> dict[str, torch.Tensor]:
 
 def answers(folders: Sequence[Path]) -> list[Answer]:
     """Log-probabilities float32 [tokens - 1, vocabulary] of the prompt under each checkpoint, in one process."""
-    with tempfile.TemporaryDirectory() as folder:
-        request, output = Path(folder, "folders.json"), Path(folder, "answer.pt")
-        request.write_text(json.dumps(list(map(str, folders))))
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.helpers.vision_engine", str(request), str(output)], env=engine.small_engine(),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=engine.TIMEOUT_S, check=False,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise engine.EngineFailedError(done.stdout)
-        return torch.load(output)
+    return engine.elsewhere(answer, list(map(str, folders)))
 
 
 def answer(folder: str) -> Answer:
@@ -64,15 +50,3 @@ def answer(folder: str) -> Answer:
         rows = [[at[token].logprob for token in range(len(at))] for at in output.prompt_logprobs[1:]]
         found.append((list(output.prompt_token_ids), torch.tensor(rows)))
     return found
-
-
-def _main(request: str, output: str) -> None:
-    found = []
-    for folder in json.loads(Path(request).read_text()):
-        found.append(answer(folder))
-        gc.collect()
-    torch.save(found, output)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
