@@ -55,6 +55,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         self.headless = False  # config.json names a class without an output head; vLLM builds one, and does not need it
         self._seen_layers: set[str] = set()
         self._checked = False
+        self._complete = False  # the model is built and loaded; vLLM asks on with the layers of a draft
 
     def __repr__(self) -> str:
         return f"SmoothQuantVllmConfig({self.config})"
@@ -146,6 +147,8 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
             raise _not_quantised(prefix)
         if self.headless and isinstance(layer, ParallelLMHead):
             return None
+        if self._complete:  # a checkpoint carries the source's draft (MTP) as it is, under names that vLLM changes
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         names, last = self._checkpoint_names(self.config, prefix), prefix.rpartition(".")[2]
         self._seen_layers.update(names)
         if torch.empty(0).is_meta:  # vLLM loads nothing into this layer: a tower or a head that it does not need
@@ -173,7 +176,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
 
     def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of the routed experts of a block, all or none of which are INT8; None: in floating point."""
-        if self.config is None or self.config.experts is None or torch.empty(0).is_meta:
+        if self.config is None or self.config.experts is None or self._complete or torch.empty(0).is_meta:
             return None
         block = prefix.removesuffix(".routed_experts") + "."
         names = {name for name in self.quantised if name.startswith(block)}
@@ -200,6 +203,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
 
         vLLM builds some layers without asking for their method. It would load their integers as floating point.
         """
+        self._complete = True
         if self.config is None or get_pp_group().world_size > 1:
             return  # a pipeline stage builds only its own layers
         for name in sorted((self.config.smoothed | set(self.config.overrides) | self.quantised) - self._seen_layers):

@@ -22,6 +22,7 @@ from ..running.offload import MORE_ROOM, check_devices, complete_map, offload_fo
 from ..running.products import make_linear
 from .side_files import model_folder
 from .tokenizer import load_tokenizer
+from .unread import is_passed_over
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def load(name: str, device_map: DeviceMap = "auto") -> Source:
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             fix = MORE_ROOM if "No space left" in str(error) else "check the name"
             raise SmoothQuantError(name, f"a model of class {architecture.__name__}", error, fix) from error
+        info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not is_passed_over(model, key)]
         for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
             if keys := sorted(map(str, info.get(fault) or ())):
                 number, fix = f"{len(keys)} {fault.replace('_', ' ')}", "use a complete checkpoint of this architecture"

@@ -15,12 +15,23 @@ from transformers import PreTrainedModel
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import read_header, read_json
 
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # What transformers' loading passes over in every model: buffers that are computed again.
 BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
 def is_passed_over(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers passes over the tensor `name` of a file when it loads `model`."""
+    """Whether transformers passes over the tensor `name` of a file when it loads `model`, or should.
+
+    Some classes name the number of a draft's layer, which is that of one size of the model. The draft's layers are the
+    `num_nextn_predict_layers` after the last one of the model.
+    """
+    config = model.config.get_text_config()
+    drafts = getattr(config, "num_nextn_predict_layers", None) or 0
+    if (layer := _LAYER.search(name)) and drafts and hasattr(config, "num_hidden_layers"):
+        first = config.num_hidden_layers
+        if first <= int(layer[1]) < first + drafts:
+            return True
     return any(re.search(pattern, name) for pattern in (*BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())))
 
 

@@ -166,7 +166,11 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
 
 def config(name: str) -> Any:
     """The tiny transformers config of `name` in ZOO."""
-    kind, overrides = ZOO[name]
+    return tiny_config(*ZOO[name])
+
+
+def tiny_config(kind: str, overrides: dict[str, Any]) -> Any:
+    """The tiny config of class `kind` in transformers."""
     config_class = getattr(transformers, kind)
     aliases = config_class.attribute_map
     known = set(inspect.signature(config_class.__init__).parameters) | set(aliases)
