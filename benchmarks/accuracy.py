@@ -36,7 +36,7 @@ from calibration.pipeline import check_gate, observe_model
 from calibration.running.hooks import hooked
 from calibration.running.precision import compute_dtype, fast_arithmetic
 from calibration.smoothing import factors, simulate
-from calibration.smoothing.plan import make_plan
+from calibration.smoothing.plan import Plan, make_plan
 from calibration.smoothing.simulate import LayerScheme
 from demo import assets
 from vllm_smoothquant.format import int8
@@ -138,6 +138,14 @@ def norms_only(observation: Observation) -> Observation:
     return replace(observation, graph=replace(observation.graph, groups=groups))
 
 
+def write_planned(observation: Observation, options: Options, *, paper: bool = False) -> Plan:
+    """Write the checkpoint of `options`; paper: only norms are folded into, and quiet channels have no bound."""
+    with patch.object(factors, "QUIET", 0) if paper else nullcontext():
+        plan = make_plan(norms_only(observation) if paper else observation, options)
+    write_checkpoint(observation, plan, check_gate(observation, plan.smoothing), options)
+    return plan
+
+
 def measure_rows(
     model: Model, names: list[str], windows: list[list[int]], figures: dict[str, Any], save: Callable[[], None]
 ) -> None:
@@ -158,9 +166,7 @@ def measure_rows(
             row_options = replace(options, output=str(output), **ROWS[name])
             plain = row_options.no_smoothing or row_options.rotation == "none"
             observation = observe(row_options.quantize_lm_head, "none" if plain else "always")
-            with patch.object(factors, "QUIET", 0) if name == NORMS_ONLY else nullcontext():
-                plan = make_plan(norms_only(observation) if name == NORMS_ONLY else observation, row_options)
-            write_checkpoint(observation, plan, check_gate(observation, plan.smoothing), row_options)
+            plan = write_planned(observation, row_options, paper=name == NORMS_ONLY)
             row = measure(output, windows, decode=None, compare=logits, **engine)
             keys = ("perplexity", "kl_divergence", "kl_standard_error", "top1_agreement")
             figures[name] = {key: row[key] for key in keys} | change(row, baseline)
@@ -179,10 +185,10 @@ def budget(model: Model, windows: list[list[int]]) -> dict[str, float]:
     def divergence(observation: Observation, rounding: AbstractContextManager[None]) -> float:
         return statistics.fmean(simulate.divergences(exact, _logprobs(observation, ids, rounding)))
 
-    outliers = {name: partial(_llm_int8, layer) for name, layer in make_plan(plain, options).layers().items()}
+    outliers = {name: partial(llm_int8, layer) for name, layer in make_plan(plain, options).layers().items()}
     modules = {name: plain.model.get_submodule(name) for name in outliers}
-    llm_int8 = hooked(modules[name].register_forward_hook(hook) for name, hook in outliers.items())
-    divergences = {"LLM.int8(), everything": divergence(plain, llm_int8)}
+    decomposed = hooked(modules[name].register_forward_hook(hook) for name, hook in outliers.items())
+    divergences = {"LLM.int8(), everything": divergence(plain, decomposed)}
     observation = observe_model(options)
     layers = make_plan(observation, options).layers()
     linears = {name: observation.model.get_submodule(name) for name in layers}
@@ -205,7 +211,7 @@ def budget(model: Model, windows: list[list[int]]) -> dict[str, float]:
     return divergences
 
 
-def _llm_int8(layer: LayerScheme, module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor:
+def llm_int8(layer: LayerScheme, module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor:
     """A forward hook: LLM.int8() of a layer without factors, input channels above 6 in floating point."""
     x, weight = args[0].float(), simulate.weight_matrix(module, replace(layer, input_factor=None, output_factor=None))
     large = (x.abs() > 6).flatten(0, -2).any(0)

@@ -1,6 +1,7 @@
 """llm-compressor's recipes on given tokens, run by its own interpreter: `python llm_compressor.py REQUEST.json`.
 
     smoothquant    the scheme and the strength are ours: weights per channel, activations per token (dynamic), alpha 0.5
+    w8a8           that scheme alone
     awq, gptq      symmetric 4-bit weights in groups: `groups` has the size of the group -> patterns of layers' names
 
 The output head is not quantized. Prints one JSON line: seconds of loading, of calibrating and of saving.
@@ -24,11 +25,10 @@ except ImportError:
 
 def recipe(request: dict) -> list:
     """The modifiers of the request's recipe."""
-    if request.get("recipe", "smoothquant") == "smoothquant":
-        return [
-            SmoothQuantModifier(smoothing_strength=0.5),
-            QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
-        ]
+    name = request.get("recipe", "smoothquant")
+    if name in ("smoothquant", "w8a8"):
+        smoothing = [SmoothQuantModifier(smoothing_strength=0.5)] if name == "smoothquant" else []
+        return [*smoothing, QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
     from llmcompressor.modifiers.quantization import GPTQModifier
 
     groups = {
