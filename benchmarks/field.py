@@ -122,8 +122,8 @@ its 256 likeliest words and the rest; ±: standard errors over the windows. Weig
 where a row does not say otherwise; 4-bit weights in groups of {group_size}. *From*: empty, served by vLLM for this
 page; *simulated*, by transformers, because vLLM does not serve it; a page, quoted from the results of that page's
 script, which scored the same windows. [four_bits.md](four_bits.md) calibrates on more samples, gives the packaged
-models another basis first, for all recipes alike, and its changes are from its own floating point. Rows that were not measured are left out. What the papers do:
-[method.md](method.md).
+models another basis first, for all recipes alike, and its changes are from its own floating point. Rows that were not
+measured are left out. What the papers do: [method.md](method.md).
 
 - *SmoothQuant*: as the paper has it: norms alone are folded into, no bound for quiet channels.
 - *LLM.int8()*: input channels with a value above 6 stay in floating point.
