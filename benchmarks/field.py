@@ -135,8 +135,9 @@ measured are left out. What the papers do: [method.md](method.md).
   inside its sum. *Of the calibration*: c_j^(1-a) is stored as a factor at run time (`smoothing_factor`), its inverse
   multiplies the weights before they are rounded, and the row's scale is that of the divided row.
 - *llm-compressor*: its integers, converted to our format and served by our kernels.
-- *Ours*: `smoothquant calibrate` without options, or with those named. *Control*: simulation and serving of one
-  checkpoint must agree within the errors, because only roundings near a tie differ.
+- *Ours*: `smoothquant calibrate` without options, or with those named. *Control*: the same recipe as *ours*, simulated.
+  Simulation and serving must agree within the errors: of one checkpoint, only roundings near a tie differ. Where *ours*
+  is quoted, the recipe ran on another machine, whose arithmetic gave a slightly different checkpoint.
 """
 SECTION = """
 ## {name}
