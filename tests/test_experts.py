@@ -247,7 +247,7 @@ ACTIVATIONS = [
 ]
 
 
-@pytest.mark.skipif(isinstance(build.int8_experts(), str), reason=str(build.int8_experts()))
+@pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", range(3))
 @pytest.mark.parametrize(

@@ -133,12 +133,12 @@ def test_the_first_call_of_a_thread_may_have_no_tokens(monkeypatch: pytest.Monke
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache folder of vLLM, and build.int8_linear without its own cache."""
+    """An empty cache folder of vLLM, and build.why_not without its own cache."""
     from vllm import envs
 
     if build.target() is None:
         pytest.skip("the product is for x86")
-    monkeypatch.setattr(build, "int8_linear", build.int8_linear.__wrapped__)
+    monkeypatch.setattr(build, "why_not", build.why_not.__wrapped__)
     monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path / "root"))
     return tmp_path / "root" / "smoothquant"
 
@@ -181,16 +181,16 @@ def test_a_failed_compilation_selects_the_next_kernel(monkeypatch: pytest.Monkey
         assert reasons["float32-integers"] is None
     assert list(cache.iterdir()) == []
     monkeypatch.setenv("CXX", " ")  # as if it were not set
-    assert callable(build.int8_linear())
+    assert build.why_not() is None
     monkeypatch.setattr(build, "target", lambda: None)
-    assert build.int8_linear() == "needs an x86 CPU with AVX2"
+    assert build.why_not() == "needs an x86 CPU with AVX2"
 
 
 @pytest.mark.parametrize("more", ["", " -m64", " --sysroot '/a b'"])
 def test_cxx_may_have_arguments(monkeypatch: pytest.MonkeyPatch, compiler: Path, more: str) -> None:
     """As in CXX="ccache g++" or "g++ -m64"."""
     monkeypatch.setenv("CXX", f"env {os.environ['CXX']}{more}")
-    assert callable(build.int8_linear())
+    assert build.why_not() is None
     assert compiler.read_text().startswith(f"{more} -O3".replace("'", "").lstrip())
 
 
@@ -198,11 +198,11 @@ def test_cxx_may_have_arguments(monkeypatch: pytest.MonkeyPatch, compiler: Path,
 def test_nobody_else_may_write_the_library(cache: Path, compiler: Path, umask: int) -> None:
     previous = os.umask(umask)
     try:
-        assert callable(build.int8_linear())
+        assert build.why_not() is None
     finally:
         os.umask(previous)
     assert [oct(path.stat().st_mode & 0o777) for path in (cache, *cache.iterdir())] == ["0o700", "0o700"]
-    assert callable(build.int8_linear())
+    assert build.why_not() is None
     assert len(compiler.read_text().splitlines()) == 1
 
 
@@ -211,7 +211,7 @@ def test_nobody_else_may_write_the_library(cache: Path, compiler: Path, umask: i
 def test_what_another_user_may_have_put_there_is_not_loaded(
     monkeypatch: pytest.MonkeyPatch, cache: Path, compiler: Path, what: str, mode: int | None
 ) -> None:
-    assert callable(build.int8_linear())
+    assert build.why_not() is None
     planted = cache if what == "folder" else next(cache.iterdir())
     if mode is not None:
         planted.chmod(mode)
@@ -220,7 +220,7 @@ def test_what_another_user_may_have_put_there_is_not_loaded(
         other = os.stat_result((*status[:4], status.st_uid + 1, *status[5:]))
         monkeypatch.setattr(Path, "stat", lambda path, **options: other if path == planted else real(path, **options))
     monkeypatch.setattr(build.ctypes, "CDLL", lambda path: pytest.fail("loaded"))
-    reason = build.int8_linear()
+    reason = build.why_not()
     assert isinstance(reason, str)
     assert reason.startswith(f"{planted}: expected a file or folder of user {os.geteuid()} that nobody else may write")
     assert (f"mode {mode:04o}" if mode is not None else f"user {os.geteuid() + 1}, mode 0700") in reason
@@ -234,7 +234,7 @@ def test_a_library_that_cannot_be_loaded_is_compiled_again(
     """A file that was cut off, or made on another system that shares the folder."""
     library = build.build(build.target() or "")
     library.write_bytes(content)
-    assert callable(build.int8_linear())
+    assert build.why_not() is None
     assert library.read_bytes() == compiled.read_bytes()
     assert len(compiler.read_text().splitlines()) == 2
 
@@ -246,7 +246,7 @@ def test_a_library_that_is_compiled_and_cannot_be_loaded_is_said_so(
     calls, program = tmp_path / "calls", tmp_path / "program"
     program.write_text(f'echo call >> {calls}\nfor last; do :; done\necho text > "$last"\n')
     monkeypatch.setenv("CXX", f"sh {program}")
-    reason = build.int8_linear()
+    reason = build.why_not()
     assert isinstance(reason, str)
     assert reason.startswith(f"could not load {cache}/int8_linear-")
     assert calls.read_text() == "call\ncall\n"

@@ -38,7 +38,7 @@ def test_the_first_kernel_that_can_serve_is_selected(
     selected: str,
 ) -> None:
     monkeypatch.setattr(exact, "onednn_is_exact", lambda: is_exact)
-    monkeypatch.setattr(build, "int8_linear", lambda: print)
+    monkeypatch.setattr(build, "why_not", lambda: None)
     monkeypatch.setattr(exact, "compiled_is_exact", lambda: True)
     request = base.Request("layer", scheme, True, torch.bfloat16, platform, capability)
     reasons = select.explain_kernels(request)
@@ -80,7 +80,7 @@ def amx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     for check in ("onednn_is_exact", "compiled_is_exact"):
         monkeypatch.setattr(exact, check, lambda: True)
-    monkeypatch.setattr(build, "int8_linear", lambda: print)
+    monkeypatch.setattr(build, "why_not", lambda: None)
 
 
 # Sizes [out, in], the first of which vLLM's AMX operator takes.
@@ -110,7 +110,7 @@ def test_vllms_amx_operator_gets_no_float32(
     if called == ["sgl"] and dtype == torch.float32:
         assert chosen == "compiled"
         assert reasons["vllm"] == "vLLM's AMX operator computes in bfloat16 and float16, not torch.float32"
-        monkeypatch.setattr(build, "int8_linear", lambda: "no compiler")
+        monkeypatch.setattr(build, "why_not", lambda: "no compiler")
         chosen = next(name for name, reason in select.explain_kernels(request) if reason is None)
         assert chosen == "float32-integers"
     else:
@@ -135,11 +135,11 @@ def test_a_kernel_is_selected_on_the_meta_device(scheme: Scheme) -> None:
     request = base.Request("layer", scheme, True, torch.float32, "cpu")
     with torch.device("meta"):
         chosen = select.select_kernel(request).name
-        measured = exact.onednn_is_exact(), exact.compiled_is_exact() if callable(build.int8_linear()) else None
+        measured = exact.onednn_is_exact(), exact.compiled_is_exact() if build.why_not() is None else None
     exact.onednn_is_exact.cache_clear()
     exact.compiled_is_exact.cache_clear()
     assert chosen == select.select_kernel(request).name
-    assert measured == (exact.onednn_is_exact(), exact.compiled_is_exact() if callable(build.int8_linear()) else None)
+    assert measured == (exact.onednn_is_exact(), exact.compiled_is_exact() if build.why_not() is None else None)
 
 
 @pytest.mark.parametrize("operator", exact.ONEDNN_OPERATORS)
@@ -147,7 +147,7 @@ def test_a_vllm_without_onednn_selects_another_kernel(monkeypatch: pytest.Monkey
     """Builds for Apple silicon and RISC-V have none."""
     others = {name: getattr(torch.ops._C, name) for name in exact.ONEDNN_OPERATORS if name != operator}
     monkeypatch.setattr(torch.ops, "_C", SimpleNamespace(**others))
-    monkeypatch.setattr(build, "int8_linear", lambda: "no compiler")
+    monkeypatch.setattr(build, "why_not", lambda: "no compiler")
     exact.onednn_is_exact.cache_clear()
     for scheme, name in ((TOKEN, "vllm"), (TENSOR, "onednn-tensor"), (STATIC, "onednn-tensor")):
         reasons = dict(select.explain_kernels(base.Request("layer", scheme, True, torch.bfloat16, "cpu")))
@@ -165,7 +165,7 @@ def test_our_product_gets_no_layer_that_its_sums_cannot_hold(monkeypatch: pytest
     warnings: list[str] = []
     monkeypatch.setattr(select.logger, "warning", lambda text, *values: warnings.append(text % values))
     select._warn_slow.cache_clear()
-    monkeypatch.setattr(build, "int8_linear", lambda: print)
+    monkeypatch.setattr(build, "why_not", lambda: None)
     monkeypatch.setattr(exact, "compiled_is_exact", lambda: True)
     for in_features, chosen in ((2**16, "compiled"), (2**16 + 1, "float32-integers"), (73728, "float32-integers")):
         request = base.Request("layer", scheme, True, torch.bfloat16, "cpu", in_features=in_features)

@@ -14,7 +14,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +23,8 @@ from ..format.errors import SmoothQuantError
 SOURCE = Path(__file__).with_name("int8_linear.cpp")
 EXPERTS = SOURCE.with_name("int8_experts.cpp")
 FOUR_BITS = SOURCE.with_name("int4_linear.cpp")
-PROGRAMS = (SOURCE, EXPERTS, FOUR_BITS)
+OPERATORS = SOURCE.with_name("operators.cpp")
+PROGRAMS = (SOURCE, EXPERTS, FOUR_BITS, OPERATORS)
 SOURCES = (*PROGRAMS, *(SOURCE.with_name(name) for name in ("rows.h", "int8_tile.h", "int4_tile.h")))
 FLAGS = ("-O3", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 # Instruction sets that int8_tile.h supports, best first -> the compiler flags that enable them.
@@ -45,8 +45,11 @@ def target() -> str | None:
 
 
 @functools.cache
-def int8_linear() -> Callable[..., bool] | str:
-    """smoothquant_int8_linear of int8_linear.cpp for `target()`, or the reason why it is not available here."""
+def why_not() -> str | None:
+    """Why our products are not available here; None: they are, and run the operators int8_linear and others of ops.py.
+
+    A first call compiles them, which takes seconds.
+    """
     best = target()
     if best is None:
         return "needs an x86 CPU with AVX2"
@@ -59,7 +62,8 @@ def int8_linear() -> Callable[..., bool] | str:
         except (OSError, subprocess.SubprocessError) as error:
             return f"could not compile {SOURCE.name}: {getattr(error, 'stderr', None) or error}"
         try:
-            return _load(path)
+            _register(path)
+            return None
         except (OSError, AttributeError) as error:
             reason = f"could not load {path}: {error}"
             with contextlib.suppress(OSError):
@@ -67,31 +71,18 @@ def int8_linear() -> Callable[..., bool] | str:
     return reason
 
 
-def _load(path: Path, name: str = "int8_linear") -> Callable[..., bool]:
-    """The function `name` of the library."""
-    function: Callable[..., bool] = getattr(ctypes.CDLL(str(path)), f"smoothquant_{name}")
-    pointer, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_bool
-    function.argtypes = {  # type: ignore[attr-defined]
-        "int8_linear": [flag, *[pointer] * 6, flag, pointer, *[number] * 3],
-        "int8_experts": [flag, *[pointer] * 11, number, pointer, *[number] * 5],
-        "int4_linear": [flag, flag, *[pointer] * 5, *[number] * 5],
-    }[name]
-    function.restype = flag  # type: ignore[attr-defined]
-    return function
+_registered: ctypes.CDLL | None = None
 
 
-@functools.cache
-def int8_experts() -> Callable[..., bool] | str:
-    """smoothquant_int8_experts of int8_experts.cpp, which is in the same library, or why it is not available here."""
-    linear = int8_linear()
-    return linear if isinstance(linear, str) else _load(build(target() or ""), "int8_experts")
-
-
-@functools.cache
-def int4_linear() -> Callable[..., bool] | str:
-    """smoothquant_int4_linear of int4_linear.cpp, which is in the same library, or why it is not available here."""
-    linear = int8_linear()
-    return linear if isinstance(linear, str) else _load(build(target() or ""), "int4_linear")
+def _register(path: Path) -> None:
+    """Let the library run the operators, in place of the one that did."""
+    global _registered
+    library = ctypes.CDLL(str(path))
+    register = library.smoothquant_register
+    if _registered is not None:
+        _registered.smoothquant_unregister()
+    register()
+    _registered = library
 
 
 def build(target: str) -> Path:
@@ -102,9 +93,10 @@ def build(target: str) -> Path:
     """
     from vllm import envs
 
-    command = [*_compiler(), *FLAGS, *TARGETS[target]]
+    torch_folder = Path(torch.__file__).parent
+    command = [*_compiler(), *FLAGS, *TARGETS[target], f"-I{torch_folder / 'include'}"]
     sources = b"".join(path.read_bytes() for path in SOURCES)
-    key = hashlib.sha256(sources + repr(command).encode()).hexdigest()[:16]
+    key = hashlib.sha256(sources + repr([command, torch.__version__]).encode()).hexdigest()[:16]
     path = Path(envs.VLLM_CACHE_ROOT, "smoothquant", f"int8_linear-{key}.so")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _refuse_others(path.parent)
@@ -113,7 +105,7 @@ def build(target: str) -> Path:
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder, path.name)
-        command += [*map(str, PROGRAMS), "-o", str(temporary)]
+        command += [*map(str, PROGRAMS), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(temporary)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         temporary.chmod(0o700)
         temporary.rename(path)

@@ -59,9 +59,8 @@ class Compiled(Kernel):
     def rejects(request: Request) -> str | None:
         if request.in_features > build.MAX_IN_FEATURES:
             return f"our sums hold {build.MAX_IN_FEATURES:,} products, and the layer has {request.in_features:,} inputs"
-        library = build.int8_linear()
-        if isinstance(library, str):
-            return library
+        if reason := build.why_not():
+            return reason
         return None if exact.compiled_is_exact() else f"wrong sums on this CPU: please report this, {build.SOURCE.name}"
 
     def prepare(self, layer: Any) -> None:
@@ -83,8 +82,7 @@ def why_not_experts() -> str | None:
     """The reason why our product for routed experts does not serve on this CPU; None if it does."""
     if torch.cpu._is_amx_tile_supported():
         return "vLLM multiplies with AMX here"
-    library = build.int8_experts()
-    return library if isinstance(library, str) else None
+    return build.why_not()
 
 
 class Float32Integers(Kernel):

@@ -92,8 +92,7 @@ class Int4(Kernel):
 
     @staticmethod
     def rejects(request: Request) -> str | None:
-        library = build.int4_linear()
-        return library if isinstance(library, str) else None
+        return build.why_not()
 
     def prepare(self, layer: Any) -> None:
         packed, scale = layer.weight_packed.data, layer.weight_scale.data.float()

@@ -19,7 +19,7 @@ constexpr int ROWS = 4, COLUMNS = 4;  // 32 registers
 #else
 constexpr int ROWS = 4, COLUMNS = 2;  // 16 registers
 #endif
-constexpr int COLUMNS_OF_ONE = 4;  // if there is one row of x
+constexpr int BLOCK = 4;  // rows of weights for one thread at a time
 
 struct Matrix {
   const uint8_t* weight;  // (out, in / 2) bytes
@@ -41,7 +41,7 @@ void store_tile(const Matrix& m, const int8_t* integers, const Integers* start, 
 template <int M, int GROUP, class Real>
 void store_rows(const Matrix& m, const int8_t* integers, const Integers* start, const float* scale, const Real* bias,
                 Real* y, long n, long width, bool fetch) {
-  constexpr int N = M == 1 ? COLUMNS_OF_ONE : COLUMNS;
+  constexpr int N = M == 1 ? 1 : COLUMNS;
   for (; width >= N; n += N, width -= N) store_tile<M, N, GROUP>(m, integers, start, scale, bias, y, n, fetch);
   for (; width > 0; n++, width--) store_tile<M, 1, GROUP>(m, integers, start, scale, bias, y, n, false);
 }
@@ -56,7 +56,7 @@ bool integer_product(const Real* x, const Matrix& m, const Real* bias, Real* y, 
   int8_t* integers = reinterpret_cast<int8_t*>(bytes);
   Integers* start = reinterpret_cast<Integers*>(bytes + integers_bytes);
   float* scale = reinterpret_cast<float*>(bytes + integers_bytes + start_bytes);
-  const long block = COLUMNS_OF_ONE, blocks = (m.out + block - 1) / block;
+  const long block = BLOCK, blocks = (m.out + block - 1) / block;
 #pragma omp parallel
   {
 #pragma omp for

@@ -16,6 +16,7 @@
 
 #include <cstdint>
 
+constexpr long AHEAD = 8192;  // bytes, as in int8_tile.h
 constexpr long CHUNK_INPUTS = 64, CHUNK_BYTES = 32;
 constexpr int ZERO = 8;  // the unsigned integer of a weight of 0
 
@@ -126,7 +127,7 @@ inline Sums no_sums() { return _mm256_setzero_ps(); }
 #endif
 
 // M rows of x times N rows of weights. Distances from row to row: `in` integers of x, in / INPUTS starts, in / 2 bytes
-// of weights, in / GROUP scales. FETCH: prefetch the weights of the next tile.
+// of weights, in / GROUP scales. FETCH: prefetch weights that are AHEAD.
 template <int M, int N, int GROUP, bool FETCH>
 void int4_tile(const int8_t* x, const Integers* start, const uint8_t* weight, const float* scale, float (&total)[M][N],
                long in) {
@@ -140,7 +141,7 @@ void int4_tile(const int8_t* x, const Integers* start, const uint8_t* weight, co
 #pragma GCC unroll 4
     for (int j = 0; j < N; j++) {
       const uint8_t* packed = weight + (j * in + k) / 2;
-      if (FETCH) _mm_prefetch(packed + N * in / 2, _MM_HINT_T0);
+      if (FETCH) _mm_prefetch(packed + AHEAD, _MM_HINT_T0);
       Part<GROUP> w;
       w.load(packed, scale + j * (in / GROUP) + part * Part<GROUP>::GROUPS);
 #pragma GCC unroll 4

@@ -50,7 +50,7 @@ void multiply(const Matrices& m, long expert, long n, long width, const Integer*
   for (long p = from; p < to; p += ROWS) {
     const long height = to - p < ROWS ? to - p : ROWS;
     int32_t total[ROWS][COLUMNS];
-    const Tile tile = p == from ? tile_of<true>(height, width) : tile_of<false>(height, width);
+    const Tile tile = tile_of(p == from, height, width);
     tile(integers + p * m.in, m.weight + first * m.in, total, m.in);
     for (long i = 0; i < height; i++) {
       float row[COLUMNS];

@@ -49,7 +49,7 @@ bool linear(const Real* x, const int8_t* weight, const float* weight_scale, cons
         for (long m = top; m < bottom; m += ROWS) {
           const long height = bottom - m < ROWS ? bottom - m : ROWS;
           int32_t total[ROWS][COLUMNS];
-          const Tile tile = m == top ? tile_of<true>(height, width) : tile_of<false>(height, width);
+          const Tile tile = tile_of(m == top, height, width);
           tile(integers + m * in, weight + n * in, total, in);
           for (long i = 0; i < height; i++) {
             // Always COLUMNS wide so that the compiler vectorises it; the tail is discarded below.

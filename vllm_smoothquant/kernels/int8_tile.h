@@ -4,8 +4,9 @@
 //
 // M: rows of x, activations as `Integer` with OFFSET added. N: rows of weight, int8 [out, in] as loaded. M * N sums and
 // their operands must fit into the registers, because the compiler otherwise spills them to memory.
-// FETCH: prefetch the weights of the next tile. Rows are too short for the hardware prefetcher, and at small batch
-// sizes memory latency dominates.
+// The first rows of x read the weights from memory, the others from the cache: `stream` reads one row of weights after
+// the other, because memory is fastest in its own order, and `tile` reads N rows at once, because it then loads x once
+// for all of them.
 // Indices must be compile-time constants, or the compiler keeps the arrays in memory instead of registers; hence
 // `#pragma GCC unroll`. The additions are assembly, because GCC 12 puts the sums of intrinsics into other registers and
 // moves them back, which costs a sixth of the speed.
@@ -22,11 +23,10 @@ constexpr long COLUMNS = 4;  // rows of weights in a full tile
 // but uses it too, so that both share int8_linear.cpp and a CPU without VNNI tests most of the code for VNNI.
 constexpr int32_t OFFSET = 128;
 
-template <int N>
-void fetch(const int8_t* weight, long in) {
-#pragma GCC unroll 4
-  for (int j = 0; j < N; j++) _mm_prefetch(weight + (COLUMNS + j) * in, _MM_HINT_T0);
-}
+// Bytes ahead of the one that is multiplied. Rows are too short for the hardware prefetcher, and a wait for memory is
+// the time of several KiB. Of 1, 2, 4, 8, 12 and 16 KiB, the last three are equally fast.
+constexpr long AHEAD = 8192;
+constexpr long LINE = 64;  // bytes of a cache line
 
 #ifdef __AVX512VNNI__
 
@@ -47,6 +47,8 @@ inline Vector load(const void* from, long count) { return _mm512_maskz_loadu_epi
 inline void add_products(Vector& sum, Vector row, Vector weight) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(row), "v"(weight));
 }
+
+inline Vector plus(Vector a, Vector b) { return _mm512_add_epi32(a, b); }
 
 // The sums of the elements of four vectors.
 inline __m128i add_up(Vector a, Vector b, Vector c, Vector d) {
@@ -87,6 +89,8 @@ inline void add_products(Vector& sum, Vector row, Vector weight) {
   __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
 }
 
+inline Vector plus(Vector a, Vector b) { return _mm256_add_epi32(a, b); }
+
 // The sums of the elements of four vectors.
 inline __m128i add_up(Vector a, Vector b, Vector c, Vector d) {
   const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
@@ -95,17 +99,28 @@ inline __m128i add_up(Vector a, Vector b, Vector c, Vector d) {
 
 #endif
 
-template <int M, int N, bool FETCH>
-void tile(const Integer* x, const int8_t* weight, int32_t (&total)[ROWS][COLUMNS], long in) {
-  Vector sums[M][COLUMNS];
+template <int M>
+void clear(Vector (&sums)[M][COLUMNS]) {
 #pragma GCC unroll 4
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < COLUMNS; j++) sums[i][j] = zero();
+}
+
+template <int M>
+void store_sums(const Vector (&sums)[M][COLUMNS], int32_t (&total)[ROWS][COLUMNS]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < M; i++)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(total[i]), add_up(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
+}
+
+template <int M, int N>
+void tile(const Integer* x, const int8_t* weight, int32_t (&total)[ROWS][COLUMNS], long in) {
+  Vector sums[M][COLUMNS];
+  clear(sums);
   // count: absent for full vectors, or the number of elements that are left.
   const auto step = [&](long k, auto... count) __attribute__((always_inline)) {
     Vector w[N];
-    if (FETCH && k % 64 == 0) fetch<N>(weight + k, in);  // a cache line
 #pragma GCC unroll 4
     for (int j = 0; j < N; j++) w[j] = load(weight + j * in + k, count...);
 #pragma GCC unroll 4
@@ -118,22 +133,59 @@ void tile(const Integer* x, const int8_t* weight, int32_t (&total)[ROWS][COLUMNS
   long k = 0;
   for (; k + LANES <= in; k += LANES) step(k);
   if (k < in) step(k, in - k);
-#pragma GCC unroll 4
-  for (int i = 0; i < M; i++)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(total[i]), add_up(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
+  store_sums(sums, total);
 }
 
-// The tile for a number of rows and columns.
-using Tile = void (*)(const Integer*, const int8_t*, int32_t (&)[ROWS][COLUMNS], long);
-template <int M, bool FETCH>
-constexpr Tile OF_COLUMNS[COLUMNS] = {tile<M, 1, FETCH>, tile<M, 2, FETCH>, tile<M, 3, FETCH>, tile<M, 4, FETCH>};
+template <int M, int N>
+void stream(const Integer* x, const int8_t* weight, int32_t (&total)[ROWS][COLUMNS], long in) {
+  constexpr long STEP = 2 * LANES < LINE ? LINE : 2 * LANES;
+  Vector sums[M][COLUMNS];
+  clear(sums);
+#pragma GCC unroll 4
+  for (int j = 0; j < N; j++) {
+    // Two sums of each product, because an addition takes longer than the time to the next one.
+    Vector second[M];
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++) second[i] = zero();
+    const int8_t* row = weight + j * in;
+    const auto step = [&](long k, Vector(&to)[M], auto... count) __attribute__((always_inline)) {
+      const Vector w = load(row + k, count...);
+#pragma GCC unroll 4
+      for (int i = 0; i < M; i++) add_products(to[i], load(x + i * in + k, count...), w);
+    };
+    Vector first[M];
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++) first[i] = zero();
+    long k = 0;
+    for (; k + STEP <= in; k += STEP) {
+#pragma GCC unroll 2
+      for (long c = 0; c < STEP; c += LINE) _mm_prefetch(row + k + c + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 2
+      for (long c = 0; c < STEP; c += 2 * LANES) {
+        step(k + c, first);
+        step(k + c + LANES, second);
+      }
+    }
+    for (; k + LANES <= in; k += LANES) step(k, first);
+    if (k < in) step(k, second, in - k);
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++) sums[i][j] = plus(first[i], second[i]);
+  }
+  store_sums(sums, total);
+}
 
-template <bool FETCH>
-Tile tile_of(long rows, long columns) {
+// The product for a number of rows and columns; `first`: of the rows of x that read these weights first.
+using Tile = void (*)(const Integer*, const int8_t*, int32_t (&)[ROWS][COLUMNS], long);
+template <int M>
+constexpr Tile TILES[COLUMNS] = {tile<M, 1>, tile<M, 2>, tile<M, 3>, tile<M, 4>};
+template <int M>
+constexpr Tile STREAMS[COLUMNS] = {stream<M, 1>, stream<M, 2>, stream<M, 3>, stream<M, 4>};
+
+inline Tile tile_of(bool first, long rows, long columns) {
   switch (rows) {
-    case 1: return OF_COLUMNS<1, FETCH>[columns - 1];
-    case 2: return OF_COLUMNS<2, FETCH>[columns - 1];
-    case 3: return OF_COLUMNS<ROWS < 3 ? 1 : 3, FETCH>[columns - 1];
-    default: return OF_COLUMNS<ROWS, FETCH>[columns - 1];
+    case 1: return (first ? STREAMS<1> : TILES<1>)[columns - 1];
+    case 2: return (first ? STREAMS<2> : TILES<2>)[columns - 1];
+    case 3: return (first ? STREAMS<ROWS < 3 ? 1 : 3> : TILES<ROWS < 3 ? 1 : 3>)[columns - 1];
+    default: return (first ? STREAMS<ROWS> : TILES<ROWS>)[columns - 1];
   }
 }

@@ -14,7 +14,8 @@ onednn_tensor_int8, q_w and s_w are inside vLLM's oneDNN handler. In it and in i
 measure it: s_x = absmax(x) / 127. Real = int * scale. Every operator has a fake implementation and mutates nothing, so
 `torch.library.opcheck` passes (tests/test_ops.py, tests/test_cuda.py).
 
-Importing this module registers the operators, once.
+Importing this module registers the operators, once. The first three products of ours are only declared here, because
+they are C++ (operators.cpp) that build.why_not() compiles and registers: a call of them runs no Python.
 """
 
 import functools
@@ -26,7 +27,6 @@ import torch
 
 from ..format.errors import SmoothQuantError
 from ..format.int8 import absmax_scale
-from . import build
 
 NAMESPACE = "smoothquant"
 
@@ -47,6 +47,14 @@ def _custom_op(dispatch_key: str, fake: Callable[..., Any]) -> Callable[[Callabl
         return getattr(torch.ops.smoothquant, name).default
 
     return register
+
+
+def _compiled_op(fake: Callable[..., Any]) -> Any:
+    """Define an operator that operators.cpp implements; build.why_not() loads it."""
+    name = fake.__name__
+    _library.define(name + torch.library.infer_schema(fake, mutates_args=()))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(torch.ops.smoothquant, name).default
 
 
 def dynamic_tensor_scale(x: torch.Tensor) -> torch.Tensor:
@@ -79,14 +87,7 @@ def onednn_tensor_int8(
     return out
 
 
-def _readable(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x, contiguous, and `bias` as our C++ reads them: both in float32 or bfloat16. float16 goes through float32."""
-    if x.dtype not in (torch.float32, torch.bfloat16) or (bias is not None and bias.dtype != x.dtype):
-        x, bias = x.to(torch.float32), None if bias is None else bias.to(torch.float32)
-    return x.contiguous(), bias
-
-
-@_custom_op("CPU", lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]))
+@_compiled_op
 def int8_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -97,33 +98,10 @@ def int8_linear(
     per_token: bool,
 ) -> torch.Tensor:
     """per_token: a measured scale is one per token; otherwise it is one for all tokens."""
-    dtype, (x, bias) = x.dtype, _readable(x, bias)
-    function = build.int8_linear()
-    assert callable(function), function  # cpu.Compiled has rejected the request otherwise
-    (tokens, in_features), out_features = x.shape, weight.shape[0]
-    y = x.new_empty(tokens, out_features)
-    if not tokens:
-        return y.to(dtype)
-    succeeded = function(
-        x.dtype is torch.bfloat16,
-        x.data_ptr(),
-        weight.data_ptr(),
-        weight_scale.data_ptr(),
-        weight_sum.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if input_scale is None else input_scale.data_ptr(),
-        per_token,
-        y.data_ptr(),
-        tokens,
-        in_features,
-        out_features,
-    )
-    if not succeeded:
-        raise MemoryError(f"no memory for the integers of {tokens} tokens of {in_features}")
-    return y.to(dtype)
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@_custom_op("CPU", lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]))
+@_compiled_op
 def int4_linear(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, integers: bool
 ) -> torch.Tensor:
@@ -131,33 +109,10 @@ def int4_linear(
 
     integers: x is rounded with a scale for each token; otherwise it is multiplied in float32.
     """
-    dtype, (x, bias) = x.dtype, _readable(x, bias)
-    function = build.int4_linear()
-    assert callable(function), function  # four_bits.Int4 has rejected the request otherwise
-    (tokens, in_features), out_features = x.shape, weight.shape[0]
-    y = x.new_empty(tokens, out_features)
-    if not tokens:
-        return y.to(dtype)
-    succeeded = function(
-        x.dtype is torch.bfloat16,
-        integers,
-        x.data_ptr(),
-        weight.data_ptr(),
-        weight_scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        tokens,
-        in_features,
-        2 * weight.shape[1],
-        weight_scale.shape[1],
-        out_features,
-    )
-    if not succeeded:
-        raise MemoryError(f"no memory for the integers of {tokens} tokens of {in_features}")
-    return y.to(dtype)
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@_custom_op("CPU", lambda x, *_: torch.empty_like(x))
+@_compiled_op
 def int8_experts(
     x: torch.Tensor,
     gate_up: torch.Tensor,
@@ -176,29 +131,7 @@ def int8_experts(
 
     weights: float32 [tokens, choices]. activation: its place in experts.ACTIVATIONS. Biases are float32.
     """
-    dtype, (x, _) = x.dtype, _readable(x, None)
-    function = build.int8_experts()
-    assert callable(function), function  # the method of the layer has asked before
-    chosen, weights = chosen.contiguous(), weights.contiguous()
-    y = torch.empty_like(x)
-    if not len(x):
-        return y.to(dtype)
-    experts = (gate_up, gate_up_scale, gate_up_sum, gate_up_bias, down, down_scale, down_sum, down_bias)
-    succeeded = function(
-        x.dtype is torch.bfloat16,
-        x.data_ptr(),
-        *(None if tensor is None else tensor.data_ptr() for tensor in (*experts, chosen, weights)),
-        activation,
-        y.data_ptr(),
-        len(x),
-        chosen.shape[1],
-        len(gate_up),
-        x.shape[1],
-        down.shape[2],
-    )
-    if not succeeded:
-        raise MemoryError(f"no memory for the integers of {len(x)} tokens of {x.shape[1]}")
-    return y.to(dtype)
+    return torch.empty_like(x)
 
 
 # float32 holds the integers up to 2**24 = 128 * 128 * 1024: so many products of int8 add up exactly, in any order.
