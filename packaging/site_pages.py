@@ -16,6 +16,7 @@ LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")  # no address: that 
 WHOLE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 EXAMPLES = sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.*"))
 READMES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("[a-z]*/**/README.md"))
+READMES = [name for name in READMES if not name.startswith("docs/")]  # these are pages
 
 # File or folder of the repository -> place in the site.
 PLACES = (
