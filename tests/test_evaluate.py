@@ -110,12 +110,16 @@ def row(name, **more):
 
 
 def test_table_has_a_row_for_every_model():
-    rows = [row("a/base", scored_tokens=99), row("b/int8", perplexity_change=0.0123, kernels=["some-kernel"])]
+    scores = {"tasks": {"exam": {"acc": 0.5, "acc_stderr": 0.125}}}
+    rows = [row("a/base", scored_tokens=99, **scores)]
+    rows.append(row("b/int8", perplexity_change=0.0123, kernels=["some-kernel"], **scores))
     engine = {"vllm": "0.32.0", "dtype": "auto", "score_dtype": "auto"}
     text = {"source": "text.jsonl", "windows": 3, "seq_len": 34}
     table = evaluate.format_table({"text": text, "engine": engine, "decode": measure.DECODE, "models": rows})
     lines = table.splitlines()
-    assert lines[2].split() == ["base", "12.500", "2", "MiB", "1", "MiB", "3", "MiB", "42.0", "tok/s"]
+    assert lines[0].endswith("exam acc")
+    figures = ["12.500", "2", "MiB", "1", "MiB", "3", "MiB", "42.0", "tok/s", "0.5000", "±", "0.1250"]
+    assert lines[2].split() == ["base", *figures]
     assert lines[3].split()[:3] == ["int8", "12.500", "+1.23%"]
     assert "3 windows of 34 tokens of text.jsonl" in table
     assert "int8: INT8 by some-kernel" in table
@@ -302,7 +306,10 @@ def test_a_task_of_the_harness_is_scored_as_pytorch_scores_it(model, tmp_path):
         return sum(float(logprobs[at - 1, ids[at]]) for at in range(start, len(ids)))
 
     correct = [max(range(3), key=lambda i, d=doc: loglikelihood(d, d["choices"][i])) == doc["label"] for doc in docs]
-    assert metrics["endings"]["acc"] == sum(correct) / len(docs)
+    accuracy = sum(correct) / len(docs)
+    assert metrics["endings"]["acc"] == accuracy
+    # The error of a mean of zeros and ones, with n - 1 as in the harness.
+    assert metrics["endings"]["acc_stderr"] == pytest.approx((accuracy * (1 - accuracy) / (len(docs) - 1)) ** 0.5)
     assert 0 < sum(correct) < len(docs)  # otherwise the equality would prove little
 
 

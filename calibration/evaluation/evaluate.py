@@ -23,6 +23,8 @@ from .measure import DECODE, SERVE, make_request, measure_all, require_vllm, run
 from .sizes import linear_layers, weight_bytes
 from .windows import load_tokenizer, token_windows
 
+STDERR = "_stderr"  # the harness's ending of a metric's standard error
+
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """The text, the engine, and under "models" a row for every model, the baseline first."""
@@ -93,13 +95,19 @@ def _requests(
     return requests
 
 
+def _score(metrics: Mapping[str, float], metric: str) -> str:
+    error = metrics.get(metric + STDERR)
+    return f"{metrics[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
 def format_table(result: Mapping[str, Any]) -> str:
     """The result of `evaluate` as a table for a terminal."""
     rows, text, decode, engine = result["models"], result["text"], result["decode"], result["engine"]
     columns = [["model", *(Path(row["model"]).name for row in rows)]]
     columns += [[column.short, *texts] for column, texts in cells(rows).items()]
     for task, metrics in rows[0].get("tasks", {}).items():
-        columns += [[f"{task} {metric}", *(f"{row['tasks'][task][metric]:.4f}" for row in rows)] for metric in metrics]
+        for metric in (metric for metric in metrics if not metric.endswith(STDERR)):
+            columns.append([f"{task} {metric}", *(_score(row["tasks"][task], metric) for row in rows)])
     widths = [max(map(len, column)) for column in columns]
     header, *body = zip(*columns, strict=True)
     lines = [

@@ -21,7 +21,8 @@ def main() -> None:
         tasks=request["tasks"],
         task_manager=TaskManager(include_path=request["include_path"]),
         limit=request["limit"],
-        bootstrap_iters=0,
+        # With 0 the harness gives no standard errors at all, not even those that have a formula.
+        bootstrap_iters=1000,
     )["results"]
     # The harness names a metric "acc,none": the metric and the filter of the answers.
     answer = {
