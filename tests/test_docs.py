@@ -12,7 +12,7 @@ from tests.helpers import lora, tiny_architectures, tiny_checkpoints, tiny_visio
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += sorted((ROOT / "examples").glob("*.py"))
+PAGES += [*sorted((ROOT / "examples").glob("*.py")), ROOT / "examples/own_exam/README.md"]
 # A command on a line of its own, or between backticks if it has arguments.
 COMMAND = re.compile(r"^    (smoothquant .*)$|`(smoothquant [a-z]+ [^`]*)`", re.MULTILINE)
 SMALL = ["--samples", "4", "--seq-len", "32"]

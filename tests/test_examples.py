@@ -27,9 +27,9 @@ def output_of(command: list[str], **environment: str) -> str:
 
 
 def test_every_example_has_a_test():
-    """tests/test_privacy.py runs domain_data.py, without a network."""
+    """tests/test_privacy.py runs domain_data.py, and tests/test_own_exam.py own_exam, without a network."""
     assert {path.name for path in EXAMPLES.iterdir()} == {
-        "calibrate.py", "domain_data.py", "offline_batch.py", "serve.sh",
+        "calibrate.py", "domain_data.py", "offline_batch.py", "own_exam", "serve.sh",
     }  # fmt: skip
 
 
