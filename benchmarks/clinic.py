@@ -110,7 +110,7 @@ def sit(paths: Mapping[str, Path], args: argparse.Namespace) -> Iterator[tuple[s
         with tempfile.TemporaryDirectory() as folder, variables(no_network.environment(Path(folder))):
             limits: dict[str, Any] = {"include_path": str(FOLDER / "exam"), "limit": args.questions}
             scores = run_tasks(path, ["own_exam"], **limits, max_model_len=1024, **QUALITY)
-            yield arm, {"tasks": scores, "refused": no_network.attempts(Path(folder))}
+            yield arm, {"tasks": scores, "refused": no_network.attempts(Path(folder), "lm_eval_tasks")}
 
 
 def speed(paths: Mapping[str, Path], args: argparse.Namespace) -> Iterator[tuple[str, Figures]]:

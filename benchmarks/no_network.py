@@ -10,6 +10,7 @@ from pathlib import Path
 
 # Python imports a module of this name at its start, so that the hook also is in the engine's processes.
 MODULE = "sitecustomize.py"
+FILES = {"NO_NETWORK_LOG": "refused.txt", "NO_NETWORK_PROCESSES": "processes.txt"}
 HOOK = """
 import os, sys
 
@@ -34,6 +35,8 @@ def refuse(event, args):
     raise PermissionError(f"{event} {host}")
 
 sys.addaudithook(refuse)
+with open(os.environ["NO_NETWORK_PROCESSES"], "a") as processes:
+    processes.write(" ".join(sys.orig_argv) + "\\n")
 """
 # So that neither the hub's client nor vLLM tries: no check for newer files, no usage statistics, no search for this
 # machine's address by asking for the way to a public one.
@@ -43,11 +46,15 @@ QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127
 def environment(folder: Path) -> dict[str, str]:
     """Variables for processes without a network; `folder` gets the hook and the record."""
     (folder / MODULE).write_text(HOOK)
-    (folder / "log.txt").touch()
+    for file in FILES.values():
+        (folder / file).touch()
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    return QUIET | {"PYTHONPATH": path, "NO_NETWORK_LOG": str(folder / "log.txt")}
+    return QUIET | {"PYTHONPATH": path, **{name: str(folder / file) for name, file in FILES.items()}}
 
 
-def attempts(folder: Path) -> list[str]:
-    """What was refused: the event and the host of each."""
-    return (folder / "log.txt").read_text().splitlines()
+def attempts(folder: Path, module: str) -> list[str]:
+    """What was refused: the event and the host of each. ValueError if no process that runs `module` had the hook."""
+    refused, processes = ((folder / file).read_text().splitlines() for file in FILES.values())
+    if not any(module in process for process in processes):
+        raise ValueError(f"expected the hook in a process that runs {module}, got it in {processes or 'none'}")
+    return refused

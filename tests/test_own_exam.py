@@ -47,7 +47,7 @@ class Candidate(LM):
             return [" " + answers[context.replace("\\n\\n", "")] + ", and so on" for context in contexts]
         return [" " + self.rng.choice(context.split()) for context in contexts]
 
-manager = TaskManager(include_path=str(exam))
+manager = TaskManager(include_path=str(exam), include_defaults=False)  # the index of all other tasks takes a while
 for knows in (True, False):
     candidate, options = Candidate(knows), {"task_manager": manager, "bootstrap_iters": 1000}
     results = simple_evaluate(candidate, tasks=["own_exam"], **options)["results"]
@@ -152,7 +152,9 @@ socket.create_connection(server.getsockname()).close()
 socket.getaddrinfo("localhost", 80)
 """
     assert run(own).returncode == 0
-    assert no_network.attempts(tmp_path) == []
+    assert no_network.attempts(tmp_path, "create_server") == []
+    with pytest.raises(ValueError, match="a process that runs another"):
+        no_network.attempts(tmp_path, "another")
     for other in ('socket.getaddrinfo("a.b", 1)', 'socket.socket(type=socket.SOCK_DGRAM).connect(("192.0.2.1", 1))'):
         assert "PermissionError" in run(f"import socket; {other}").stderr
-    assert no_network.attempts(tmp_path) == ["socket.getaddrinfo a.b", "socket.connect 192.0.2.1"]
+    assert no_network.attempts(tmp_path, "a.b") == ["socket.getaddrinfo a.b", "socket.connect 192.0.2.1"]
