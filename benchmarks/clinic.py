@@ -40,7 +40,7 @@ FOLDER = assets.CACHE / "clinic"
 MAKE_EXAM = ROOT / "examples" / "own_exam" / "make.py"
 FLOAT = "BF16"
 ARMS = (FLOAT, *CHECKPOINTS)
-SEQ_LEN = 512
+SAMPLES, SEQ_LEN = 16, 512  # to calibrate on
 # Quality in float32, because CPUs without BF16 emulate it ten times slower. What is quantised has the same integers.
 QUALITY: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
 EXAM = {"own_exam_choice": ("acc", "multiple choice"), "own_exam_extraction": ("exact_match", "extraction")}
@@ -75,7 +75,7 @@ def calibration_text(folder: Path) -> Path:
     return target
 
 
-def checkpoints(arms: Sequence[str], text: Path, samples: int) -> dict[str, Path]:
+def checkpoints(arms: Sequence[str], text: Path) -> dict[str, Path]:
     """Arm -> its folder, of BF16 and `arms`. Checkpoints that exist in FOLDER are used as they are."""
     paths, stats = {FLOAT: assets.model_dir()}, FOLDER / "stats.safetensors"
     for arm, options in CHECKPOINTS.items():
@@ -86,7 +86,7 @@ def checkpoints(arms: Sequence[str], text: Path, samples: int) -> dict[str, Path
             print(f"calibrate: {arm}", file=sys.stderr, flush=True)
             # One observation is enough for all schemes.
             reuse = ["--stats" if stats.exists() else "--save-stats", str(stats)]
-            size = ["--dataset", str(text), "--samples", str(samples), "--seq-len", str(SEQ_LEN)]
+            size = ["--dataset", str(text), "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN)]
             words = ["calibrate", str(paths[FLOAT]), "-o", str(paths[arm]), "--quiet", *size, *reuse, *options]
             subprocess.run([sys.executable, "-m", "calibration", *words], check=True, cwd=ROOT)
     return paths
@@ -171,7 +171,8 @@ def cell(arm: Figures, column: Column) -> str:
 PAGE = """# The clinic's table: a choice between schemes, with an exam
 
 Written by `python -m benchmarks.clinic`; not by hand. SmolLM2-135M-Instruct, calibrated on {samples} x {seq_len} tokens
-of Wikipedia articles that are neither in the exam nor in the text that is scored.
+of Wikipedia articles that are neither in the exam nor in the text that is scored. All arms come from one observation,
+with the rotation that `--rotation auto` chose for the default scheme.
 
 {options}
 
@@ -233,7 +234,7 @@ def page(figures: Figures) -> str:
     about, exam = figures["exam made"], figures.get("exam", {})
     options = (f"- {arm}: {f'`{shlex.join(words)}`' if words else 'the default'}" for arm, words in CHECKPOINTS.items())
     return PAGE.format(
-        **SERVE, **about | {"documents": ", ".join(about["documents"])}, samples=figures["samples"], seq_len=SEQ_LEN,
+        **SERVE, **about | {"documents": ", ".join(about["documents"])}, samples=SAMPLES, seq_len=SEQ_LEN,
         options="\n".join(options),
         windows=values(figures, "accuracy", "windows"), dtype=QUALITY["dtype"],
         accuracy=table(figures, "accuracy", of_columns(KEYS["quality"])), asked=questions_asked(figures),
@@ -245,29 +246,25 @@ def page(figures: Figures) -> str:
 def main() -> None:
     """Measure the parts of the command line and write the page; other parts and arms stay as they are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="none: only write the page")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help=f"accuracy always needs {FLOAT}")
-    parser.add_argument("--samples", type=int, default=16, help="of 512 tokens, to calibrate on")
     parser.add_argument("--windows", type=int, default=16, help="of 512 tokens, to score")
     parser.add_argument("--questions", type=int, help="of each part of the exam (default: all)")
     parser.add_argument("--figures", type=Path, default=FIGURES)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     figures: Figures = json.loads(args.figures.read_text()) if args.figures.exists() else {}
-    figures |= {"exam made": exam(FOLDER / "exam"), "samples": args.samples}
-    made = checkpoints(args.arms, calibration_text(FOLDER / "exam"), args.samples)
+    figures["exam made"] = exam(FOLDER / "exam")
+    made = checkpoints(args.arms if args.parts else (), calibration_text(FOLDER / "exam"))
     for part in args.parts:
         arms = {arm: path for arm, path in made.items() if arm in args.arms or (part == "accuracy" and arm == FLOAT)}
         command = shlex.join(["python", "-m", "benchmarks.clinic", *sys.argv[1:]])
         for arm, row in PARTS[part](arms, args):
-            figures.setdefault(part, {})[arm] = row | {
-                "machine": describe(),
-                "command": command,
-                "windows": args.windows,
-                "limit": args.questions,
-            }
+            run = {"machine": describe(), "command": command, "windows": args.windows, "limit": args.questions}
+            figures.setdefault(part, {})[arm] = row | run
             args.figures.write_text(json.dumps(figures, indent=1) + "\n")
             args.output.write_text(page(figures))
+    args.output.write_text(page(figures))
     print(args.output.read_text())
 
 
