@@ -77,17 +77,16 @@ def calibration_text(folder: Path) -> Path:
 
 def checkpoints(arms: Sequence[str], text: Path) -> dict[str, Path]:
     """Arm -> its folder, of BF16 and `arms`. Checkpoints that exist in FOLDER are used as they are."""
-    paths, stats = {FLOAT: assets.model_dir()}, FOLDER / "stats.safetensors"
+    paths = {FLOAT: assets.model_dir()}
     for arm, options in CHECKPOINTS.items():
         if arm not in arms:
             continue
         paths[arm] = FOLDER / arm
         if not paths[arm].exists():
             print(f"calibrate: {arm}", file=sys.stderr, flush=True)
-            # One observation is enough for all schemes.
-            reuse = ["--stats" if stats.exists() else "--save-stats", str(stats)]
+            # Each observes by itself, because the schemes choose different rotations.
             size = ["--dataset", str(text), "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN)]
-            words = ["calibrate", str(paths[FLOAT]), "-o", str(paths[arm]), "--quiet", *size, *reuse, *options]
+            words = ["calibrate", str(paths[FLOAT]), "-o", str(paths[arm]), "--quiet", *size, *options]
             subprocess.run([sys.executable, "-m", "calibration", *words], check=True, cwd=ROOT)
     return paths
 
@@ -171,8 +170,7 @@ def cell(arm: Figures, column: Column) -> str:
 PAGE = """# The clinic's table: a choice between schemes, with an exam
 
 Written by `python -m benchmarks.clinic`; not by hand. SmolLM2-135M-Instruct, calibrated on {samples} x {seq_len} tokens
-of Wikipedia articles that are neither in the exam nor in the text that is scored. All arms come from one observation,
-with the rotation that `--rotation auto` chose for the default scheme.
+of Wikipedia articles that are neither in the exam nor in the text that is scored.
 
 {options}
 
