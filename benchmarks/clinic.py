@@ -3,7 +3,8 @@
     python -m benchmarks.clinic                      everything
     python -m benchmarks.clinic --parts speed        alone on the machine; the other figures stay as they are
 
-SmolLM2-135M-Instruct in BF16 and in the schemes of benchmarks/table.py. The exam is made by examples/own_exam/make.py
+SmolLM2-135M-Instruct in BF16 and in the schemes of CHECKPOINTS; the README has a table of the most important columns
+(`summary`). The exam is made by examples/own_exam/make.py
 from the medical and biological articles among the Wikipedia articles of demo/assets.py, and no checkpoint is calibrated
 on these. accuracy: KL and perplexity. exam: both parts of the exam, in processes that may reach no other machine
 (no_network.py). speed: memory and speed. Figures of each part are merged into the JSON file as soon as they are known.
@@ -24,7 +25,6 @@ from typing import Any
 
 from benchmarks import no_network
 from benchmarks.machine import describe
-from benchmarks.table import CHECKPOINTS
 from calibration.evaluation.columns import COLUMNS, Column, cells
 from calibration.evaluation.evaluate import evaluate
 from calibration.evaluation.evaluate_options import EvaluateOptions
@@ -39,6 +39,13 @@ FIGURES = ROOT / "benchmarks" / "results" / "clinic.json"
 FOLDER = assets.CACHE / "clinic"
 MAKE_EXAM = ROOT / "examples" / "own_exam" / "make.py"
 FLOAT = "BF16"
+# Arm -> options of its calibration.
+CHECKPOINTS: dict[str, list[str]] = {
+    "W8A8 dynamic": [],
+    "W8A8 static": ["--activations", "static"],
+    "W4A16": ["--bits", "4", "--group-size", "32"],
+    "W4A8": ["--bits", "4", "--group-size", "32", "--activations", "token"],
+}
 ARMS = (FLOAT, *CHECKPOINTS)
 SAMPLES, SEQ_LEN = 16, 512  # to calibrate on
 # Quality in float32, because CPUs without BF16 emulate it ten times slower. What is quantised has the same integers.
@@ -165,6 +172,21 @@ def of_columns(keys: tuple[str, ...]) -> dict[str, Callable[[Figures], str]]:
 
 def cell(arm: Figures, column: Column) -> str:
     return next(iter(cells([arm], [column]).values()), [""])[0]
+
+
+SHORT = ("perplexity_change", "kl_divergence", "memory_bytes", "first_token_seconds", "tokens_per_second_batch_1",
+         "tokens_per_second_batch_16")  # fmt: skip
+
+
+def summary(figures: Figures) -> str:
+    """The README's table: a row for each arm of which all parts were measured."""
+    arms = {arm: {k: v for part in PARTS for k, v in figures[part].get(arm, {}).items()} for arm in ARMS}
+    columns = of_columns(SHORT) | {label: partial(score, task=task) for task, (_, label) in EXAM.items()}
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for arm, row in arms.items():
+        if all(arm in figures[part] for part in PARTS):
+            lines.append(f"| {arm} | {' | '.join(text(row) for text in columns.values())} |")
+    return "\n".join(lines)
 
 
 PAGE = """# The clinic's table: a choice between schemes, with an exam

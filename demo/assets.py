@@ -131,6 +131,7 @@ def wheel_file(requirement: str, wheels: Mapping[str, tuple[str, str]] = WHEELS)
             "--implementation=cp",
             "--python-version=311",
             "--platform=manylinux_2_28_x86_64",
+            "--platform=manylinux2014_x86_64",
         ]
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             pip = [sys.executable, "-m", "pip", "-qq", "download", "--no-deps", *platform, "-d", folder, requirement]

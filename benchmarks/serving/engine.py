@@ -130,6 +130,22 @@ def score(llm: Any, windows: list[list[int]], keep: str | None = None, compare: 
     return engine.score(llm, windows, keep=keep, compare=compare)
 
 
+OLD = "SMOOTHQUANT_BENCHMARK_ISA"  # "avx2": run as on a CPU that has no more
+NEWER = ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_vnni_supported", "_is_amx_tile_supported")
+
+
+def older_cpu() -> None:
+    """Before vLLM is imported: it and the plugin see a CPU without the instructions that OLD leaves out.
+
+    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA, which run.py sets, do the same for torch, Inductor and oneDNN.
+    """
+    if os.environ.get(OLD):
+        for name in NEWER:
+            if not hasattr(torch.cpu, name):
+                raise AttributeError(f"torch.cpu has no {name}: this emulation is for another version of torch")
+            setattr(torch.cpu, name, lambda: False)
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "about": about, "run": run, "profile": profile, "score": score, "memory": lambda llm: one(llm, "resident"),
 }  # fmt: skip
@@ -141,6 +157,7 @@ def main() -> None:
         def answer(value: Any) -> None:
             print(json.dumps(value), file=answers, flush=True)
 
+        older_cpu()
         from vllm import LLM
 
         llm = LLM(

@@ -138,11 +138,20 @@ def checkpoints(model: Model, arms: Sequence[str], folder: Path, samples: int) -
         reuse = [] if other else ["--stats" if stats.exists() else "--save-stats", stats]
         size = ["--dataset", text, "--samples", samples, "--seq-len", model.seq_len]
         words = ["calibrate", paths[FLOAT], "-o", paths[arm], "--quiet", *size, *reuse, *OURS[arm]]
+        if not model.speaks and "--rotation" not in words:
+            words += ["--rotation", "none"]  # of random weights it is a coin flip, and it changes no speed
         subprocess.run([sys.executable, "-m", "calibration", *map(str, words)], check=True, cwd=ROOT)
     paths[STOCK] = folder / STOCK
     if not paths[STOCK].exists():
         convert(paths["default"], paths[STOCK], COMPRESSED_TENSORS)
     return {arm: paths[arm] for arm in arms}
+
+
+# Instruction set -> the environment in which torch, Inductor, oneDNN and engine.py use no later one.
+ISAS = {
+    "native": {},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "SMOOTHQUANT_BENCHMARK_ISA": "avx2"},
+}
 
 
 def environment(arm: str, preload: str | None, cache: Path) -> dict[str, str]:
@@ -330,7 +339,9 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep checkpoints and compiled code for the next run")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="the JSON file of all figures")
     parser.add_argument("--output", type=Path, default=page.OUTPUT, help="the page to write")
+    parser.add_argument("--isa", choices=ISAS, default="native", help="as on a CPU that has no later instructions")
     args = parser.parse_args()
+    os.environ |= ISAS[args.isa]
     cases = {
         "decode 1": (1, PROMPT, args.steps + 1),
         f"decode {args.batch}": (args.batch, PROMPT, args.steps + 1),
