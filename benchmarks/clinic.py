@@ -122,8 +122,8 @@ def sit(paths: Mapping[str, Path], args: argparse.Namespace) -> Iterator[tuple[s
 def speed(paths: Mapping[str, Path], args: argparse.Namespace) -> Iterator[tuple[str, Figures]]:
     """Memory and speed as a server would have them, each arm in a process of its own, whose peak is measured."""
     windows, _ = token_windows(
-        [str(paths[FLOAT])], str(assets.evaluation_text()), text_column="text", samples=args.windows, seq_len=SEQ_LEN,
-        seed=0,
+        [str(assets.model_dir())], str(assets.evaluation_text()), text_column="text", samples=args.windows,
+        seq_len=SEQ_LEN, seed=0,
     )  # fmt: skip
     for arm, path in paths.items():
         print(f"speed: {arm}", file=sys.stderr, flush=True)
