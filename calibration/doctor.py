@@ -65,6 +65,11 @@ def advise(facts: Facts) -> Iterator[str]:
         )
     if not facts["gpus"] and facts["cores"] <= 4:
         yield "Few cores: VLLM_CPU_OMP_THREADS_BIND=0-1 (your cores) gives vLLM all cores; by default one is reserved."
+    if not facts["gpus"] and facts["cores"] == 1:
+        yield (
+            "One core: `VLLM_ENABLE_V1_MULTIPROCESSING=0 vllm serve OUT --distributed-executor-backend uni` has one "
+            "process less, which answers one stream faster (docs/cpu.md)."
+        )
     for key in hardware_of(facts):
         row = HARDWARE[key]
         yield row.note

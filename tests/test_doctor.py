@@ -32,6 +32,7 @@ def gpu(capability: int) -> dict:
         ({"int8_instructions": [], "instructions": ["AVX2"]}, "no INT8 instructions", "AMX: per-token"),
         ({"allocator": None}, "LD_PRELOAD", "Blackwell"),
         ({"cores": 2}, "VLLM_CPU_OMP_THREADS_BIND", "Blackwell"),
+        ({"cores": 1}, "--distributed-executor-backend uni", "Blackwell"),
         (gpu(70), "no INT8 tensor cores", "At batch 1"),
         (gpu(80), "At batch 1", "multiplies FP8"),
         (gpu(75), "--dtype half", "At batch 1"),

@@ -5,6 +5,7 @@ The table has a test of its own (test_docs.py).
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,14 @@ def served() -> str:
     return f"{len(ZOO)} tiny variants of architectures smoothed exactly, {number} of them served by vLLM's CPU backend"
 
 
-SENTENCES: list[Callable[[], str]] = [preservation, levels, cache, served]
+def llama() -> str:
+    rates = next(part["rates"] for title, part in results("llama_cpp")["cores"].items() if "process" in title)
+    case = rates["one stream"]
+    ratios = [a / b for a, b in zip(case["INT8, INT8 head, uni"], case["llama.cpp Q8_0"], strict=True)]
+    return f"brings one stream to {statistics.median(ratios):.2f} of its Q8_0".replace("0.", ".")
+
+
+SENTENCES: list[Callable[[], str]] = [preservation, levels, cache, served, llama]
 
 
 @pytest.mark.parametrize("sentence", SENTENCES, ids=lambda function: function.__name__)
