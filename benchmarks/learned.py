@@ -227,11 +227,11 @@ def page(figures: dict[str, Any]) -> str:
                     seconds = found_row["seconds"] / len(found_row["held_out"])
                     cells = f" | {changes} | {own:+.1%} | {found_row['rate']} | {seconds:.0f} s |"
                 text += f"| {scheme} | {row} | {statistics.fmean(kl):.3g} ± {standard_error(kl):.2g}{cells}\n"
+            text += "".join(f"| {scheme} | {row} | not measured | | | | | |\n" for row in SEARCHED if row not in rows)
     return text
 
 
 def main() -> None:
-    """Measure the models named on the command line and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)} (default: all)")
     figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"models": {}}
