@@ -318,7 +318,8 @@ def main() -> None:
         if row not in ROWS or ROWS[row].four_bits:
             parser.error(f"no row {row!r} to measure; there are {', '.join(r for r in ROWS if not ROWS[r].four_bits)}")
     figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"models": {}, "about": {}}
-    figures["about"] = {"machine": describe(), "peers": their_versions(their_python(None))}
+    if args.models:
+        figures["about"] = {"machine": describe(), "peers": their_versions(their_python(None))}
 
     def save() -> None:
         FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
