@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from vllm_smoothquant.format.config import EXPERT, Scheme, Weights
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import Headers, read_header
+from vllm_smoothquant.format.files import BYTES, FLOATS, Headers, read_header
 from vllm_smoothquant.format.int4 import GROUP_SIZES
 
 from .checkpoint.export import hub_module_name, hub_names
@@ -33,9 +33,6 @@ from .rounding.groups import EIGHT_BITS, scheme_of
 from .running.modules import LINEAR_TYPES, output_head, own_parameters, weight_shape
 from .running.products import stored_experts
 
-# safetensors' names of dtypes -> bytes. FLOATS are those that BF16 would replace.
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-BYTES = FLOATS | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 FOUR_BITS = Scheme(Weights("group", GROUP_SIZES[0], num_bits=4), ACTIVATIONS["token"])
 CONTEXT = 32_768  # tokens whose cache is counted, or as many as the model takes
 

@@ -11,14 +11,11 @@ from transformers import PreTrainedModel
 
 from vllm_smoothquant.format import int4
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import MANIFEST, PACKED, Headers, quantised_layers
+from vllm_smoothquant.format.files import BYTES, MANIFEST, PACKED, Headers, quantised_layers
 
 from ..smoothing.fallback import FLOAT
 from .architecture import fault
 from .export import file_names
-
-# Bytes of safetensors' dtypes that weights and their scales have.
-BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1}
 
 
 def stored_sizes(model: PreTrainedModel, headers: Headers, fallen_back: Mapping[str, str]) -> dict[str, int]:

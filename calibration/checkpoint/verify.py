@@ -25,6 +25,7 @@ from vllm_smoothquant.format import int4, int8
 from vllm_smoothquant.format.config import QUANT_METHOD, TRANSFORMERS_WEIGHTS, TRANSFORMS_FILE, CheckpointConfig
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import (
+    FLOATS,
     MANIFEST,
     PACKED,
     SCALES,
@@ -51,8 +52,6 @@ LOWER_BOUND = 1e-5
 # The report marks layers with a row of which more than this share is at the end of its range. That is no fault: in
 # ternary weights most are. Of normally distributed rows of 16, one of a hundred has two weights there, none a quarter.
 SATURATED = 0.25
-# safetensors' names of the dtypes of tensors that are not quantised.
-FLOATS = ("F64", "F32", "BF16", "F16")
 # Files that torch.load would unpickle. Nothing here ever reads one, and a checkpoint has none.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 

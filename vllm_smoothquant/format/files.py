@@ -18,6 +18,9 @@ MAX_JSON_BYTES = 64 * 2**20  # the largest index file that we know of has 15 MB
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]
 SCALES = ("weight_scale", "input_scale", "smoothing_factor")  # what a quantised layer has beside weight and bias
+# safetensors' names of dtypes -> bytes.
+FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+BYTES = FLOATS | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 PACKED = "weight_packed"
 _SAFETENSORS_NAME = {torch.int8: "I8", torch.float32: "F32", torch.int32: "I32"}
 _FIX = "copy or export the checkpoint again"
