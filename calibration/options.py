@@ -31,8 +31,12 @@ PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 DeviceMap = str | Mapping[str, str | int]
 
 
+# What --alpha takes besides a number.
+ALPHAS = ("auto", "grid", "learned")
+
+
 def _alpha(text: str) -> float | str:
-    return text if text in ("auto", "grid") else float(text)
+    return text if text in ALPHAS else float(text)
 
 
 def _share(text: str) -> float:
@@ -110,8 +114,9 @@ class Options:
     )  # fmt: skip
     quiet: bool = option(False, "print no progress and no summary", recipe=False, smooth=True)
     alpha: float | str | None = option(
-        None, "migration strength of eq. 4: 0 to 1; auto: the best for each group; grid: the best single value "
-        "(default: 0.5, or auto for a rotated model and for 4-bit weights)", metavar="ALPHA", parse=_alpha, smooth=True,
+        None, "migration strength of eq. 4: 0 to 1; auto: the best for each group; grid: the best single value; "
+        "learned: every factor by itself, by gradients (default: 0.5, or auto for a rotated model and for 4-bit "
+        "weights)", metavar="ALPHA", parse=_alpha, smooth=True,
     )  # fmt: skip
     rotation: str = option(
         "auto", "rotate the hidden states by an orthogonal matrix that is folded into the weights: auto, where it "
@@ -177,9 +182,13 @@ class Options:
             raise SmoothQuantError("--activations", expected, str(self.activations), "give only one of the two options")
         self._check_bits()
         number = isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1
-        if not (number or self.alpha in (None, "auto", "grid")):
-            raise SmoothQuantError("--alpha", "a number in [0, 1], auto or grid", str(self.alpha), "the paper uses 0.5")
+        if not (number or self.alpha in (None, *ALPHAS)):
+            expected = f"a number in [0, 1], {' or '.join(ALPHAS)}"
+            raise SmoothQuantError("--alpha", expected, str(self.alpha), "the paper uses 0.5")
         check_positive(samples=self.samples)
+        if self.learned and self.samples < 2:
+            fix = "give more, because one is held out to see whether learning helped"
+            raise SmoothQuantError("--samples", "at least 2 with --alpha learned", str(self.samples), fix)
         if self.seq_len < 2:
             fix = "give longer samples, because attention needs two tokens"
             raise SmoothQuantError("--seq-len", "at least 2", str(self.seq_len), fix)
@@ -226,6 +235,11 @@ class Options:
         if not smallest <= self.budget_size <= 1:
             expected = f"a share from {smallest:.4%}, which 4 bits in groups of {group_size} take, to 100 %"
             raise SmoothQuantError("--budget-size", expected, f"{self.budget_size:.4%}", "try 35%")
+
+    @property
+    def learned(self) -> bool:
+        """Whether the factors are learned."""
+        return self.alpha == "learned" and not self.no_smoothing
 
     @property
     def may_fall_back(self) -> bool:

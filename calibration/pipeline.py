@@ -35,6 +35,7 @@ from .rounding.groups import eight_bits
 from .smoothing.choose_rotation import choose_rotation
 from .smoothing.factors import Smoothing, smooth_groups
 from .smoothing.gate import GATE_SHAPE, check_equivalence
+from .smoothing.learn import check_placement, learn
 from .smoothing.plan import make_plan
 from .smoothing.size import check_budget
 
@@ -67,6 +68,8 @@ def run(options: Options) -> dict[str, Any]:
             print(line, file=sys.stderr)
         with timed("5. plan the smoothing", options):
             plan = make_plan(observation, options)
+            if options.learned:
+                plan = learn(observation, plan, quiet=options.quiet)
         with timed("6. check the equivalence", options):
             gate_report = check_gate(observation, plan.smoothing)
         with timed("7. quantize and write", options):
@@ -112,6 +115,8 @@ def observe_model(options: Options, store: ObservationStore | None = None) -> Ob
     with timed("1. load the model", options, quiet):
         source = load(options.model, store.processes.placement(options.device_map))
         check_head(source, options)
+        if options.learned:
+            check_placement(source.model)
         if options.quantize_lm_head:
             untie_head(options.model, source.model)
         ignore, lm_head = frozenset(options.ignore), options.quantize_lm_head

@@ -279,7 +279,7 @@ def test_bad_models(make, message, models, text, tmp_path, capsys):
 
 
 BAD_OPTIONS = {
-    "alpha above": (["--alpha", "1.5"], "--alpha: expected a number in [0, 1], auto or grid, got 1.5"),
+    "alpha above": (["--alpha", "1.5"], "--alpha: expected a number in [0, 1], auto or grid or learned, got 1.5"),
     "alpha below": (["--alpha", "-0.1"], "--alpha"),
     "alpha nan": (["--alpha", "nan"], "--alpha"),
     "fallback above": (["--max-fallback", "150%"], "--max-fallback: expected a share from 0 to 100 %"),

@@ -90,6 +90,7 @@ def test_the_model_keeps_its_class_and_its_files(name: str, folders) -> None:
     ("options", "message"),
     [
         ({"alpha": "grid"}, "--alpha grid: expected a model with an output head"),
+        ({"alpha": "learned"}, "--alpha learned: expected a model with an output head"),
         ({"budget_ppl": 0.01, "max_fallback": 0.5}, "--budget-ppl: expected a model with an output head"),
         ({"rotation": "always"}, "--rotation always.*no output head"),
         ({"quantize_lm_head": True}, "--quantize-lm-head: expected a model with an output head"),

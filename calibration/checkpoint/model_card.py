@@ -66,6 +66,8 @@ def _body(manifest: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
         dataset = Path(dataset).name
     alphas = sorted({a for a in manifest.get("alphas", {}).values() if a is not None})
     alpha = " to ".join(f"{a:g}" for a in dict.fromkeys((alphas[0], alphas[-1]))) if alphas else "none"
+    if manifest.get("learned", {}).get("taken"):
+        alpha += ", then learned"
     smoothed = sum(bool(group["smoothed"]) for group in manifest["groups"])
     fallbacks = manifest.get("fallen_back", {})
     perplexities = manifest.get("simulated_perplexity", {})

@@ -56,6 +56,7 @@ def write_checkpoint(
             "quantized": list(plan.schemes),
             "quantization_config": config,
             "alphas": dict(plan.alphas),
+            **({"learned": dict(plan.learned)} if plan.learned else {}),
             "fallen_back": dict(plan.fallbacks),
             **({"eight_bits": dict(plan.eight_bits)} if plan.eight_bits else {}),
             **_size(observation, plan, options, staged),

@@ -151,9 +151,9 @@ def check_source(name: str) -> PreTrainedConfig:
 
 
 def check_head(source: Source, options: Options) -> None:
-    """SmoothQuantError: options that go by perplexity, for a model without an output head (embeddings, rewards)."""
+    """SmoothQuantError: options that go by the next word, for a model without an output head (embeddings, rewards)."""
     for asked, name, fix in (
-        (options.alpha == "grid", "--alpha grid", "use --alpha auto"),
+        (options.alpha in ("grid", "learned"), f"--alpha {options.alpha}", "use --alpha auto"),
         (options.budget_ppl is not None, "--budget-ppl", "leave it out"),
     ):
         if asked and output_head(source.model) is None:

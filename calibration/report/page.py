@@ -106,6 +106,7 @@ def gather(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "errors": errors,
         "alphas": alphas,
+        "learned": _learned(manifest),
         "groups": [dict(group, alpha=alphas.get(group["source"])) for group in manifest["groups"]],
         "fallbacks": fallbacks,
         "in_float": {str(k): str(v) for k, v in dict(manifest["kept"]).items()},
@@ -132,6 +133,14 @@ def gather(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "manifest": text[:MAX_MANIFEST] + ("\n... truncated" if len(text) > MAX_MANIFEST else ""),
         "smoothed": sorted(config.smoothed),
     }
+
+
+def _learned(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """How the factors were learned; empty if they were not."""
+    if not (found := manifest.get("learned", {})):
+        return {}
+    kl = {key: float(found[key]) for key in ("searched_kl", "learned_kl")}
+    return {**kl, "steps": int(found["steps"]), "taken": bool(found["taken"])}
 
 
 def count_weights(folder: Path) -> dict[str, dict[str, Any]]:

@@ -51,10 +51,16 @@ def fast_arithmetic(model: nn.Module, without: Collection[nn.Module] = ()) -> Ab
 @contextmanager
 def fast_block(model: nn.Module, block: nn.Module) -> Iterator[None]:
     """fast_arithmetic for one `block` of `model`: its tensors are converted once for any number of runs."""
+    with whole_in_float32(block) if compute_dtype(model) != next(model.parameters()).dtype else nullcontext():
+        yield
+
+
+@contextmanager
+def whole_in_float32(module: nn.Module) -> Iterator[None]:
+    """While open, all parameters and floating-point buffers of `module` are float32, in memory at once."""
     with ExitStack() as restore:
-        if compute_dtype(model) != next(model.parameters()).dtype:
-            for tensor in (*block.parameters(), *block.buffers()):
-                _replace(tensor, tensor.data.float() if tensor.is_floating_point() else tensor.data, restore)
+        for tensor in (*module.parameters(), *module.buffers()):
+            _replace(tensor, tensor.data.float() if tensor.is_floating_point() else tensor.data, restore)
         yield
 
 

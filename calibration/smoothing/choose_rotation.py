@@ -25,7 +25,7 @@ from ..inputs.model import Source, untie_head
 from ..inputs.text import Samples
 from ..observation.absmax import needed_absmax, observe_absmax
 from ..observation.observation import Observation
-from ..options import Options
+from ..options import ALPHAS, Options
 from ..rotation.orthogonal import rotation_matrix
 from ..rotation.rotation import Rotation
 from ..running.modules import output_head
@@ -110,7 +110,7 @@ def _divergence(
     options: Options, source: Source, samples: Samples, reference: list[torch.Tensor], rotation: Rotation | None = None
 ) -> float:
     """Mean KL in nats of the model, planned from some of `samples` and as it will be served, from `reference`."""
-    alpha = "auto" if options.alpha == "grid" else options.alpha
+    alpha = "auto" if options.alpha in ALPHAS else options.alpha
     options = replace(options, alpha=alpha, max_fallback=0.0, budget_ppl=None, budget_size=None, quiet=True)
     ranges = replace(samples, input_ids=samples.input_ids[:RANGE_SAMPLES])
     observation = observe_at_once(options, source, ranges, rotation)

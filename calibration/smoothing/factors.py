@@ -56,6 +56,31 @@ def smoothing_factors(
     absmax may also have output_of(source), [channels]: dividing that output by s must not leave float16's range.
     Errors (SmoothQuantError): a reader without a maximum, or a maximum that is not finite; they name the layer.
     """
+    activation, weight = _maxima(group, absmax, model)
+    usable = group.foldable & (activation > 0) & (weight > 0)
+    s = torch.where(usable, activation**alpha / weight ** (1 - alpha), 1.0)
+    s = torch.where(usable, torch.maximum(s.clamp(*FACTOR_RANGE), _divided(group, absmax, activation) / LARGEST), 1.0)
+    if power_of_two:
+        s = 2.0 ** s.log2().round()
+    return s.to(torch.float32)
+
+
+def smallest_factors(group: Group, absmax: Tensors, model: nn.Module) -> torch.Tensor:
+    """float32 [channels]: the smallest s that keeps what is divided in float16's range. Arguments and errors as above.
+
+    By how much rounding to a power of two makes s smaller is left in HEADROOM.
+    """
+    activation, _ = _maxima(group, absmax, model)
+    return (_divided(group, absmax, activation) / LARGEST).clamp(min=FACTOR_RANGE[0]).to(torch.float32)
+
+
+def _divided(group: Group, absmax: Tensors, activation: torch.Tensor) -> torch.Tensor:
+    """The maxima of what s divides: the source's output, and what readers get, which another tensor may multiply."""
+    return torch.maximum(activation, absmax.get(output_of(group.source), activation.float()).double())
+
+
+def _maxima(group: Group, absmax: Tensors, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """(max|X_j|, max|W_j|), float64 [channels], over all quantised readers of `group`, quiet channels raised."""
     maxima = {"activation": torch.zeros(group.channels), "weight": torch.zeros(group.channels)}
     for reader in group.readers:
         if not reader.quantized:
@@ -74,14 +99,7 @@ def smoothing_factors(
             values = values ** (1 / reader.power[mapped])
             maxima[operand].scatter_reduce_(0, reader.channel_of[mapped], values, "amax")
     activation, weight = (_without_quiet(maxima[operand], group.foldable).double() for operand in maxima)
-    usable = group.foldable & (activation > 0) & (weight > 0)
-    s = torch.where(usable, activation**alpha / weight ** (1 - alpha), 1.0)
-    # Both may be divided: the source's output, and the input of the readers, which another tensor may have multiplied.
-    divided = torch.maximum(activation, absmax.get(output_of(group.source), activation.float()).double())
-    s = torch.where(usable, torch.maximum(s.clamp(*FACTOR_RANGE), divided / LARGEST), 1.0)
-    if power_of_two:
-        s = 2.0 ** s.log2().round()
-    return s.to(torch.float32)
+    return activation, weight
 
 
 def _without_quiet(maxima: torch.Tensor, foldable: torch.Tensor) -> torch.Tensor:

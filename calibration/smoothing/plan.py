@@ -3,6 +3,7 @@
     alpha is a number    eq. 4 with it for every group                         (Xiao et al., 2022: 0.5)
     alpha is "grid"      the single number with the smallest simulated loss    (the paper's own search, section 4.2)
     alpha is "auto"      for each group the one with the smallest error        (search.py)
+    alpha is "learned"   first as "auto"; then learn.py moves every factor
     no smoothing         only rounding, as a baseline
 
 With static scales, the kinds of layers for which these are too coarse keep a scale per token (fallback.py), unless a
@@ -14,6 +15,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from vllm_smoothquant.format.config import Scheme
 from vllm_smoothquant.format.errors import SmoothQuantError
@@ -28,6 +30,8 @@ from .fallback import Fallback
 from .search import GRID, Alpha, SearchResult, search_alphas
 from .simulate import LayerScheme
 
+AS_SERVED = "as served"  # among the perplexities of a plan: its own
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -35,7 +39,7 @@ class Plan:
 
     fallbacks: layer -> what it fell back to. input_ranges: layer -> |x / s| that a static input_scale maps to 127.
     search: what the search measured, if there was one. perplexities: simulated ones that decided something.
-    eight_bits: layer -> why it has 8 bits where the scheme has 4.
+    eight_bits: layer -> why it has 8 bits where the scheme has 4. learned: how the factors were learned, if they were.
     """
 
     scheme: Scheme
@@ -47,6 +51,7 @@ class Plan:
     search: SearchResult | None = None
     perplexities: Mapping[str, float] = field(default_factory=dict)
     eight_bits: Mapping[str, str] = field(default_factory=dict)
+    learned: Mapping[str, Any] = field(default_factory=dict)
 
     def layers(self) -> dict[str, LayerScheme]:
         """What each quantised layer will compute."""
@@ -108,12 +113,12 @@ def _fewest(observation: Observation, plan: Callable[[int], Plan], most: int, bu
     def within_budget(count: int) -> bool:
         candidate = plan(count)
         simulated = perplexity(observation, candidate)
-        decisive = {"floating point": original, "as served": simulated}
+        decisive = {"floating point": original, AS_SERVED: simulated}
         plans[count] = replace(candidate, perplexities={**candidate.perplexities, **decisive})
         return simulated <= (1 + budget) * original
 
     if not within_budget(most):
-        change = plans[most].perplexities["as served"] / original - 1
+        change = plans[most].perplexities[AS_SERVED] / original - 1
         expected = f"at most {budget:+.2%} perplexity over floating point"
         got = f"{change:+.2%} with {len(plans[most].fallbacks)} layers that fell back"
         fix = "raise --max-fallback or --budget-size, or this budget, or use --activations token"

@@ -83,6 +83,19 @@ def search_alphas(
     return search.result
 
 
+def layer_errors(
+    observation: Observation, schemes: Mapping[str, Scheme], factors: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """The errors of SearchResult under `factors` (source -> [channels]), without a search."""
+    model, batch = observation.model, observation.search_batch
+    search = _Search(observation, batch, schemes, (None,), tqdm(disable=True), False)
+    groups = observation.graph.groups
+    search.factors = {group.source: factors.get(group.source, torch.ones(group.channels)) for group in groups}
+    with torch.no_grad(), fast_arithmetic(model), hooked(search.hooks()):
+        forward(decoder_of(model, schemes), batch)
+    return search.result.errors
+
+
 class _Search:
     def __init__(
         self, observation: Observation, batch: Batch, schemes: Mapping[str, Scheme], grid: Sequence[Alpha], bar: tqdm,
