@@ -41,7 +41,7 @@ def test_the_onednn_operator_passes_opcheck(dtype: torch.dtype, static: bool, bi
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("scheme", ["token", "tensor", "static"])
-@pytest.mark.parametrize("shape", [(1, 5, 7), (2, 4, 16), (67, 13, 100), (131, 33, 2048)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 7), (2, 4, 16), (67, 13, 100), (18, 9, 2057), (131, 33, 2048)], ids=str)
 @pytest.mark.parametrize("target", build.TARGETS)
 def test_our_product_equals_the_reference(
     monkeypatch: pytest.MonkeyPatch, target: str, shape: tuple[int, int, int], scheme: str, dtype: torch.dtype
@@ -74,11 +74,12 @@ def test_our_product_equals_the_reference(
     assert set(results.values()) == {"SUCCESS"}, results
 
 
+@pytest.mark.parametrize("times", [1, 6], ids=["few tokens", "many tokens"])
 @pytest.mark.parametrize("target", build.TARGETS)
-def test_our_product_holds_the_longest_sums(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+def test_our_product_holds_the_longest_sums(monkeypatch: pytest.MonkeyPatch, target: str, times: int) -> None:
     """2**16 products of extremes: up to 2**30 in magnitude, nearly 2**31 with the OFFSET of int8_tile.h."""
     compile_for(target, monkeypatch)
-    x = torch.tensor([127.0, -128.0, 1.0]).reshape(3, 1).expand(3, build.MAX_IN_FEATURES).contiguous()
+    x = torch.tensor([127.0, -128.0, 1.0]).reshape(3, 1).expand(3, build.MAX_IN_FEATURES).repeat(times, 1)
     weight = (
         torch.tensor([-128, 127, 1, -1, 0]).reshape(5, 1).expand(5, build.MAX_IN_FEATURES).to(torch.int8).contiguous()
     )

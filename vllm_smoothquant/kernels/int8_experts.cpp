@@ -40,23 +40,14 @@ template <class Receive>
 void multiply(const Matrices& m, long expert, long n, long width, const Integer* integers, const float* scale, long from,
               long to, const Receive& receive) {
   const long first = expert * m.out + n;
-  int32_t offset[COLUMNS] = {};
-  float step[COLUMNS] = {}, plus[COLUMNS] = {};
-  for (long j = 0; j < width; j++) {
-    offset[j] = OFFSET * m.sum[first + j];
-    step[j] = m.scale[first + j];
-    plus[j] = m.bias ? m.bias[first + j] : 0.0f;
-  }
-  for (long p = from; p < to; p += ROWS) {
-    const long height = to - p < ROWS ? to - p : ROWS;
-    int32_t total[ROWS][COLUMNS];
-    const Tile tile = tile_of(p == from, height, width);
-    tile(integers + p * m.in, m.weight + first * m.in, total, m.in);
-    for (long i = 0; i < height; i++) {
+  const Scaling scaling(m.scale + first, m.sum + first, m.bias ? m.bias + first : nullptr, width);
+  for (long p = from; p < to; p += MOST) {
+    const long rows = to - p < MOST ? to - p : MOST;
+    products(integers + p * m.in, m.weight + first * m.in, rows, width, m.in, [&](long i, const int32_t* total) {
       float row[COLUMNS];
-      for (long j = 0; j < COLUMNS; j++) row[j] = (total[i][j] - offset[j]) * scale[p + i] * step[j] + plus[j];
+      _mm_storeu_ps(row, scaling.row(total, scale[p + i]));
       receive(p + i, row);
-    }
+    });
   }
 }
 

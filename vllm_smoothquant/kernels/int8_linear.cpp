@@ -7,13 +7,12 @@
 
 namespace {
 
-constexpr long CHUNK = 64;  // rows of activations that stay in the second-level cache while all weights are read
-
 template <class Real>
 bool linear(const Real* x, const int8_t* weight, const float* weight_scale, const int32_t* weight_sum, const Real* bias,
             const float* input_scale, bool per_token, Real* y, long tokens, long in, long out) {
   const long blocks = (out + COLUMNS - 1) / COLUMNS;
   const size_t integers_bytes = (tokens * in * sizeof(Integer) + 63) / 64 * 64;
+  // What follows the integers may be read, too (int8_tile.h); for MANY tokens it is long enough.
   char* bytes = static_cast<char*>(scratch(integers_bytes + tokens * (sizeof(uint32_t) + sizeof(float))));
   if (!bytes) return false;
   Integer* integers = reinterpret_cast<Integer*>(bytes);
@@ -34,30 +33,15 @@ bool linear(const Real* x, const int8_t* weight, const float* weight_scale, cons
       const float step = input_scale ? *input_scale : scale_of(absmax[per_token ? m : 0]);
       scale[m] = quantize<OFFSET>(x + m * in, step, integers + m * in, in);
     }
-    for (long top = 0; top < tokens; top += CHUNK) {
-      const long bottom = top + CHUNK < tokens ? top + CHUNK : tokens;
+    for (long top = 0; top < tokens; top += MOST) {
+      const long rows = tokens - top < MOST ? tokens - top : MOST;
 #pragma omp for nowait
       for (long block = 0; block < blocks; block++) {
         const long n = block * COLUMNS, width = out - n < COLUMNS ? out - n : COLUMNS;
-        int32_t offset[COLUMNS] = {};
-        float step[COLUMNS] = {}, plus[COLUMNS] = {};
-        for (long j = 0; j < width; j++) {
-          offset[j] = OFFSET * weight_sum[n + j];
-          step[j] = weight_scale[n + j];
-          plus[j] = bias ? real(bias[n + j]) : 0.0f;
-        }
-        for (long m = top; m < bottom; m += ROWS) {
-          const long height = bottom - m < ROWS ? bottom - m : ROWS;
-          int32_t total[ROWS][COLUMNS];
-          const Tile tile = tile_of(m == top, height, width);
-          tile(integers + m * in, weight + n * in, total, in);
-          for (long i = 0; i < height; i++) {
-            // Always COLUMNS wide so that the compiler vectorises it; the tail is discarded below.
-            float row[COLUMNS];
-            for (long j = 0; j < COLUMNS; j++) row[j] = (total[i][j] - offset[j]) * scale[m + i] * step[j] + plus[j];
-            for (long j = 0; j < width; j++) store(row[j], y + (m + i) * out + n + j);
-          }
-        }
+        const Scaling scaling(weight_scale + n, weight_sum + n, bias ? bias + n : nullptr, width);
+        products(integers + top * in, weight + n * in, rows, width, in, [&](long i, const int32_t* total) {
+          scaling.store(total, scale[top + i], y + (top + i) * out + n);
+        });
       }
     }
   }

@@ -4,9 +4,9 @@
 //
 // M: rows of x, activations as `Integer` with OFFSET added. N: rows of weight, int8 [out, in] as loaded. M * N sums and
 // their operands must fit into the registers, because the compiler otherwise spills them to memory.
-// The first rows of x read the weights from memory, the others from the cache: `stream` reads one row of weights after
-// the other, because memory is fastest in its own order, and `tile` reads N rows at once, because it then loads x once
-// for all of them.
+// `products` chooses: the first rows of x read the weights from memory, the others from the cache. `stream` reads one row
+// of weights after the other, because memory is fastest in its own order, and `tile` reads N rows at once, because it then
+// loads x once for all of them. With AVX2, many rows of x share weights that were widened once for all of them (`wide`).
 // Indices must be compile-time constants, or the compiler keeps the arrays in memory instead of registers; hence
 // `#pragma GCC unroll`. The additions are assembly, because GCC 12 puts the sums of intrinsics into other registers and
 // moves them back, which costs a sixth of the speed.
@@ -16,6 +16,9 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
+
+#include "rows.h"
 
 constexpr long COLUMNS = 4;  // rows of weights in a full tile
 // Added to the integers of activations, because vpdpbusd needs them unsigned. It adds OFFSET times the sum of a row of
@@ -27,6 +30,7 @@ constexpr int32_t OFFSET = 128;
 // the time of several KiB. Of 1, 2, 4, 8, 12 and 16 KiB, the last three are equally fast.
 constexpr long AHEAD = 8192;
 constexpr long LINE = 64;  // bytes of a cache line
+constexpr long MOST = 96;  // rows of x in one call of `products`, which stay in the second-level cache
 
 #ifdef __AVX512VNNI__
 
@@ -189,3 +193,130 @@ inline Tile tile_of(bool first, long rows, long columns) {
     default: return (first ? STREAMS<ROWS> : TILES<ROWS>)[columns - 1];
   }
 }
+
+#ifndef __AVX512VNNI__
+
+constexpr long MANY = 16;      // rows of x for which it pays to widen weights first
+constexpr long WIDE_ROWS = 3;  // of x; more than ROWS, because no weights wait in registers to be widened
+constexpr long PART = 2048;    // inputs at once, whose widened weights stay in the first-level cache
+
+// COLUMNS rows of weights from input k on, as 16 bits, LANES of each row after the other; zeros fill up the last LANES.
+inline void widen(const int8_t* weight, int16_t* to, long in, long k, long end) {
+  for (; k < end; k += LANES, to += COLUMNS * LANES) {
+#pragma GCC unroll 4
+    for (long j = 0; j < COLUMNS; j++) {
+      const int8_t* from = weight + j * in + k;
+      if (k % LINE == 0) _mm_prefetch(from + AHEAD, _MM_HINT_T0);
+      const Vector w = k + LANES <= in ? load(from) : load(from, in - k);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to + j * LANES), w);
+    }
+  }
+}
+
+// Adds the product of M rows of x and `widened`, both from the same input on, to total. in: from one row of x to the
+// next; count: inputs, of which x has LANES more to read.
+template <int M>
+void wide(const Integer* x, const int16_t* widened, int32_t (*total)[COLUMNS], long in, long count) {
+  Vector sums[M][COLUMNS];
+  clear(sums);
+  for (long k = 0; k < count; k += LANES, widened += COLUMNS * LANES) {
+    Vector w[COLUMNS];
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; j++) w[j] = load(widened + j * LANES);
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++) {
+      const Vector row = load(x + i * in + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; j++) add_products(sums[i][j], row, w[j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < M; i++) {
+    __m128i* to = reinterpret_cast<__m128i*>(total[i]);
+    const __m128i found = add_up(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+    _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), found));
+  }
+}
+
+// As `products`, with weights that are widened once for all rows of x, and COLUMNS rows of weights. A function of its
+// own, because its memory would slow down the calls for few rows.
+template <class Each>
+__attribute__((noinline)) void wide_products(const Integer* x, const int8_t* weight, long rows, long in,
+                                             const Each& each) {
+  alignas(64) int16_t widened[COLUMNS * PART];
+  int32_t total[MOST][COLUMNS] = {};
+  for (long k = 0; k < in; k += PART) {
+    const long count = in - k < PART ? in - k : PART;
+    widen(weight, widened, in, k, k + count);
+    const auto some = [&](auto height, long i) __attribute__((always_inline)) {
+      wide<height>(x + i * in + k, widened, total + i, in, count);
+      // At once, because a store waits for memory while the next rows are multiplied.
+      if (k + count == in)
+        for (long r = i; r < i + height; r++) each(r, total[r]);
+    };
+    long i = 0;
+    for (; i + WIDE_ROWS <= rows; i += WIDE_ROWS) some(std::integral_constant<long, WIDE_ROWS>{}, i);
+    for (; i < rows; i++) some(std::integral_constant<long, 1>{}, i);
+  }
+}
+
+#endif
+
+// each(i, total): the sums of row i of x and `width` rows of weights. x is followed by at least LANES integers of any
+// value. `rows` is at most MOST.
+template <class Each>
+__attribute__((always_inline)) inline void products(const Integer* x, const int8_t* weight, long rows, long width,
+                                                    long in, const Each& each) {
+#ifndef __AVX512VNNI__
+  if (rows >= MANY && width == COLUMNS) return wide_products(x, weight, rows, in, each);
+#endif
+  for (long first = 0; first < rows; first += ROWS) {
+    const long height = rows - first < ROWS ? rows - first : ROWS;
+    int32_t total[ROWS][COLUMNS];
+    tile_of(first == 0, height, width)(x + first * in, weight, total, in);
+    for (long i = 0; i < height; i++) each(first + i, total[i]);
+  }
+}
+
+// What makes reals of the sums of `width` rows of weights: (total - OFFSET * sum) * scale * weight_scale + bias.
+struct Scaling {
+  __m128i offset;
+  __m128 step, plus;
+  long width;
+
+  // bias: null for none.
+  template <class Real>
+  Scaling(const float* weight_scale, const int32_t* weight_sum, const Real* bias, long width) : width(width) {
+    int32_t offsets[COLUMNS] = {};
+    float steps[COLUMNS] = {}, biases[COLUMNS] = {};
+    for (long j = 0; j < width; j++) {
+      offsets[j] = OFFSET * weight_sum[j];
+      steps[j] = weight_scale[j];
+      biases[j] = bias ? real(bias[j]) : 0.0f;
+    }
+    offset = _mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets));
+    step = _mm_loadu_ps(steps);
+    plus = _mm_loadu_ps(biases);
+  }
+
+  // scale: of the row of x.
+  __m128 row(const int32_t* total, float scale) const {
+    const __m128i sums = _mm_sub_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(total)), offset);
+    return _mm_add_ps(_mm_mul_ps(_mm_mul_ps(_mm_cvtepi32_ps(sums), _mm_set1_ps(scale)), step), plus);
+  }
+
+  void store(const int32_t* total, float scale, float* y) const {
+    if (width == COLUMNS) return _mm_storeu_ps(y, row(total, scale));
+    each(total, scale, y);
+  }
+
+  void store(const int32_t* total, float scale, BFloat16* y) const { each(total, scale, y); }
+
+ private:
+  template <class Real>
+  void each(const int32_t* total, float scale, Real* y) const {
+    float values[COLUMNS];
+    _mm_storeu_ps(values, row(total, scale));
+    for (long j = 0; j < width; j++) ::store(values[j], y + j);
+  }
+};
