@@ -71,7 +71,6 @@ ROWS: dict[str, dict[str, Any] | str] = {
     "GPTQ, no smoothing": {"no_smoothing": True},
     "GPTQ, alpha 0.5": {"alpha": 0.5, "rotation": "none"},
     "GPTQ, an alpha for each group": {"alpha": "auto", "rotation": "none"},
-    "GPTQ, learned factors": {"alpha": "learned", "rotation": "none"},
     "default (--bits 4)": {},
     "default, 8-bit activations": {"activations": "token"},
     "llm-compressor, AWQ": "awq",

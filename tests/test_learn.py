@@ -29,8 +29,8 @@ from vllm_smoothquant.format.files import MANIFEST
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "default": {}, "static": {"activations": "static"}, "O1": {"level": "O1"}, "O2": {"level": "O2"},
-    "O3": {"level": "O3"}, "4 bits": {"bits": 4, "group_size": 32},
-    "4 bits, 8-bit activations": {"bits": 4, "group_size": 32, "activations": "token"},
+    "O3": {"level": "O3"}, "4 bits": {"bits": 4, "group_size": 32, "rounding": "nearest"},
+    "4 bits, 8-bit activations": {"bits": 4, "group_size": 32, "activations": "token", "rounding": "nearest"},
 }  # fmt: skip
 
 
@@ -252,6 +252,8 @@ def test_offloaded_weights_and_too_few_samples_are_refused(options: Options, mon
         learn.check_placement(Toy(C))
     with pytest.raises(SmoothQuantError, match="--samples: expected at least 2 with --alpha learned, got 1"):
         replace(options, samples=1)
+    with pytest.raises(SmoothQuantError, match="8-bit weights or --rounding nearest, got 4 bits with GPTQ"):
+        replace(options, bits=4)
     assert not replace(options, samples=1, no_smoothing=True).learned  # as every --alpha beside it
 
 
