@@ -1,8 +1,8 @@
 """docs/learned.md: what does --alpha learned gain over the alphas that are searched?
 
-`python -m benchmarks.learned [MODEL ...]` measures what benchmarks/results/learned.json lacks. All rows are plans of calibrate, scored on articles that neither calibration
-nor the search saw by simulate.py, whose integers are those that vLLM serves. MARGIN and ERRORS were set before anything
-was scored. The last line printed is JSON.
+`python -m benchmarks.learned [MODEL ...]` measures the rows that benchmarks/results/learned.json lacks. All are plans
+of calibrate, scored by simulate.py, whose integers are those that vLLM serves, on articles that neither calibration nor
+the search saw. MARGIN and ERRORS were set before anything was scored. The last line printed is JSON.
 """
 
 import argparse

@@ -280,6 +280,21 @@ def test_batches_are_not_shorter_than_a_step_wants_and_some_are_held_out():
         assert torch.equal(torch.cat([*rest, *kept]).sort(0).values, ids)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "learned factors are better without (docs/learned.md)"),
+        ({"activations": "static"}, None),
+        ({"rotation": "always"}, None),
+        ({"alpha": "auto"}, None),
+    ],
+    ids=str,
+)
+def test_what_is_learned_is_not_rotated(options: Options, changes: dict[str, Any], reason: str | None) -> None:
+    found = observe_model(replace(options, **{"rotation": "auto"} | changes)).rotated
+    assert (found["reason"] if "simulated_kl" not in found and not found["rotated"] else None) == reason
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "qwen3-moe"])
 def test_a_checkpoint_with_learned_factors(options: Options, tmp_path: Path, name: str) -> None:
     """It has its source's function, says what was learned, and is the same when it is made again."""

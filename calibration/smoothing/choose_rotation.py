@@ -57,8 +57,7 @@ def choose_rotation(
 
     carried: tensors that the model does not read. Errors (SmoothQuantError): "always" where that is not possible.
     """
-    if options.rotation == "none" or (options.no_smoothing and options.rotation == "auto"):
-        reason = "--rotation none" if options.rotation == "none" else "--no-smoothing is the baseline"
+    if reason := _unwanted(options):
         return None, {"rotated": False, "reason": reason}
     model, ids = source.model, samples.input_ids
     graph = find_rotations(model, ids[: TRACE_SHAPE[0], : TRACE_SHAPE[1]])
@@ -91,6 +90,18 @@ def choose_rotation(
             reason = "it does not lower the simulated error by a tenth"
             return None, {"rotated": False, "reason": reason} | report
     return rotation, {"rotated": True, **rotation.describe(), **report}
+
+
+def _unwanted(options: Options) -> str:
+    """Why `options` leave the model as it is, whatever it is; "" if they do not."""
+    if options.rotation == "none":
+        return "--rotation none"
+    if options.rotation == "auto" and options.no_smoothing:
+        return "--no-smoothing is the baseline"
+    if options.rotation == "auto" and options.learned and options.scheme.input_activations.dynamic:
+        # The comparison below knows the searched factors only, and learned ones are better without a rotation.
+        return "learned factors are better without (docs/learned.md)"
+    return ""
 
 
 def _obstacle(graph: RotationGraph, carried: list[str], model: PreTrainedModel) -> str:
