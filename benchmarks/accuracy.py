@@ -36,6 +36,7 @@ from calibration.pipeline import check_gate, observe_model
 from calibration.running.hooks import hooked
 from calibration.running.precision import compute_dtype, fast_arithmetic
 from calibration.smoothing import factors, simulate
+from calibration.smoothing.learn import planned
 from calibration.smoothing.plan import Plan, make_plan
 from calibration.smoothing.simulate import LayerScheme
 from demo import assets
@@ -141,7 +142,7 @@ def norms_only(observation: Observation) -> Observation:
 def write_planned(observation: Observation, options: Options, *, paper: bool = False) -> Plan:
     """Write the checkpoint of `options`; paper: only norms are folded into, and quiet channels have no bound."""
     with patch.object(factors, "QUIET", 0) if paper else nullcontext():
-        plan = make_plan(norms_only(observation) if paper else observation, options)
+        plan = planned(norms_only(observation) if paper else observation, options)
     write_checkpoint(observation, plan, check_gate(observation, plan.smoothing), options)
     return plan
 

@@ -107,6 +107,7 @@ ROWS = {
     "llm-compressor, W4A16 GPTQ": Row(four_bits="llm-compressor, GPTQ"),
     "ours": Row(accuracy="per token (default)"),
     "ours, --rotation none --alpha auto": Row(PLAIN | {"alpha": "auto"}, accuracy="per token: smoothing auto"),
+    "ours, --alpha learned": Row({"alpha": "learned"}),
     "ours, --activations static": Row({"activations": "static"}, accuracy="static (--activations static)"),
     "ours, --level O3": Row({"level": "O3"}, accuracy="O3"),
     "ours, --bits 4": Row(four_bits="default (--bits 4)"),

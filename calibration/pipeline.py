@@ -35,8 +35,7 @@ from .rounding.groups import eight_bits
 from .smoothing.choose_rotation import choose_rotation
 from .smoothing.factors import Smoothing, smooth_groups
 from .smoothing.gate import GATE_SHAPE, check_equivalence
-from .smoothing.learn import check_placement, learn
-from .smoothing.plan import make_plan
+from .smoothing.learn import check_placement, planned
 from .smoothing.size import check_budget
 
 
@@ -67,9 +66,7 @@ def run(options: Options) -> dict[str, Any]:
         for line in (*float16_overflow(observation), *idle_experts(observation)):
             print(line, file=sys.stderr)
         with timed("5. plan the smoothing", options):
-            plan = make_plan(observation, options)
-            if options.learned:
-                plan = learn(observation, plan, quiet=options.quiet)
+            plan = planned(observation, options)
         with timed("6. check the equivalence", options):
             gate_report = check_gate(observation, plan.smoothing)
         with timed("7. quantize and write", options):

@@ -34,13 +34,14 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 from ..discovery.graph import Group
 from ..inputs.text import Samples
 from ..observation.observation import Observation, input_range
+from ..options import Options
 from ..running.forward import Batch, forward, input_ids
 from ..running.hooks import hooked
 from ..running.precision import whole_in_float32
 from . import simulate
 from .differentiable import output
 from .factors import FACTOR_RANGE, Smoothing, needs_power_of_two, smallest_factors
-from .plan import AS_SERVED, Plan, perplexity
+from .plan import AS_SERVED, Plan, make_plan, perplexity
 from .search import layer_errors
 from .simulate import LayerScheme
 
@@ -55,6 +56,12 @@ HELD_OUT = 8
 EPSILON = 1e-16
 
 Factors = Mapping[str, torch.Tensor]
+
+
+def planned(observation: Observation, options: Options) -> Plan:
+    """make_plan, and what is learned after it."""
+    plan = make_plan(observation, options)
+    return learn(observation, plan, quiet=options.quiet) if options.learned else plan
 
 
 def learn(observation: Observation, plan: Plan, *, rate: float = RATE, steps: int = STEPS, quiet: bool = True) -> Plan:
