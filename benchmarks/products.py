@@ -2,7 +2,7 @@
 
     python -m benchmarks.products                      a minute or two on one core
     python -m benchmarks.products --dtype bfloat16     if the CPU has instructions for it
-    python -m benchmarks.products --target avx2        our kernels as on an older CPU; oneDNN's stays what it is here
+    python -m benchmarks.products --target avx2        as on an older CPU, oneDNN and torch as well
 
 W4A8: 4-bit weights with a scale for each 128 inputs (64 where 128 do not divide them), activations as in INT8.
 
@@ -11,6 +11,7 @@ from memory and not from caches, as in a model. The arms run in turn; a cell is 
 """
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -24,6 +25,7 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.serving import floors
+from benchmarks.serving.run import ISAS
 from vllm_smoothquant.format import int4
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "products.md"
@@ -118,10 +120,13 @@ def timed(products: dict[str, Product], x: torch.Tensor, count: int, rounds: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--target", help="the instruction set of our kernels (default: the best of this CPU)")
+    parser.add_argument("--target", help="the instruction set (default: the best of this CPU)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
+    emulated = ISAS.get(args.target, {})
+    if emulated.items() - os.environ.items():  # torch and oneDNN read them when they are imported
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.products", *sys.argv[1:]], os.environ | emulated)
     from vllm_smoothquant.kernels import build
     from vllm_smoothquant.kernels.exact import INEXACT, onednn_is_exact
 
@@ -166,7 +171,7 @@ def main() -> None:
     command = shlex.join(["python", "-m", "benchmarks.products", *sys.argv[1:]])
     text = (
         f"{HEADER}\n`{command}`: {args.rounds} rounds. {describe()} {args.dtype}, {torch.get_num_threads()} threads; "
-        f"our kernels for {target}. "
+        f"instructions of {target}. "
         f"Measured limits: {limits['bytes_per_s'] / 1e9:.1f} GB/s read, {limits['dtype_ops_per_s'] / 1e9:.0f} GOP/s in "
         f"{args.dtype}, {limits['int8_ops_per_s'] / 1e9:.0f} GOP/s in INT8.\n\n"
     )
