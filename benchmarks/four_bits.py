@@ -67,7 +67,6 @@ ROWS: dict[str, dict[str, Any] | str] = {
     "nearest, no smoothing": {"no_smoothing": True, "rounding": "nearest"},
     "SmoothQuant+ (one alpha for the model)": {"alpha": "grid", "rotation": "none", "rounding": "nearest"},
     "an alpha for each group, as AWQ": {"alpha": "auto", "rotation": "none", "rounding": "nearest"},
-    "learned factors": {"alpha": "learned", "rotation": "none", "rounding": "nearest"},
     "GPTQ, no smoothing": {"no_smoothing": True},
     "GPTQ, alpha 0.5": {"alpha": 0.5, "rotation": "none"},
     "GPTQ, an alpha for each group": {"alpha": "auto", "rotation": "none"},

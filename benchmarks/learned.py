@@ -42,9 +42,8 @@ Written by `python -m benchmarks.learned`; not by hand. {machine}
 `--alpha learned` starts from the factors of `--alpha auto` and moves the factor of every channel by gradient descent
 through simulated rounding, as OmniQuant (arXiv 2308.13137) and OSTQuant (arXiv 2501.13987) learn theirs: {steps} steps
 of Adam on log s at the rate {rate}, on the KL from floating point. It sees the calibration samples alone; one batch of
-{held_out} is held out, and the searched factors stay if the learned ones are not better there. 4-bit weights are
-rounded to nearest here, in groups of 128 or the next size that divides a layer; with --rounding gptq:
-[four_bits.md](four_bits.md). Through vLLM: [field.md](field.md).
+{held_out} is held out, and the searched factors stay if the learned ones are not better there. Through vLLM:
+[field.md](field.md).
 
 Margin, set before: of the learned rows, the best on held-out samples must have a KL lower by {margin:.0%} and by
 {errors:.0f} standard errors of the paired difference than the best of the rows that were not learned.
@@ -75,8 +74,6 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W8A8 static": {"activations": "static"},
     "W8A8 O1": {"level": "O1"},
     "W8A8 O3": {"level": "O3"},
-    "W4A8": {"bits": 4, "activations": "token", "rounding": "nearest"},
-    "W4A16": {"bits": 4, "rounding": "nearest"},
 }
 SEARCHED: dict[str, dict[str, Any]] = {
     "no smoothing": {"rotation": "none", "no_smoothing": True},

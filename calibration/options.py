@@ -186,9 +186,9 @@ class Options:
             expected = f"a number in [0, 1], {' or '.join(ALPHAS)}"
             raise SmoothQuantError("--alpha", expected, str(self.alpha), "the paper uses 0.5")
         check_positive(samples=self.samples)
-        if self.learned and self.bits == 4 and self.rounding != "nearest":
-            expected, fix = "8-bit weights or --rounding nearest", "use --alpha auto: GPTQ corrects what factors could"
-            raise SmoothQuantError("--alpha learned", expected, "4 bits with GPTQ", fix)
+        if self.learned and self.bits == 4:
+            fix = "use --alpha auto: the rounding of 4 bits corrects what factors could"
+            raise SmoothQuantError("--alpha learned", "8-bit weights", "4 bits", fix)
         if self.learned and self.samples < 2:
             fix = "give more, because one is held out to see whether learning helped"
             raise SmoothQuantError("--samples", "at least 2 with --alpha learned", str(self.samples), fix)

@@ -1,4 +1,4 @@
-"""The layers of simulate.py with gradients: how the output as served depends on the smoothing factors.
+"""The 8-bit layers of simulate.py with gradients: how the output as served depends on the smoothing factors.
 
 Integers are rounded anew at each step. Backwards, x passes the rounding as if it were not there, but its scale does
 not: d (q * scale) / d scale = q - x / scale, the error of each integer, by which learning sees what rounding costs.
@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vllm_smoothquant.format import int4, int8
-from vllm_smoothquant.format.config import Weights
+from vllm_smoothquant.format import int8
 
 from . import simulate
 from .simulate import LayerScheme
@@ -24,20 +23,20 @@ class _Rounded(torch.autograd.Function):
     """One function, because autograd through its parts takes twice as long for a weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
-        y = (x / scale).round_().clamp_(low, high).mul_(scale)
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        y = (x / scale).round_().clamp_(int8.QMIN, int8.QMAX).mul_(scale)
         ctx.save_for_backward(x, scale, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, scale, y = ctx.saved_tensors
-        return gradients[0], ((y - x).mul_(gradients[0]) / scale).sum_to_size(scale.shape), None, None
+        return gradients[0], ((y - x).mul_(gradients[0]) / scale).sum_to_size(scale.shape)
 
 
-def rounded(x: torch.Tensor, scale: torch.Tensor, low: int = int8.QMIN, high: int = int8.QMAX) -> torch.Tensor:
+def rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The integers of x under `scale`, times `scale`. Values of x beyond the largest integer: see `clipped`."""
-    return _Rounded.apply(x, scale, low, high)
+    return _Rounded.apply(x, scale)
 
 
 def clipped(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -45,13 +44,10 @@ def clipped(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x.clamp(scale * int8.QMIN, scale * int8.QMAX)
 
 
-def rounded_weight(weight: torch.Tensor, weights: Weights) -> torch.Tensor:
-    """The integers of `weight` float32 [out, in] as served, times their scales."""
-    if weights.group_size is None:
-        shared = (0, 1) if weights.strategy == "tensor" else 1
-        return rounded(weight, int8.absmax_scale(weight.abs().amax(shared, keepdim=True)))
-    scale = int4.group_scale(weight, weights.group_size)[..., None]
-    return rounded(weight.unflatten(1, (-1, weights.group_size)), scale, int4.QMIN, int4.QMAX).flatten(1)
+def rounded_weight(weight: torch.Tensor, strategy: str) -> torch.Tensor:
+    """The integers of `weight` float32 [out, in] as int8.quantize_weight rounds them, times their scale."""
+    shared = (0, 1) if strategy == "tensor" else 1
+    return rounded(weight, int8.absmax_scale(weight.abs().amax(shared, keepdim=True)))
 
 
 def output(module: nn.Module, x: torch.Tensor, layer: LayerScheme, absmax: torch.Tensor) -> torch.Tensor:
@@ -71,7 +67,7 @@ def output(module: nn.Module, x: torch.Tensor, layer: LayerScheme, absmax: torch
             x = rounded(clipped(x, static), static)
         elif (scale := simulate.input_scale(x, served)) is not None:
             x = rounded(x, scale)
-        y = x @ rounded_weight(simulate.weight_matrix(module, served), layer.scheme.weights).t()
+        y = x @ rounded_weight(simulate.weight_matrix(module, served), layer.scheme.weights.strategy).t()
         return y if rows is None else y * rows.to(y.device)
 
     y = checkpoint(run, x, layer.input_factor, layer.output_factor, use_reentrant=False)

@@ -5,8 +5,9 @@
 An alpha gives all channels of a group one rule. Learning starts from the factors of the searched alphas and moves each
 on its own, by gradients through simulated rounding (differentiable.py), on the calibration samples, which are all that
 it sees. One in HELD_OUT batches is not learned on: there the learned factors must have the smaller KL, as they are
-folded and served, or the searched ones stay. Weights are rounded to the nearest integer meanwhile. docs/learned.md has
-what it gains, and the rates that were tried.
+folded and served, or the searched ones stay. docs/learned.md has what it gains, and the rates that were tried. Weights
+have 8 bits, because those of 4 bits are rounded with a search for their scales or by GPTQ, which corrects what factors
+could.
 
 The model runs in float32 and is in memory for that, 4 bytes for each parameter, beside the tensors of one batch.
 
