@@ -108,6 +108,22 @@ def test_parts_are_what_a_step_reads(tmp_path: Path, tied: bool) -> None:
     assert set(floors.parts(tmp_path, itemsize=2)) == expected
 
 
+@pytest.mark.parametrize("rounded", [True, False])
+def test_products_of_4_bits_are_of_integers_if_activations_are_rounded(tmp_path: Path, rounded: bool) -> None:
+    layer = "model.layers.0.mlp.up_proj"
+    tensors = {
+        "model.norm.weight": torch.zeros(4), f"{layer}.weight_packed": torch.zeros(6, 32, dtype=torch.int32),
+        f"{layer}.weight_scale": torch.zeros(6, 2),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "model.safetensors")
+    scheme = {"input_activations": {"num_bits": 8} if rounded else None}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": scheme}))
+    packed, norm = (6 * 256, 4 * 6 * 32 + 2 * 6 * 2), (0, 2 * 4)
+    expected = {Part(True, False, *packed), Part(False, False, *norm)}
+    together = {Part(False, False, packed[0] + norm[0], packed[1] + norm[1])}
+    assert set(floors.parts(tmp_path, itemsize=2)) == (expected if rounded else together)
+
+
 @pytest.mark.parametrize(
     ("part", "tokens", "requests", "seconds"),
     [

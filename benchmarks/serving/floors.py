@@ -3,7 +3,8 @@
     floor = sum over parts of max(bytes / bandwidth, 2 * weights * rows / peak)
 
 A part is all weights with the same arithmetic and the same number of rows: INT8 layers, layers in floating point, and
-the output head, which gets one row of each request. Attention, norms, quantisation and sampling are not in the floor.
+the output head, which gets one row of each request. Products of 4-bit weights are those of INT8, or of floating point
+if activations are not rounded. Attention, norms, quantisation and sampling are not in the floor.
 
 `python -m benchmarks.serving.floors DTYPE` measures bandwidth and peaks in a process of its own and prints JSON.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from vllm_smoothquant.format import int4
 from vllm_smoothquant.format.files import read_headers, read_json
 
 ROWS, COLUMNS = 2**15, 2**12  # of float32: half a GiB, more than any cache
@@ -29,7 +31,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Part:
-    """weights: elements that are multiplied. bytes: size of what is read for that, scales included."""
+    """int8: integers are multiplied. weights: elements that are. bytes: what is read for it, scales included."""
 
     int8: bool
     head: bool
@@ -39,7 +41,9 @@ class Part:
 
 def parts(folder: Path, itemsize: int) -> list[Part]:
     """The parts of the checkpoint in `folder`; an element of its floating-point tensors takes `itemsize` bytes."""
-    tied = read_json(folder / "config.json").get("tie_word_embeddings", False)
+    config = read_json(folder / "config.json")
+    tied, scheme = config.get("tie_word_embeddings", False), config.get("quantization_config", {})
+    rounded = (scheme.get("input_activations") or {"num_bits": 16})["num_bits"] < 16
     headers = read_headers(folder)
     sizes: dict[tuple[bool, bool], list[int]] = {}
     for name, (dtype, shape) in headers.items():
@@ -47,11 +51,13 @@ def parts(folder: Path, itemsize: int) -> list[Part]:
         embeddings = "embed_tokens" in layer
         if embeddings and not tied:
             continue  # of the table only the rows of the tokens are read
-        int8 = headers.get(f"{layer}.weight", (dtype,))[0] == "I8"
+        packed = f"{layer}.weight_packed" in headers
+        int8 = rounded if packed else headers.get(f"{layer}.weight", (dtype,))[0] == "I8"
         sums = sizes.setdefault((int8, embeddings or layer.endswith("lm_head")), [0, 0])
         elements = math.prod(shape)
-        sums[0] += elements if kind == "weight" and len(shape) == 2 else 0
-        sums[1] += elements * (1 if dtype == "I8" else 4 if int8 else itemsize)
+        if kind in ("weight", "weight_packed") and len(shape) == 2:
+            sums[0] += elements * (int4.IN_WORD if packed else 1)
+        sums[1] += elements * {"I8": 1, "I32": 4}.get(dtype, 4 if int8 and not packed else itemsize)
     return [Part(*key, *sums) for key, sums in sizes.items()]
 
 
