@@ -21,7 +21,7 @@ from calibration.smoothing import differentiable, learn, simulate
 from calibration.smoothing.factors import LARGEST, Smoothing, smallest_factors
 from calibration.smoothing.plan import Plan, make_plan, perplexity
 from calibration.smoothing.search import layer_errors
-from tests.helpers import tiny_checkpoints
+from tests.helpers import tiny_checkpoints, tiny_vision
 from vllm_smoothquant.format import int8
 from vllm_smoothquant.format.config import Scheme
 from vllm_smoothquant.format.errors import SmoothQuantError
@@ -275,6 +275,34 @@ def test_batches_are_not_shorter_than_a_step_wants_and_some_are_held_out():
         assert torch.equal(torch.cat([*rest, *kept]).sort(0).values, ids)
 
 
+# Of each kind: state spaces, linear attention, routers of several kinds, positions in the scores, caps on the logits.
+KINDS = ("bloom", "deepseek-v3", "falcon-h1", "gemma2-tied", "gpt-oss", "mamba2", "mixtral", "qwen3-next")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_architectures_pass_gradients_and_stay_as_they_are(options: Options, tmp_path: Path, name: str) -> None:
+    source = tiny_checkpoints.save(name, tmp_path / "model", torch.bfloat16)
+    observation = observe_model(replace(options, model=str(source)))
+    before = {key: (tensor, tensor.clone()) for key, tensor in observation.model.state_dict().items()}
+    plan = make_plan(observation, options)
+    assert learn.learn(observation, plan, steps=2).learned["learned_kl"] != 0
+    for key, tensor in observation.model.state_dict().items():
+        assert tensor.data_ptr() == before[key][0].data_ptr()
+        assert torch.equal(tensor, before[key][1])
+
+
+def test_images_are_learned_on(tmp_path: Path) -> None:
+    source = tiny_vision.save("llava", tmp_path / "model")
+    pictures = tiny_vision.save_pictures(tmp_path / "pictures")
+    given = {"samples": 8, "seq_len": 32, "quiet": True, "rotation": "none", "level": "O1", "alpha": "learned"}
+    observation = observe_model(Options(model=str(source), dataset=str(pictures), **given))
+    rest, held_out = learn.split(observation.samples)
+    assert any("pixel_values" in batch for batch in rest)
+    assert any("pixel_values" in batch for batch in held_out)
+    plan = make_plan(observation, Options(model=str(source), **given))
+    assert learn.learn(observation, plan, steps=8).learned["taken"]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -291,8 +319,11 @@ def test_what_is_learned_is_not_rotated(options: Options, changes: dict[str, Any
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "qwen3-moe"])
-def test_a_checkpoint_with_learned_factors(options: Options, tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_with_learned_factors(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """It has its source's function, says what was learned, and is the same when it is made again."""
+    monkeypatch.setattr(learn, "STEPS", 60)
     source = tiny_checkpoints.save(name, tmp_path / "model", torch.bfloat16)
     text = tiny_checkpoints.save_text(tmp_path / "text.jsonl", documents=40)
     # One in which learning helps random models on random text.

@@ -62,7 +62,7 @@ Factors = Mapping[str, torch.Tensor]
 def planned(observation: Observation, options: Options) -> Plan:
     """make_plan, and what is learned after it."""
     plan = make_plan(observation, options)
-    return learn(observation, plan, quiet=options.quiet) if options.learned else plan
+    return learn(observation, plan, steps=STEPS, quiet=options.quiet) if options.learned else plan
 
 
 def learn(observation: Observation, plan: Plan, *, rate: float = RATE, steps: int = STEPS, quiet: bool = True) -> Plan:
