@@ -58,8 +58,8 @@ SECTION = """
 
 Calibrated on {samples} x {length} tokens, scored on {windows} windows. KL: nats per token, ± its standard error over
 them. *Change*: from the searched factors that learning started from, paired over the windows; the same on {windows}
-windows of Python's standard library, unlike all that calibration saw; and on the held-out samples. *Time*: of learning, beside
-other jobs on the same cores at times.
+windows of Python's standard library, unlike all that calibration saw; and on the held-out samples. *Time*: of learning,
+beside other jobs on the same cores at times.
 
 | scheme | row | KL | change | Python source | held out | time |
 |---|---|---|---|---|---|---|
