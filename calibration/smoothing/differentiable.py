@@ -1,6 +1,6 @@
 """The 8-bit layers of simulate.py with gradients: how the output as served depends on the smoothing factors.
 
-Integers are rounded anew at each step. Backwards, x passes the rounding as if it were not there, but its scale does
+Integers are rounded again at each step. Backwards, x passes the rounding as if it were not there, but its scale does
 not: d (q * scale) / d scale = q - x / scale, the error of each integer, by which learning sees what rounding costs.
 
 Source: the straight-through estimator for x, and the gradient of a scale, of LSQ (Esser et al., arXiv 1902.08153, eq. 3

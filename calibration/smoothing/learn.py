@@ -111,7 +111,8 @@ def divergence(model: nn.Module, batches: Sequence[Batch], layers: Mapping[str, 
         for batch in batches:
             exact = _log_probabilities(model, batch)
             with simulate.as_served(model, layers):
-                found.append(float(_kl(exact, _log_probabilities(model, batch))))
+                got = _log_probabilities(model, batch)
+            found.append(float(simulate.kl_divergence(exact, got)))
     return statistics.fmean(found)
 
 
@@ -184,7 +185,7 @@ def _descend(
                 exact = _log_probabilities(model, batch)
             layers = differentiable_layers(observation, plan, factors())
             with hooked(_hooks(observation, layers, len(input_ids(batch)))):
-                loss = _kl(exact, _log_probabilities(model, batch))
+                loss = simulate.kl_divergence(exact, _log_probabilities(model, batch))
             optimizer.zero_grad()
             _backward(loss, observation)
             bar.set_postfix(kl=f"{loss.item():.3g}")
@@ -216,11 +217,6 @@ def _drawn(batches: Sequence[Batch], steps: int) -> Iterator[Batch]:
 
 def _log_probabilities(model: nn.Module, batch: Batch) -> torch.Tensor:
     return forward(model, batch).logits.float().log_softmax(-1)
-
-
-def _kl(exact: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
-    """The mean over tokens; log-probabilities [samples, tokens, vocabulary]."""
-    return (exact.exp() * (exact - got)).sum(-1).mean()
 
 
 def _hooks(observation: Observation, layers: Mapping[str, LayerScheme], samples: int) -> Iterator[RemovableHandle]:

@@ -135,9 +135,14 @@ def log_probabilities(
         return [forward(model, ids).logits[0].float().log_softmax(-1).cpu() for ids in input_ids.split(1)]
 
 
+def kl_divergence(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    """KL(expected || got) in nats, the mean over tokens; log-probabilities [..., tokens, vocabulary]."""
+    return (expected.exp() * (expected - got)).sum(-1).mean()
+
+
 def divergences(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> list[float]:
-    """KL(expected || got) in nats, the mean over the tokens of each sample; log-probabilities [tokens, vocabulary]."""
-    return [float((a.exp() * (a - b)).sum(-1).mean()) for a, b in zip(expected, got, strict=True)]
+    """The kl_divergence of each sample."""
+    return [float(kl_divergence(a, b)) for a, b in zip(expected, got, strict=True)]
 
 
 def loss(
