@@ -60,9 +60,12 @@ def smoothing_factors(
     usable = group.foldable & (activation > 0) & (weight > 0)
     s = torch.where(usable, activation**alpha / weight ** (1 - alpha), 1.0)
     s = torch.where(usable, torch.maximum(s.clamp(*FACTOR_RANGE), _divided(group, absmax, activation) / LARGEST), 1.0)
-    if power_of_two:
-        s = 2.0 ** s.log2().round()
-    return s.to(torch.float32)
+    return (nearest_power_of_two(s) if power_of_two else s).to(torch.float32)
+
+
+def nearest_power_of_two(s: torch.Tensor) -> torch.Tensor:
+    """The power of two that is nearest to each of `s` in the logarithm."""
+    return 2.0 ** s.log2().round()
 
 
 def smallest_factors(group: Group, absmax: Tensors, model: nn.Module) -> torch.Tensor:

@@ -41,7 +41,7 @@ from ..running.hooks import hooked
 from ..running.precision import whole_in_float32
 from . import simulate
 from .differentiable import output
-from .factors import FACTOR_RANGE, Smoothing, needs_power_of_two, smallest_factors
+from .factors import FACTOR_RANGE, Smoothing, nearest_power_of_two, needs_power_of_two, smallest_factors
 from .plan import AS_SERVED, Plan, make_plan, perplexity
 from .search import layer_errors
 from .simulate import LayerScheme
@@ -128,7 +128,7 @@ def with_factors(observation: Observation, plan: Plan, factors: Factors) -> Plan
     for group in learnable(observation, plan):
         s = factors[group.source].detach()
         if needs_power_of_two(model, group, plan.schemes):
-            s = torch.where(group.foldable, 2.0 ** s.log2().round(), 1.0)
+            s = nearest_power_of_two(s)  # of 1, where nothing can be folded: 1
         found[group.source] = s
     smoothing = Smoothing(model, observation.graph, found, plan.schemes)
     ranges = {name: input_range(observation.absmax[name], smoothing.input_factor(name)) for name in plan.schemes}

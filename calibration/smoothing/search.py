@@ -74,26 +74,18 @@ def search_alphas(
     grid: of several alphas that are equally good, the first is taken. optional: a group whose source is a linear layer
     may also stay as it is.
     """
-    model, batch = observation.model, observation.search_batch
-    bar = tqdm(total=len(schemes), desc="search", unit="layer", disable=True if quiet else None)
-    search = _Search(observation, batch, schemes, grid, bar, optional)
-    decoder = decoder_of(model, schemes)
-    with bar, torch.no_grad(), fast_arithmetic(model), hooked(search.hooks()):
-        forward(decoder, batch)
-    return search.result
+    with tqdm(total=len(schemes), desc="search", unit="layer", disable=True if quiet else None) as bar:
+        return _Search(observation, observation.search_batch, schemes, grid, bar, optional).run()
 
 
 def layer_errors(
     observation: Observation, schemes: Mapping[str, Scheme], factors: Mapping[str, torch.Tensor]
 ) -> dict[str, float]:
     """The errors of SearchResult under `factors` (source -> [channels]), without a search."""
-    model, batch = observation.model, observation.search_batch
-    search = _Search(observation, batch, schemes, (None,), tqdm(disable=True), False)
+    search = _Search(observation, observation.search_batch, schemes, (None,), tqdm(disable=True), False)
     groups = observation.graph.groups
     search.factors = {group.source: factors.get(group.source, torch.ones(group.channels)) for group in groups}
-    with torch.no_grad(), fast_arithmetic(model), hooked(search.hooks()):
-        forward(decoder_of(model, schemes), batch)
-    return search.result.errors
+    return search.run().errors
 
 
 class _Search:
@@ -101,7 +93,7 @@ class _Search:
         self, observation: Observation, batch: Batch, schemes: Mapping[str, Scheme], grid: Sequence[Alpha], bar: tqdm,
         optional: bool,
     ) -> None:  # fmt: skip
-        self.optional = optional
+        self.batch, self.optional = batch, optional
         self.model, self.absmax, graph = observation.model, observation.absmax, observation.graph
         self.schemes, self.grid, self.bar, self.samples = schemes, grid, bar, len(input_ids(batch))
         # 0 for what fills up a sample with images.
@@ -119,6 +111,12 @@ class _Search:
         for group in graph.groups:
             for reader in group.readers:
                 self.groups.setdefault(reader.name, []).append(group)
+
+    def run(self) -> SearchResult:
+        """Choose for every group that has no factors yet, in one forward pass, and measure the error of every layer."""
+        with torch.no_grad(), fast_arithmetic(self.model), hooked(self.hooks()):
+            forward(decoder_of(self.model, self.schemes), self.batch)
+        return self.result
 
     def hooks(self) -> Iterator[RemovableHandle]:
         for name in self.schemes:
