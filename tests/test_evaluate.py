@@ -123,6 +123,10 @@ def test_table_has_a_row_for_every_model():
     assert lines[3].split()[:3] == ["int8", "12.500", "+1.23%"]
     assert "3 windows of 34 tokens of text.jsonl" in table
     assert "int8: INT8 by some-kernel" in table
+    assert "decode: 8 prompts at once" in table
+    del rows[0]["decode_tokens_per_second"], rows[1]["decode_tokens_per_second"]  # --no-speed
+    result = {"text": text, "engine": engine, "decode": measure.DECODE, "models": rows}
+    assert "decode" not in evaluate.format_table(result)
 
 
 def test_memory_in_a_dtype_that_is_not_served_is_not_shown(model, text, monkeypatch):

@@ -116,7 +116,7 @@ def format_table(result: Mapping[str, Any]) -> str:
     ]
     lines += [
         f"perplexity: {text['windows']} windows of {text['seq_len']} tokens of {text['source']}, "
-        f"{rows[0]['scored_tokens']} tokens scored, dtype {engine['score_dtype']}",
+        f"{rows[0]['scored_tokens']} tokens scored, dtype {engine['score_dtype']}; vLLM {engine['vllm']}",
         *(
             [
                 "KL: nats per token from the baseline's distribution; top-1: the same likeliest token",
@@ -127,8 +127,13 @@ def format_table(result: Mapping[str, Any]) -> str:
         *([f"last word: guessed, of {rows[0].get('passages')} passages"] * ("last word" in header)),
         "on disk: all weight files; linear: the tensors of the layers that are INT8 in a checkpoint given here",
         "in memory: what loading the weights added to the process that holds them",
-        f"decode: {decode['batch']} prompts at once, {decode['new_tokens']} new tokens each, median of "
-        f"{decode['repeats']}, dtype {engine['dtype']}; vLLM {engine['vllm']}",
+        *(
+            [
+                f"decode: {decode['batch']} prompts at once, {decode['new_tokens']} new tokens each, median of "
+                f"{decode['repeats']}, dtype {engine['dtype']}"
+            ]
+            * ("decode" in header)
+        ),
     ]
     lines += [f"{Path(row['model']).name}: INT8 by {', '.join(row['kernels'])}" for row in rows if row["kernels"]]
     return "\n".join(lines)
