@@ -1,6 +1,7 @@
 """4-bit weights: rounding, packing, our product, checkpoints, conversion, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import calibration.from_pretrained  # noqa: F401
 from calibration.checkpoint.convert import convert
@@ -405,6 +407,33 @@ def test_a_checkpoint_is_sound_and_is_its_source(
     verdict = verify(checkpoints[name], str(source[0]))
     assert not verdict.faults, verdict.faults[0]
     assert all(layer["error"] < 0.5 for layer in verdict.layers.values())
+
+
+def test_gptq_under_strong_smoothing_is_not_taken_for_another_model(tmp_path: Path) -> None:
+    """Divided by the smoothing factors, its corrections are longer than some rows of the source."""
+    source = tiny_checkpoints.save("biogpt", tmp_path / "source")
+    text = tiny_checkpoints.save_text(tmp_path / "text.jsonl")
+    options = {"dataset": str(text), "samples": 8, "seq_len": 32, "quiet": True}
+    calibrate(str(source), tmp_path / "int4", bits=4, alpha=0.85, **options)
+    verdict = verify(tmp_path / "int4", str(source))
+    assert not verdict.faults, verdict.faults[0]
+
+
+def test_rows_that_changed_places_are_noticed(
+    checkpoints: dict[str, Path], source: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The file is sound; only the source shows that two rows of a layer belong to each other's outputs."""
+    shutil.copytree(checkpoints["W4A16"], tmp_path / "swapped")
+    tensors = dict(read_tensors(tmp_path / "swapped"))
+    name = "model.layers.1.mlp.gate_proj"
+    for key in (f"{name}.weight_packed", f"{name}.weight_scale"):
+        tensors[key] = tensors[key].clone()
+        tensors[key][[3, 7]] = tensors[key][[7, 3]]
+    save_file(tensors, tmp_path / "swapped" / "model.safetensors", metadata={"format": "pt"})
+    tiny_checkpoints.rehash(tmp_path / "swapped")
+    assert not verify(tmp_path / "swapped").faults
+    faults = [str(each) for each in verify(tmp_path / "swapped", str(source[0])).faults]
+    assert [each for each in faults if name in each and "2 of 192 rows that are others" in each], faults
 
 
 def test_layers_get_the_groups_that_their_inputs_allow(checkpoints: dict[str, Path]) -> None:

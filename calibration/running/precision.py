@@ -1,6 +1,7 @@
 """Run a model in another floating-point arithmetic than the dtype in which it is stored.
 
-Parameters become float32 one decoder block at a time, while it runs; afterwards the model is the same, bit for bit.
+Parameters become float32 one decoder block at a time, while it runs, and those outside of blocks while a module above
+them runs; afterwards the model is the same, bit for bit.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -73,11 +74,12 @@ def plain_parameters(model: nn.Module, name: str) -> Parameters:
 def in_float32(
     model: nn.Module, change: Callable[[str], Parameters], without: Collection[nn.Module] = ()
 ) -> Iterator[None]:
-    """While a module runs, its own parameters are `change(name)` and its own floating-point buffers float32.
+    """While a module runs, its parameters are `change(name)` and its floating-point buffers float32.
 
     The modules `without` and their children stay as they are. An embedding table stays as well, because it can be
-    larger than any block; its output becomes float32. A decoder block (an element of a ModuleList) changes as a whole,
-    because a module in it may look at the dtype of another one.
+    larger than any block; its output becomes float32. A module changes as a whole, because its code may look at the
+    dtype of a part (Mamba rounds the last hidden states to that of its head), but for the decoder blocks below it
+    (elements of a ModuleList), which change one after the other, because together they may not fit into memory.
     """
     changed: set[str] = set()
     calls: list[ExitStack] = []  # of the running modules; closing one restores what its module changed
@@ -93,7 +95,7 @@ def in_float32(
             owner, parameters = model.get_submodule(name), change(name)
             for key, parameter in own_parameters(owner).items():
                 _replace(parameter, parameters[key], restore)
-            for buffer in owner.buffers(recurse=False):
+            for buffer in _own_buffers(owner):
                 _replace(buffer, buffer.float() if buffer.is_floating_point() else buffer, restore)
 
     def leave(*_: Any) -> None:
@@ -102,18 +104,15 @@ def in_float32(
     def widen(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output.float()
 
-    unchanged = {module for root in without for module in root.modules()}
-
     def handles() -> Iterator[RemovableHandle]:
-        for name, inside in _units(model).items():
+        unchanged = {module for root in without for module in root.modules()}
+        for name, inside in _units(model, unchanged).items():
             module = model.get_submodule(name)
-            if module in unchanged:
-                continue
-            if stays(module):
-                yield module.register_forward_hook(widen, prepend=True)
-                continue
             yield module.register_forward_pre_hook(partial(enter, inside), prepend=True)
             yield module.register_forward_hook(leave)
+        for module in model.modules():
+            if stays(module) and module not in unchanged:
+                yield module.register_forward_hook(widen, prepend=True)
 
     try:
         with hooked(handles()):
@@ -134,13 +133,21 @@ def _replace(tensor: torch.Tensor, new: torch.Tensor, restore: ExitStack) -> Non
     tensor.data = new
 
 
-def _units(model: nn.Module) -> dict[str, list[str]]:
-    """Module -> modules with own parameters or buffers that change while it runs: itself or a whole decoder block."""
-    units: dict[str, list[str]] = {}
+def _units(model: nn.Module, unchanged: Collection[nn.Module]) -> dict[str, list[str]]:
+    """Module -> the modules that change while it runs, those of them that have parameters or buffers of their own."""
     blocks = decoder_blocks(model)
+    units: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        inside = module.named_modules(prefix=name) if name in blocks else [(name, module)]
-        own = [n for n, m in inside if own_parameters(m) or next(m.buffers(recurse=False), None) is not None]
-        if own:
-            units[name] = own
+        if module in unchanged or not (own_parameters(module) or _own_buffers(module)):
+            continue
+        above = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)] + [""] * bool(name)
+        block = max((i for i, unit in enumerate(above) if unit in blocks), default=None)
+        if block is None and stays(module):
+            continue
+        for unit in above if block is None else above[: block + 1]:
+            units.setdefault(unit, []).append(name)
     return units
+
+
+def _own_buffers(module: nn.Module) -> list[torch.Tensor]:
+    return list(module.buffers(recurse=False))
