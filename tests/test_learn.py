@@ -343,3 +343,10 @@ def test_a_checkpoint_with_learned_factors(
     searched = calibrate(str(source), tmp_path / "searched", alpha="auto", **arguments)
     assert searched["alphas"] == manifest["alphas"]
     assert "learned" not in json.loads((tmp_path / "searched" / MANIFEST).read_text())
+
+
+def test_nothing_is_learned_if_all_layers_fell_back(options: Options) -> None:
+    options = replace(options, alpha="learned", max_fallback=1.0)
+    plan = learn.planned(observe_model(options), options)
+    assert not plan.schemes
+    assert not plan.learned

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration import __main__ as cli
-from calibration.checkpoint import verify_source
+from calibration.checkpoint.intervals import inverse_bounds
 from calibration.checkpoint.verify import verify
-from tests.helpers import tiny_checkpoints
+from calibration.pipeline import calibrate
+from tests.helpers import tiny_architectures, tiny_checkpoints
 from vllm_smoothquant.format.files import MANIFEST
 
 
@@ -37,8 +38,41 @@ def pair(checkpoints, tmp_path):
 def test_the_interval_of_the_worked_example():
     """The module docstring of verify_source.py: a row of two weights with the scale 0.01."""
     q, scale, weight = torch.tensor([[40.0, -20.0]]), 0.01, torch.tensor([[0.8, -0.4]])
-    low, high = verify_source._inverse_bounds((q - 0.5) * scale / weight, (q + 0.5) * scale / weight)
+    low, high = inverse_bounds((q - 0.5) * scale / weight, (q + 0.5) * scale / weight)
     torch.testing.assert_close(torch.cat([low, high]), torch.tensor([1.9753, 2.0253]), atol=1e-4, rtol=0)
+
+
+def float16(name, folder, changes, **options):
+    """(source, checkpoint) of the model `name` in float16 with other weights; q, k and v stay in floating point."""
+    model = tiny_architectures.build(name, dtype=torch.float16)
+    with torch.no_grad():
+        for layer, factor in changes.items():
+            model.get_submodule(layer).weight.mul_(factor)
+    model.save_pretrained(folder / "source")
+    tiny_checkpoints.tokenizer().save_pretrained(folder / "source")
+    calibrate(
+        str(folder / "source"), folder / "int8", dataset=str(tiny_checkpoints.save_text(folder / "text.jsonl")),
+        samples=8, seq_len=32, rotation="none", ignore=frozenset({"re:.*[qkv]_proj"}), quiet=True, **options,
+    )  # fmt: skip
+    return folder / "source", folder / "int8"
+
+
+def test_values_below_the_smallest_normal_number_are_verified(tmp_path):
+    """There float16 rounds to multiples of 6e-8, which is more than a part of a small value."""
+    source, folder = float16("starcoder2", tmp_path, {}, alpha=0.0, level="O3")
+    groups = json.loads((folder / MANIFEST).read_text())["groups"]
+    assert any("v_proj" in group["source"] and group["factor_max"] > 1 for group in groups)
+    assert not fault_text(source, folder)
+
+
+def test_what_float16_cannot_hold_is_not_divided(tmp_path):
+    """Quotients of v_proj would be multiples of 6e-8 with a few bits each; the gate refuses such a model."""
+    attention = "model.layers.0.self_attn"
+    source, folder = float16("llama", tmp_path, {f"{attention}.v_proj": 1e-3, f"{attention}.o_proj": 1e-4})
+    groups = {group["source"]: group for group in json.loads((folder / MANIFEST).read_text())["groups"]}
+    assert groups[f"{attention}.v_proj"]["factor_max"] == 1
+    assert groups["model.layers.1.self_attn.v_proj"]["factor_max"] != 1
+    assert not fault_text(source, folder)
 
 
 def fault_text(source, folder) -> str:

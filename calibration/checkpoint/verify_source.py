@@ -53,6 +53,7 @@ from ..smoothing.factors import FACTOR_OF, Smoothing, needs_power_of_two
 from ..smoothing.gate import check_equivalence
 from . import export, transforms
 from .architecture import Faults, fault
+from .intervals import bounds, inverse_bounds, ulp
 from .verify_transforms import folded_faults, rotated
 
 _fault = partial(fault, fix="check --source, or calibrate the model again")
@@ -186,47 +187,32 @@ class Stored:
 
     def _interval(self, group: Group, known: Smoothing) -> tuple[torch.Tensor, torch.Tensor]:
         """(low, high), float32 [channels] each: the factors of a "linear" group that its tensors allow."""
-        source, readers, eps = group.source, group.readers, torch.finfo(self.model.dtype).eps
+        source, readers, dtype = group.source, group.readers, self.model.dtype
         weight, bias = self.smoothed(source, known), known.parameters(source).get("bias")
         if source not in self.quantised:
-            ratio = self._out_in(source, self.parameter(source, "weight")) / weight
-            low, high = _inverse_bounds(ratio * (1 - eps), ratio * (1 + eps))
+            w = self._out_in(source, self.parameter(source, "weight"))
+            low, high = inverse_bounds((w - ulp(w, dtype)) / weight, (w + ulp(w, dtype)) / weight)
         else:
             q, scale = self.integers(source)
-            low, high = _inverse_bounds((q - HALF) * scale / weight, (q + HALF) * scale / weight)
+            low, high = inverse_bounds((q - HALF) * scale / weight, (q + HALF) * scale / weight)
             if scale.dim() == 2:
                 point, readers = weight.abs().amax(1) / (int8.QMAX * scale[:, 0]), ()
                 low = torch.where(point > 0, point * (1 - 8 * UNIT), low)
                 high = torch.where(point > 0, point * (1 + 8 * UNIT), high)
         if bias is not None:
-            ratio = (self.parameter(source, "bias") / bias)[:, None]
-            bottom, top = _inverse_bounds(ratio * (1 - 2 * eps), ratio * (1 + 2 * eps))
+            b = self.parameter(source, "bias")
+            ends = [((b + sign * 2 * ulp(b, dtype)) / bias)[:, None] for sign in (-1, 1)]
+            bottom, top = inverse_bounds(*ends)
             low, high = torch.maximum(low, bottom), torch.minimum(high, top)
         for reader in readers:
             if reader.name in self.quantised and bool((reader.power == 1).all()):
                 q, scale = self.integers(reader.name)
                 weight = self.smoothed(reader.name, known)
-                bottom, top = _bounds((q - HALF) * scale / weight, (q + HALF) * scale / weight, dim=0)
+                bottom, top = bounds((q - HALF) * scale / weight, (q + HALF) * scale / weight, dim=0)
                 mapped = reader.channel_of >= 0
                 low.scatter_reduce_(0, reader.channel_of[mapped], bottom[mapped], "amax")
                 high.scatter_reduce_(0, reader.channel_of[mapped], top[mapped], "amin")
         return low, high
-
-
-def _bounds(a: torch.Tensor, b: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(low, high): the common part, along `dim`, of intervals with the ends a and b in either order.
-
-    low is at least 0. An end that is not finite bounds nothing.
-    """
-    a, b = torch.minimum(a, b), torch.maximum(a, b)
-    finite = torch.isfinite(a) & torch.isfinite(b)
-    return torch.where(finite, a, 0.0).amax(dim).clamp(min=0), torch.where(finite, b, torch.inf).amin(dim)
-
-
-def _inverse_bounds(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """_bounds of s along dim 1, where a and b are the ends for 1 / s. An end at or below 0 bounds nothing."""
-    low, high = _bounds(a, torch.where(torch.maximum(a, b) > 0, b, torch.nan), dim=1)
-    return 1 / high, torch.where(low > 0, 1 / low, torch.inf)
 
 
 def _weights(stored: Stored, smoothing: Smoothing, width: Mapping[str, float], layers: dict[str, Any]) -> Faults:
@@ -277,8 +263,9 @@ def _other_tensors(stored: Stored, smoothing: Smoothing, width: Mapping[str, flo
                 got = stored.tensors[name]
                 if got.dtype != wanted.dtype:
                     yield _fault(name, f"{wanted.dtype}, as the source has it", str(got.dtype))
-                slack = 0.0 if tensors is exact else 2 * torch.finfo(got.dtype).eps + max(width.values())
-                if not bool(((got.float() - wanted.float()).abs() <= slack * wanted.float().abs()).all()):
+                a, b = got.float(), wanted.float()
+                slack = 0.0 if tensors is exact else 2 * ulp(b, got.dtype) + max(width.values()) * b.abs()
+                if not bool(((a - b).abs() <= slack).all()):
                     yield _fault(name, expected, "others")
 
 

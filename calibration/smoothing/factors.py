@@ -11,7 +11,8 @@ values that the checkpoint will store.
 Exact storage. INT8 weights are rounded once, from float32. All other parameters are stored in the model's own dtype:
 a norm's w / s is rounded, and the factor is computed again from the stored value, s' = w / stored, so that no output
 changes. Nothing follows a second rounding in this way: the bias of a norm or of a divided layer, and the weights of
-layers that stay in floating point. In a 16-bit model such a group gets powers of two, by which a division is exact.
+layers that stay in floating point. In a 16-bit model such a group gets powers of two, by which a division is exact, or
+1 where the quotient would be below float16's smallest normal number.
 """
 
 from collections.abc import Collection, Mapping
@@ -39,6 +40,9 @@ QUIET = 2
 # this many times larger than those of calibration.
 HEADROOM = 8
 LARGEST = torch.finfo(torch.float16).max / HEADROOM
+
+# What a row of a weight, or a bias, may lose when its quotient is stored: about half of what the gate allows.
+LOSS = 2.0**-19
 
 # The factor that parameter p of a norm carries after its value became q: the inverse of NORM_RULES.
 FACTOR_OF = {"p": lambda p, q: p / q, "1+p": lambda p, q: (1 + p) / (1 + q)}
@@ -182,7 +186,7 @@ class Smoothing:
             module = self.model.get_submodule(group.source)
             s, self._norms[group.source] = _fold_norm(module, group.rules, s, power_of_two=exact)
         elif group.kind == "linear":
-            self._outputs[group.source] = s
+            s = self._outputs[group.source] = self._storable(group.source, s)
         else:
             self.runtime |= dict.fromkeys((reader.name for reader in group.readers), s)
         self.factors[group.source] = s
@@ -190,6 +194,19 @@ class Smoothing:
             # Two sources may feed one layer, each its own columns.
             columns, others = reader.columns(s), self._inputs.get(reader.name)
             self._inputs[reader.name] = columns if others is None else others * columns
+
+    def _storable(self, name: str, s: torch.Tensor) -> torch.Tensor:
+        """`s` of the rows of linear layer `name`, but 1 where float16 would lose more than LOSS of what is divided."""
+        for parameter, value in own_parameters(self.model.get_submodule(name)).items():
+            if value.dtype != torch.float16 or (parameter == "weight" and name in self.quantized):
+                continue
+            p = value.detach().to("cpu").float()
+            rows = (p.t() if parameter == "weight" and self.transposed[name] else p).reshape(len(s), -1)
+            lost = ((rows / s[:, None]).half().float() * s[:, None] - rows).norm(dim=1)
+            # A bias near 0 is compared with the largest one, because the row's weights hide what it loses.
+            size = rows.norm(dim=1) if parameter == "weight" else rows.abs().max()
+            s = torch.where((s > 1) & (lost > LOSS * size), 1.0, s)  # below 1, it can only overflow: _stored refuses
+        return s
 
     def input_factor(self, name: str) -> torch.Tensor | None:
         """float32 [in_features]: columns of linear layer `name` are multiplied by it; its input arrives divided."""

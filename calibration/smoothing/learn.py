@@ -60,9 +60,10 @@ Factors = Mapping[str, torch.Tensor]
 
 
 def planned(observation: Observation, options: Options) -> Plan:
-    """make_plan, and what is learned after it."""
+    """make_plan, and what is learned after it: nothing if all layers fell back, because none of them rounds."""
     plan = make_plan(observation, options)
-    return learn(observation, plan, steps=STEPS, quiet=options.quiet) if options.learned else plan
+    learns = options.learned and plan.schemes
+    return learn(observation, plan, steps=STEPS, quiet=options.quiet) if learns else plan
 
 
 def learn(observation: Observation, plan: Plan, *, rate: float = RATE, steps: int = STEPS, quiet: bool = True) -> Plan:
