@@ -104,6 +104,7 @@ ROWS = {
     "llm-compressor, W8A8": Row(theirs="w8a8"),
     "llm-compressor, W8A8 and SmoothQuant 0.5": Row(theirs="smoothquant"),
     "llm-compressor, W4A16 AWQ": Row(four_bits="llm-compressor, AWQ"),
+    "llm-compressor, W4A16 AWQ on 8 samples": Row(four_bits="llm-compressor, AWQ on 8 samples"),
     "llm-compressor, W4A16 GPTQ": Row(four_bits="llm-compressor, GPTQ"),
     "ours": Row(accuracy="per token (default)"),
     "ours, --rotation none --alpha auto": Row(PLAIN | {"alpha": "auto"}, accuracy="per token: smoothing auto"),
