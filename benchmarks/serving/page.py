@@ -29,6 +29,10 @@ Section = Mapping[str, Any]
 # (whether a section needs the note, the note as a format string for the section's values)
 NOTES: tuple[tuple[Callable[[Section], bool], str], ...] = (
     (
+        lambda s: "--isa avx2" in s["command"],
+        "oneDNN, torch, Inductor and our product were limited to AVX2, as on a CPU that has no later instructions.",
+    ),
+    (
         lambda s: not _host(s)["onednn_is_exact"],
         f"{INEXACT}. **{STOCK} computes those wrong sums**: its speed is theirs, and the INT8 floor that of the same "
         "instructions. Ours avoids them.",
