@@ -73,7 +73,7 @@ def test_what_is_left_out_keeps_its_dtype() -> None:
     with torch.no_grad(), precision.in_float32(model, lambda name: change(model, name), without=[model.blocks[0]]):
         seen: list[torch.dtype] = []
         model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(module[0].weight.dtype))
-        with pytest.raises(RuntimeError, match="dtype"):  # the block gets float32, as whoever leaves it out knows
+        with pytest.raises(RuntimeError, match="dtype"):  # the block has 16 bits and gets float32
             model(torch.arange(6)[None])
     assert seen == [torch.bfloat16]
 
