@@ -36,6 +36,12 @@ def block_of(name: str) -> str:
     return match.group(1) if match else ""
 
 
+def ancestors(name: str) -> list[str]:
+    """The modules that contain the module or tensor `name`, the model ("") first."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))] if name else []
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     return getattr(model, "get_output_embeddings", lambda: None)()
 

@@ -42,7 +42,7 @@ from transformers import PreTrainedModel
 
 from vllm_smoothquant.format.errors import SmoothQuantError
 
-from .modules import block_of, own_parameters
+from .modules import ancestors, block_of, own_parameters
 from .products import product_parameters
 
 CPU = torch.device("cpu")
@@ -78,27 +78,21 @@ def complete_map(model: PreTrainedModel, device_map: Mapping[str, Device]) -> di
     for tied, source in model.all_tied_weights_keys.items():
         if (device := _device_of(source, devices)) is not None and device != _device_of(tied, devices):
             devices[tied.rpartition(".")[0]] = device
-    divided = {ancestor for key in devices for ancestor in _ancestors(key)}
+    divided = {ancestor for key in devices for ancestor in ancestors(key)}
     complete = {key: device for key, device in devices.items() if key not in divided}
     stored = model.state_dict()
     for tensor in (*stored, *dict(model.named_buffers())):
         device = _device_of(tensor, devices)
         if device is not None:
-            complete[next(name for name in (*_ancestors(tensor), tensor) if name not in divided)] = device
+            complete[next(name for name in (*ancestors(tensor), tensor) if name not in divided)] = device
         elif tensor in stored:
             raise SmoothQuantError(MAP, f"a device for {tensor}", "none", 'add its module, or "" for all others')
     return complete
 
 
-def _ancestors(name: str) -> list[str]:
-    """The modules that contain the module or tensor `name`, the model ("") first."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts))] if name else []
-
-
 def _device_of(name: str, devices: Mapping[str, Device]) -> Device | None:
     """What the longest key of `devices` for the module or tensor `name` says."""
-    return next((devices[key] for key in (name, *reversed(_ancestors(name))) if key in devices), None)
+    return next((devices[key] for key in (name, *reversed(ancestors(name))) if key in devices), None)
 
 
 def offload_folder() -> tempfile.TemporaryDirectory:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .hooks import hooked
-from .modules import decoder_blocks, float_parameters, own_parameters
+from .modules import ancestors, decoder_blocks, float_parameters, own_parameters
 
 Parameters = dict[str, torch.Tensor]
 
@@ -140,7 +140,7 @@ def _units(model: nn.Module, unchanged: Collection[nn.Module]) -> dict[str, list
     for name, module in model.named_modules():
         if module in unchanged or not (own_parameters(module) or _own_buffers(module)):
             continue
-        above = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)] + [""] * bool(name)
+        above = [name, *reversed(ancestors(name))]
         block = max((i for i, unit in enumerate(above) if unit in blocks), default=None)
         if block is None and stays(module):
             continue
