@@ -36,6 +36,7 @@ from calibration.inputs.text import load_samples
 from calibration.observation.observation import Observation
 from calibration.pipeline import observe_model
 from calibration.rounding import gptq, nearest
+from calibration.rounding.refine import refine_scale
 from calibration.running.hooks import hooked
 from calibration.running.modules import decoder_blocks
 from calibration.running.precision import fast_arithmetic
@@ -78,9 +79,9 @@ WEIGHTS_HEADER = """
 As AWQ stores them: unsigned integers, a zero point of 4 bits for each group. Weights only, no smoothing, all with the
 same search for the scale, on {windows} windows of {tokens} tokens, GPTQ on {samples}. KL as above; in brackets the
 difference to symmetric, over the same windows, ± its standard error, and the change of the output error: the sum over
-all layers of a layer's squared error over its squared output. *Signed scale*: symmetric, but the scale of a group whose
-largest weight is positive is negative, so that the integer -8 always serves the largest weight. It takes no memory; the
-format wants scales above zero, and whether every kernel takes others was not tried.
+all layers of a layer's squared error over its squared output. *Symmetric*: scales above zero. *Signed scale*, what
+`calibrate` writes: the scale of a group whose largest weight is positive is negative, so that the integer -8 always
+serves the largest weight. It takes no memory.
 
 | model | groups | rounding | symmetric | signed scale | zero points |
 |---|---|---|---|---|---|
@@ -148,28 +149,15 @@ def measure(name: str) -> dict[str, list[float]]:
     return figures
 
 
-def symmetric(weight: torch.Tensor, group_size: int, importance: torch.Tensor | None) -> Grid:
-    scale = nearest.best_scale(weight, group_size, importance)
-    return scale, torch.full_like(scale, -int4.QMIN)
-
-
-def signed_scale(weight: torch.Tensor, group_size: int, importance: torch.Tensor | None) -> Grid:
-    """Scales under which -8 is the weight of the largest magnitude of its group, times a range factor."""
-    groups = weight.unflatten(1, (-1, group_size))
-    sign = torch.where(-groups.amin(-1) > groups.amax(-1), 1.0, -1.0)
-    h = torch.ones(weight.shape[1]) if importance is None else importance
-    scales, losses = [], []
-    for factor in nearest.RANGE_FACTORS:
-        scales.append(sign * int4.group_scale(weight, group_size, factor * int4.QMAX / -int4.QMIN))
-        error = int4.dequantize(int4.quantize(weight, scales[-1]), scales[-1]) - weight
-        losses.append((error.square() * h).unflatten(1, (-1, group_size)).sum(-1))
-    scale = torch.stack(scales).gather(0, torch.stack(losses).argmin(0)[None])[0]
+def scales(weight: torch.Tensor, group_size: int, importance: torch.Tensor | None, *, signed: bool) -> Grid:
+    scale = nearest.best_scale(weight, group_size, importance, signed=signed)
     return scale, torch.full_like(scale, -int4.QMIN)
 
 
 # What the columns compare -> (scale, zero point) of each group of a weight under an importance.
 KINDS: dict[str, Callable[[torch.Tensor, int, torch.Tensor | None], Grid]] = {
-    "symmetric": symmetric, "signed scale": signed_scale, "zero points": nearest.best_zero_points,
+    "symmetric": partial(scales, signed=False), "signed scale": partial(scales, signed=True),
+    "zero points": nearest.best_zero_points,
 }  # fmt: skip
 
 
@@ -195,12 +183,13 @@ def measure_weights(name: str, tokens: int) -> list[dict[str, Any]]:
             for layer, module in layers.items():
                 w, h = original[layer], sums[layer]
                 group_size = next(s for s in int4.GROUP_SIZES if s <= group and w.shape[1] % s == 0)
-                importance = None if rounding == "nearest" else h.diagonal()
-                scale, zero_point = KINDS[kind](w, group_size, importance)
-                if rounding == "nearest":
+                factor = None if rounding == "nearest" else gptq.factorise(h)
+                scale, zero_point = KINDS[kind](w, group_size, None if factor is None else factor.importance)
+                if factor is None:
                     integers = nearest.quantize(w, scale, zero_point)
                 else:
-                    integers = gptq.round_gptq(w, h, scale, zero_point)
+                    integers = gptq.round_gptq(w, factor, scale, zero_point)
+                    scale = refine_scale(w, h, integers, scale)
                 module.weight.data = int4.dequantize(integers, scale)
                 error = module.weight.data - w
                 output[kind] += float((error @ h * error).sum() / (w @ h * w).sum())

@@ -23,7 +23,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from vllm_smoothquant.format import int4, int8
 from vllm_smoothquant.format.config import EXPERT, QUANT_METHOD, CheckpointConfig, Scheme
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import PACKED, SCALES, header_faults, quantised_layers, read_headers, read_tensors
+from vllm_smoothquant.format.files import (
+    PACKED,
+    SCALES,
+    bad_scales,
+    header_faults,
+    quantised_layers,
+    read_headers,
+    read_tensors,
+)
 
 from .checkpoint.architecture import architecture_faults
 from .checkpoint.export import file_names
@@ -153,8 +161,13 @@ class SmoothQuantQuantizer(HfQuantizer):
         if self.experts:
             self._load_experts(model)
         for name, tensor in model.named_buffers():
-            if name.endswith(SCALES) and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-                raise SmoothQuantError(name, "finite values above zero", "others", "calibrate the model again")
+            owner, _, suffix = name.rpartition(".")
+            if suffix not in SCALES:
+                continue
+            four_bits = suffix == "weight_scale" and hasattr(model.get_submodule(owner), PACKED)
+            bad, expected = bad_scales(tensor, signed=four_bits)
+            if bad.any():
+                raise SmoothQuantError(name, expected, "others", "calibrate the model again")
 
     def _load_experts(self, model: PreTrainedModel) -> None:
         """Replace the stacked parameters by one layer for each matrix of the files."""

@@ -17,7 +17,7 @@ from vllm.model_executor.parameter import PerTensorScaleParameter
 from .bloom import RepeatingMapper, collapse
 from .format.config import Scheme, Weights
 from .format.errors import SmoothQuantError
-from .format.files import PACKED
+from .format.files import PACKED, bad_scales
 
 # A torch.nn.Module. torch types its attributes as "tensor or module", which is of no use here.
 Layer = Any
@@ -131,7 +131,7 @@ class CheckedLoading:
             fix = "calibrate the model again, or list the layer in `ignore` if it was left in floating point"
             raise SmoothQuantError(where, expected, f"{value.dtype} {list(value.shape)}", fix)
         if value.is_floating_point():
-            _check_positive(where, value)
+            self._check_scales(where, tensor, value)
         for other, previous in self.loaded[tensor].items():
             if previous is not None and not torch.equal(previous, value):
                 expected = f"the values of {self._name(other)}.{tensor}, because vLLM computes both as {self.prefix}"
@@ -162,9 +162,16 @@ class CheckedLoading:
         if tensor not in ("weight", PACKED):
             # vLLM pads an output head with rows of zeros, scales included; they compute zeros, which is right.
             padding = getattr(layer, "num_org_embeddings_per_partition", None)
-            _check_positive(f"{self.prefix}.{tensor}", param.data[:padding])
+            self._check_scales(f"{self.prefix}.{tensor}", tensor, param.data[:padding])
         elif param.dtype not in (torch.int8, torch.int32):
             raise SmoothQuantError(f"{self.prefix}.{tensor}", "integers", str(param.dtype), _FIX)
+
+    def _check_scales(self, where: str, tensor: str, value: torch.Tensor) -> None:
+        bad, expected = bad_scales(value, signed=self.weights.num_bits == 4 and tensor == "weight_scale")
+        if bad.any():
+            first, *others = value[bad].tolist()
+            more = f" and {len(others)} more such" if others else ""
+            raise SmoothQuantError(where, expected, f"{first}{more}", _FIX)
 
     def _check_bias(self, layer: Layer) -> None:
         """vLLM skips a bias that its layer lacks, and leaves a bias that the checkpoint lacks uninitialised."""
@@ -203,10 +210,3 @@ def _indices(shard: Any) -> tuple[int, ...]:
     shards = shard if isinstance(shard, tuple) else (shard,)
     indices: list[Any] = [_QKV.get(s, s) if isinstance(s, str) else s for s in shards]
     return tuple(indices) if all(isinstance(i, int) for i in indices) else ()
-
-
-def _check_positive(where: str, value: torch.Tensor) -> None:
-    bad = value[~(torch.isfinite(value) & (value > 0))].flatten().tolist()
-    if bad:
-        more = f" and {len(bad) - 1} more such" if len(bad) > 1 else ""
-        raise SmoothQuantError(where, "finite values above zero", f"{bad[0]}{more}", _FIX)

@@ -1,7 +1,7 @@
 """The tensors of a quantised linear layer.
 
     weight_scale = absmax(W) / 127 per output channel or per tensor;  input_scale = absmax(X / smoothing_factor) / 127
-    4 bits: weight_scale per group of inputs (calibration/rounding)
+    4 bits: weight_scale per group of inputs, of either sign (calibration/rounding)
 
 Smoothed weights are rounded once, from float32, and never through the model's own 16-bit dtype.
 """
@@ -15,6 +15,7 @@ from vllm_smoothquant.format.config import Scheme
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..rounding import gptq, nearest
+from ..rounding.refine import refine_scale
 
 
 def quantize_linear(
@@ -30,9 +31,12 @@ def quantize_linear(
     if not torch.isfinite(weight).all():
         raise SmoothQuantError(f"{name}.weight", "finite smoothed weights", "NaN or infinity", "use a smaller --alpha")
     if scheme.weights.group_size is not None:
-        importance = None if hessian is None else hessian.diagonal()
-        scale = nearest.best_scale(weight, scheme.weights.group_size, importance)
-        q = int4.quantize(weight, scale) if hessian is None else gptq.round_gptq(weight, hessian, scale)
+        factor = None if hessian is None else gptq.factorise(hessian)
+        scale = nearest.best_scale(weight, scheme.weights.group_size, None if factor is None else factor.importance)
+        q = int4.quantize(weight, scale)
+        if hessian is not None and factor is not None:
+            q = gptq.round_gptq(weight, factor, scale)
+            scale = refine_scale(weight, hessian, q, scale)
         return {"weight_packed": int4.pack(q), "weight_scale": scale}
     transposed = isinstance(linear, Conv1D)
     q, scale = int8.quantize_weight(weight.t() if transposed else weight, scheme.weights.strategy)

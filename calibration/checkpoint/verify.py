@@ -30,6 +30,7 @@ from vllm_smoothquant.format.files import (
     PACKED,
     SCALES,
     Headers,
+    bad_scales,
     header_faults,
     read_headers,
     read_json,
@@ -246,11 +247,13 @@ def _value_faults(files: _Files) -> Faults:
     scales = dict(read_tensors(files.folder, ".weight_scale"))
     for name, tensor in read_tensors(files.folder):
         if tensor.is_floating_point():
-            positive = name.rpartition(".")[2] in SCALES
-            good = torch.isfinite(tensor) & (tensor > 0) if positive else torch.isfinite(tensor)
-            if not good.all():
-                got = f"{int((~good).sum())} others, the first {tensor[~good].flatten()[0].item()}"
-                yield fault(name, "finite values" + " above zero" * positive, got)
+            owner, _, suffix = name.rpartition(".")
+            bad, expected = ~torch.isfinite(tensor), "finite values"
+            if suffix in SCALES:
+                four_bits = suffix == "weight_scale" and f"{owner}.{PACKED}" in files.headers
+                bad, expected = bad_scales(tensor, signed=four_bits)
+            if bad.any():
+                yield fault(name, expected, f"{int(bad.sum())} others, the first {tensor[bad][0].item()}")
         elif name.endswith(f".{PACKED}"):
             yield from _four_bit_faults(name, int4.unpack(tensor), scales[name.removesuffix(PACKED) + "weight_scale"])
         elif tensor.dtype == torch.int8:

@@ -9,7 +9,7 @@ A quantised linear layer `P` is stored as
     P.bias              as in the source model
 and with 4-bit weights, instead of P.weight:
     P.weight_packed     int32    [out, in / 8], eight integers in a word (int4.py)
-    P.weight_scale      float32  [out, in / group_size] ("group")
+    P.weight_scale      float32  [out, in / group_size] ("group"), of either sign
 All other tensors keep their names, dtypes and shapes. TRANSFORMS_FILE has the factors that were folded into weights:
     P.input_factor      float32  [in]: columns of P were multiplied by it, because its input arrives divided
     P.output_factor     float32  [out]: rows and bias of P (or the parameters of a norm) were divided by it

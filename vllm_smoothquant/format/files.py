@@ -36,6 +36,12 @@ _SCALE = re.compile(r"(.+?)_(?:global_)?(?:scale|zero_point)(?:_inv)?")
 _SCALED = re.compile(r"(?:.*_)?(?:weight|input)|output|[qkv]")
 
 
+def bad_scales(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, str]:
+    """(bool, which of `values` are no scales; what scales are). signed: the weight_scale of 4-bit weights."""
+    good = torch.isfinite(values) & (values != 0 if signed else values > 0)
+    return ~good, "finite values other than zero" if signed else "finite values above zero"
+
+
 def read_headers(folder: str | Path) -> Headers:
     """Tensor name -> (safetensors' name of the dtype, shape) of every tensor in `folder`; reads no tensor.
 

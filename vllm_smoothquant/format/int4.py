@@ -4,7 +4,7 @@
     y = x @ (q * scale)^T                   the real weight is q * scale
 
 Shapes: weight [out, in], scale float32 [out, in / group_size]. Scales have values that bfloat16 holds, because kernels
-for 4 bits read them in the model's dtype.
+for 4 bits read them in the model's dtype. A scale may be negative, so that -8 stands for a positive weight.
 
 Packed: int32 [out, in / 8]. A word has eight neighbouring inputs, the first in its lowest bits, each as q + 8. This is
 the layout of compressed-tensors' "pack-quantized", which vLLM's kernels repack.
@@ -21,13 +21,15 @@ IN_WORD = 8
 
 
 def group_scale(weight: torch.Tensor, group_size: int, range_factor: float | torch.Tensor = 1.0) -> torch.Tensor:
-    """float32 [out, groups]: the scale that maps `range_factor` times the absmax of each group to 7.
+    """float32 [out, groups]: the scale that maps `range_factor` times w_max to -8, negative if w_max is positive.
 
-    range_factor: below 1, large weights are clipped; a number, or [out, groups]. A group of zeros gets the scale 1.
+    w_max: the weight of the largest magnitude of a group. range_factor: below 1, it is clipped; a number, or
+    [out, groups]. A group of zeros gets the scale 1.
     """
-    absmax = weight.float().unflatten(1, (-1, group_size)).abs().amax(-1)
-    scale = (absmax * range_factor / QMAX).to(torch.bfloat16).float()
-    return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    groups = weight.float().unflatten(1, (-1, group_size))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = (torch.where(-low >= high, low, high) * range_factor / QMIN).to(torch.bfloat16).float()
+    return torch.where(scale.abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
 
 
 def quantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

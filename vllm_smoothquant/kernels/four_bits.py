@@ -5,12 +5,17 @@ from typing import Any
 import torch
 
 from ..format import int4
+from ..format.errors import SmoothQuantError
 from . import build
 from .base import Kernel, Request, frozen, no_rows
 from .ops import int4_linear
 
 # A chunk of inputs, whose weights share 32 bytes (int4_tile.h).
 CHUNK = 64
+# A word of 4-bit weights that are all 0.
+_ZEROS = int(int4.pack(torch.zeros(1, int4.IN_WORD, dtype=torch.int8)))
+# Of a negative scale to the largest: 4096 times it must fit into 16 bits.
+_MAX_RATIO = 7
 
 
 class MixedPrecision(Kernel):
@@ -44,6 +49,8 @@ class MixedPrecision(Kernel):
 
     def prepare(self, layer: Any) -> None:
         layer.weight_zero_point = None
+        if self.activations.rounded:
+            bound_scales(layer.weight_packed.data, layer.weight_scale.data)
         self.kernel.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -83,6 +90,20 @@ def _chosen(request: Request) -> Any:
     if not possible:
         raise ValueError(f"Marlin: {reason}")
     return MarlinLinearKernel
+
+
+def bound_scales(packed: torch.Tensor, scale: torch.Tensor) -> None:
+    """Prepare `scale` [out, groups], in place, for Marlin beside 8-bit activations.
+
+    Marlin stores scale / max(scale) * 4096 in 16 bits. A group of zeros, whose scale says nothing, gets the scale 0, so
+    that it is not the largest. Errors (SmoothQuantError): a negative scale that does not fit into 16 bits.
+    """
+    zeros = (packed.unflatten(1, (scale.shape[1], -1)) == _ZEROS).all(-1)
+    scale.masked_fill_(zeros, 0)
+    if scale.any() and float(scale.min()) < -_MAX_RATIO * float(scale.max()):
+        expected = f"no negative scale above {_MAX_RATIO} times the largest positive one on a rank, which Marlin needs"
+        got = f"{float(scale.min()):.3g} beside {float(scale.max()):.3g}"
+        raise SmoothQuantError("weight_scale", expected, got, "serve on fewer ranks, or with 16-bit activations")
 
 
 class Int4(Kernel):
