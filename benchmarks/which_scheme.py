@@ -35,7 +35,7 @@ def measured(figure: Ours) -> str:
 
     Errors (SmoothQuantError): the source has no such figure.
     """
-    name = {"serving_vnni": "serving", "vision": "shapes"}.get(figure.page, figure.page)
+    name = {"serving_vnni": "serving", "vision": "shapes", "experts_vnni": "experts"}.get(figure.page, figure.page)
     try:
         if name not in READERS:
             return _cell(figure)
@@ -56,7 +56,7 @@ def _serving(data: Any, where: tuple[str, ...]) -> str:
 # Page -> from the JSON file and the path to the text of the value.
 READERS: dict[str, Callable[[Any, tuple[str, ...]], str]] = {
     "serving": _serving,
-    "experts": lambda data, at: f"{data[at[0]]['vllm'][1] / data[at[0]]['ours'][1]:.2f}",
+    "experts": lambda data, at: f"{data[at[0]]['vllm'][1] / data[at[0]][at[1]][1]:.2f}",
     "accuracy": lambda data, at: f"{data['models'][at[0]][at[1]]['perplexity_change']:+.2%}",
     "four_bits": lambda data, at: f"{data['models'][at[0]][at[1]][at[2]]['perplexity_change']:+.2%}",
     "kv_cache": lambda data, at: f"{data[at[0]][at[1]]:.4f}",

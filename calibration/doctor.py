@@ -173,4 +173,5 @@ def _kernels() -> dict[str, dict[str, Any]]:
     reason = why_not_experts() if request.platform == "cpu" else "it is for CPUs"
     passed_over = {} if reason is None else {ours: reason}
     kernels["routed experts"] = {"kernel": ours if reason is None else "vLLM's choice", "passed_over": passed_over}
+    kernels["routed experts, 4 bits"] = kernels["routed experts"] | ({"kernel": "int4"} if reason is None else {})
     return kernels

@@ -29,11 +29,11 @@ from .discovery.linears import choose_linears
 from .inputs.model import check_source, empty_model, position_limit, spell_as
 from .inputs.unread import weight_files
 from .options import ACTIVATIONS
-from .rounding.groups import EIGHT_BITS, scheme_of
+from .rounding.groups import EIGHT_BITS, group_size, schemes_of
 from .running.modules import LINEAR_TYPES, output_head, own_parameters, weight_shape
 from .running.products import stored_experts
 
-FOUR_BITS = Scheme(Weights("group", GROUP_SIZES[0], num_bits=4), ACTIVATIONS["token"])
+FOUR_BITS = Scheme(Weights("group", GROUP_SIZES[0], num_bits=4), ACTIVATIONS["none"])
 CONTEXT = 32_768  # tokens whose cache is counted, or as many as the model takes
 
 
@@ -133,14 +133,16 @@ def _layers(name: str, model: PreTrainedModel, headers: Headers) -> Iterator[Lay
         return shape
 
     part = _text_part(model)
-    for linear in choose_linears(model, frozenset())[0]:
-        if linear.startswith(part):
-            module, file_name = model.get_submodule(linear), hub_module_name(model, linear)
-            stored(file_name, tuple(module.get_parameter("weight").shape))
-            yield Layer(file_name, weight_shape(module), scheme_of(model, linear, FOUR_BITS)[0])
-    for expert in sorted(stored_experts(model)):
-        rows, columns = stored(expert, None)
-        yield Layer(expert, (rows, columns), EIGHT_BITS)
+    linears = [linear for linear in choose_linears(model, frozenset())[0] if linear.startswith(part)]
+    for linear, (four_bits, _) in schemes_of(model, linears, FOUR_BITS).items():
+        module, file_name = model.get_submodule(linear), hub_module_name(model, linear)
+        stored(file_name, tuple(module.get_parameter("weight").shape))
+        yield Layer(file_name, weight_shape(module), four_bits)
+    shapes = {expert: stored(expert, None) for expert in sorted(stored_experts(model))}
+    size = group_size({columns for _, columns in shapes.values()}, GROUP_SIZES[0])
+    for expert, (rows, columns) in shapes.items():
+        weights = EIGHT_BITS.weights if size is None else Weights("group", size, num_bits=4)
+        yield Layer(expert, (rows, columns), Scheme(weights))
 
 
 def _kinds(config: PreTrainedConfig, model: PreTrainedModel, layers: list[Layer]) -> list[str]:

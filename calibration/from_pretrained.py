@@ -135,10 +135,15 @@ class SmoothQuantQuantizer(HfQuantizer):
             for key in file_names(model, f"{name}.weight")
         }
         self.folder, self.experts = folder, {name for name in quantised_layers(headers) if EXPERT.search(name)}
-        # transformers stacks the integers of experts in one parameter; their scales are read afterwards.
+        # transformers stacks the integers of experts in one parameter, but knows neither packed ones nor scales, which
+        # are read afterwards.
         if self.experts:
             patterns = model._keys_to_ignore_on_load_unexpected or ()
-            model._keys_to_ignore_on_load_unexpected = {*patterns, r"(^|\.)experts\..*_scale$"}
+            model._keys_to_ignore_on_load_unexpected = {*patterns, r"(^|\.)experts\..*_(scale|packed)$"}
+        if self.experts and config.expert_weights is not None:
+            patterns = model._keys_to_ignore_on_load_missing or ()
+            stacks = (name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name)
+            model._keys_to_ignore_on_load_missing = {*patterns, *(f"^{re.escape(name)}$" for name in stacks)}
         for name in quantised_layers(headers):
             if name in self.experts:
                 continue
@@ -178,8 +183,9 @@ class SmoothQuantQuantizer(HfQuantizer):
             scheme, name = self.quantization_config.config.scheme(file_name), layers.get(file_name)
             if scheme is None or name is None:
                 raise SmoothQuantError(file_name, "an expert of that name in the model", "none", "use vLLM")
-            layer = QuantizedLinear(model.get_submodule(name), scheme, False)
-            for suffix in ("weight", "weight_scale"):
+            product = model.get_submodule(name)
+            layer = QuantizedLinear(product, scheme, False)
+            for suffix in scheme.tensors(*weight_shape(product)):
                 getattr(layer, suffix).copy_(tensors[f"{file_name}.{suffix}"])
             model.set_submodule(name, layer.to(model.device))
 

@@ -61,7 +61,7 @@ def test_this_machine_is_described_as_text_and_as_json(capsys, monkeypatch):
     assert facts["vllm"]["plugin"]
     schemes = {"--activations token", "--activations tensor", "--activations static"}
     four_bits = {"--bits 4 --activations none", "--bits 4 --activations token"}
-    assert set(facts["kernels"]) == {*schemes, *four_bits, "routed experts"}
+    assert set(facts["kernels"]) == {*schemes, *four_bits, "routed experts", "routed experts, 4 bits"}
     assert facts["kernels"]["routed experts"]["kernel"] in ("int8-experts", "vLLM's choice")
     for name in schemes:
         kernel = facts["kernels"][name]["kernel"]

@@ -1,10 +1,12 @@
 """Routers and stacked experts become linear layers, keep the function, and are smoothed, rotated and served in INT8."""
 
 import json
+import types
 
 import pytest
 import torch
 import transformers
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from calibration.checkpoint.verify import verify
 from calibration.discovery.discover import discover
@@ -28,7 +30,9 @@ from calibration.smoothing.rotation_gate import check_rotation
 from tests.helpers import engine, tiny_architectures, tiny_checkpoints
 from tests.helpers.reference import load_reference
 from vllm_smoothquant.config import SmoothQuantVllmConfig
-from vllm_smoothquant.format import int8
+from vllm_smoothquant.experts.four_bits import OurFourBitExperts
+from vllm_smoothquant.format import int4, int8
+from vllm_smoothquant.format.config import InputActivations, Scheme, Weights
 from vllm_smoothquant.format.errors import SmoothQuantError
 from vllm_smoothquant.format.files import quantised_layers, read_headers, read_tensors
 from vllm_smoothquant.kernels import build, ops
@@ -192,7 +196,7 @@ def test_a_block_with_some_experts_in_int8_is_refused_by_the_plugin():
     }  # fmt: skip
     read = SmoothQuantVllmConfig.from_config(entry)
     read.tensors = read.quantised = frozenset(names[1:])
-    with pytest.raises(SmoothQuantError, match=r"all experts of .* in INT8 or none"):
+    with pytest.raises(SmoothQuantError, match=r"all experts of .* in integers or none"):
         read._experts_method(torch.nn.Module(), "model.layers.0.mlp.experts")
 
 
@@ -289,6 +293,97 @@ def test_no_tokens_give_no_rows():
     assert got.shape == (0, 16)
 
 
+# --- the method for 4-bit experts on x86 ---
+
+
+def four_bit_block(group_size, experts=4, inner=64, hidden=96, num_bits=16, **attributes):
+    """(A block as vLLM builds it, its method, the real weights of w13 and w2), loaded through vLLM's parameters."""
+    generator = torch.Generator().manual_seed(3)
+    layer = torch.nn.Module()
+    layer.moe_config = types.SimpleNamespace(has_bias=False)
+    layer.activation, layer.expert_map, layer.apply_router_weight_on_input = MoEActivation.SILU, None, False
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+
+    def copy(param, loaded, name, shard_id, expert_id, return_success=False):
+        rows = {"w1": slice(0, inner), "w3": slice(inner, 2 * inner), "w2": slice(None)}[shard_id]
+        param.data[expert_id, rows] = loaded
+
+    scheme = Scheme(Weights("group", group_size, num_bits=4), InputActivations(num_bits=num_bits))
+    method = OurFourBitExperts("model.layers.0.mlp.experts", scheme, layer, lambda: None)
+    method.create_weights(layer, experts, hidden, inner, torch.float32, weight_loader=copy)
+    real = {}
+    for expert in range(experts):
+        for shard, (name, shape) in {
+            "w1": ("w13", (inner, hidden)), "w3": ("w13", (inner, hidden)), "w2": ("w2", (hidden, inner)),
+        }.items():  # fmt: skip
+            weight = torch.randn(shape, generator=generator) * 0.1
+            scale = int4.group_scale(weight, group_size)
+            q = int4.quantize(weight, scale)
+            real[expert, shard] = int4.dequantize(q, scale)
+            for suffix, tensor in (("weight_packed", int4.pack(q)), ("weight_scale", scale)):
+                parameter = getattr(layer, f"{name}_{suffix}")
+                parameter.weight_loader(parameter, tensor, f"{shard}.{suffix}", shard, expert)
+    return layer, method, real
+
+
+@pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("num_bits", [16, 8])
+def test_our_4_bit_experts_equal_the_reference(dtype, on_input, num_bits):
+    """Half of eight experts are on another rank."""
+    places = torch.tensor([-1, 0, -1, 1, 2, -1, 3, -1])
+    layer, method, real = four_bit_block(
+        32, num_bits=num_bits, expert_map=places, apply_router_weight_on_input=on_input
+    )
+
+    def rounded(values):
+        if num_bits == 16:
+            return values
+        scale = int8.input_scale(values.float()[None], "token")
+        return int8.quantize(values.float()[None], scale)[0].double() * scale.double()[0]
+
+    method.process_weights_after_loading(layer)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(37, 96, generator=generator).to(dtype)
+    choices = 1 if on_input else 3
+    chosen = torch.rand(37, 8, generator=generator).argsort(1)[:, :choices]
+    weights = torch.rand(37, choices, generator=generator)
+    y = method.apply(layer, x, weights, chosen, None, None)
+    expected = torch.zeros(37, 96, dtype=torch.float64)
+    for token in range(37):
+        for expert, weight in zip(places[chosen[token]].tolist(), weights[token].double(), strict=True):
+            if expert >= 0:
+                row = rounded(x[token] * weight.to(dtype) if on_input else x[token]).double()
+                gate, up, down = (real[expert, shard].double() for shard in ("w1", "w3", "w2"))
+                hidden_values = torch.nn.functional.silu(row @ gate.t()) * (row @ up.t())
+                out = rounded(hidden_values.to(dtype)).double() @ down.t()
+                expected[token] += out if on_input else weight * out
+    assert y.dtype == dtype
+    # Float32 sums; in bfloat16 the hidden values are rounded as well.
+    torch.testing.assert_close(
+        y.double(), expected, rtol=0, atol=float(expected.abs().max()) * torch.finfo(dtype).eps * 4
+    )
+    assert method.apply(layer, x[:0], weights[:0], chosen[:0], None, None).shape == (0, 96)
+
+
+def test_a_damaged_block_of_4_bit_experts_is_refused():
+    layer, method, _ = four_bit_block(32)
+    scale = layer.w13_weight_scale
+    for value, message in ((0.0, "expected finite values other than zero"), (float("nan"), "expected finite")):
+        with pytest.raises(SmoothQuantError, match=message):
+            scale.weight_loader(scale, torch.full((64, 3), value), "w1.weight_scale", "w1", 2)
+    packed = layer.w2_weight_packed
+    with pytest.raises(SmoothQuantError, match=r"expected torch\.int32, got torch\.int8"):
+        packed.weight_loader(packed, torch.zeros(96, 8, dtype=torch.int8), "w2.weight_packed", "w2", 0)
+    method.loading.loaded["w2_weight_packed"].discard((3, "w2"))
+    with pytest.raises(SmoothQuantError, match="a matrix and a scale for each expert, got none for expert 3"):
+        method.process_weights_after_loading(layer)
+    with pytest.raises(SmoothQuantError, match=r"inputs of each rank.s experts in groups of 64.*got 32 inputs"):
+        four_bit_block(64, inner=32, hidden=128)
+
+
 # --- served ---
 
 
@@ -349,3 +444,14 @@ def test_a_parameter_that_takes_part_in_a_sum_stays_one():
         make_linear(model)
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
     assert before.keys() == dict(model.named_parameters()).keys()
+
+
+def test_experts_get_no_factor_while_serving(tmp_path):
+    """Nothing folds into PhiMoE's router. The search may divide inputs at run time, but not those of experts."""
+    source = tiny_checkpoints.save("phimoe", tmp_path / "model")
+    text = str(tiny_checkpoints.save_text(tmp_path / "text.jsonl"))
+    size = {"samples": 8, "seq_len": 32, "quiet": True, "rotation": "none"}
+    calibrate(str(source), tmp_path / "out", dataset=text, alpha="auto", **size)
+    smoothed = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["smoothed"]
+    assert not [name for name in smoothed if "experts" in name]
+    assert not verify(tmp_path / "out", str(source)).faults

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -18,15 +19,17 @@ from calibration.observation.observation import Observation
 from calibration.options import Options
 from calibration.pipeline import calibrate, observe_model
 from calibration.rounding import gptq, nearest, refine
+from calibration.rounding.groups import schemes_of
 from calibration.rounding.hessians import Hessians
 from calibration.rounding.refine import refine_scale
+from calibration.running.products import ExpertStack, Product
 from tests.helpers import engine, tiny_checkpoints
 from tests.helpers.reference import load_reference
 from tests.helpers.vllm_layers import FUSED, IN, PREFIX, build_layer, compile_for, load
 from vllm_smoothquant.format import int4
 from vllm_smoothquant.format.config import CheckpointConfig, InputActivations, Scheme, Weights
 from vllm_smoothquant.format.errors import SmoothQuantError
-from vllm_smoothquant.format.files import read_headers, read_json, read_tensors
+from vllm_smoothquant.format.files import header_faults, read_headers, read_json, read_tensors
 from vllm_smoothquant.kernels import base, build, four_bits, select
 from vllm_smoothquant.linear import SmoothQuantLinearMethod
 from vllm_smoothquant.loading import CheckedLoading
@@ -469,13 +472,22 @@ def source(folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def experts(folder: Path, source: tuple[Path, Path]) -> Path:
-    """A tiny mixture, whose experts have 8 bits."""
+    """A tiny mixture whose activations are rounded."""
     model = tiny_checkpoints.save("qwen3-moe", folder / "qwen3-moe")
     options = {"dataset": str(source[1]), "samples": 8, "seq_len": 32, "quiet": True, "rotation": "none"}
     calibrate(str(model), folder / "experts", bits=4, activations="token", group_size=32, **options)
     verdict = verify(folder / "experts", str(model))
     assert not verdict.faults, verdict.faults[0]
     return folder / "experts"
+
+
+@pytest.fixture(scope="module")
+def four_bit_experts(folder: Path, source: tuple[Path, Path]) -> tuple[Path, Path]:
+    """(A tiny mixture whose experts have 4 bits, its source)."""
+    model = tiny_checkpoints.save("qwen3-moe", folder / "qwen3-moe-4")
+    options = {"dataset": str(source[1]), "samples": 8, "seq_len": 32, "quiet": True, "rotation": "none"}
+    calibrate(str(model), folder / "experts-4", bits=4, group_size=32, **options)
+    return folder / "experts-4", model
 
 
 @pytest.fixture(scope="module")
@@ -536,6 +548,80 @@ def test_rows_that_changed_places_are_noticed(
     assert [each for each in faults if name in each and "2 of 192 rows that are others" in each], faults
 
 
+def test_experts_have_four_bits_and_are_their_source(
+    four_bit_experts: tuple[Path, Path], experts: Path, tmp_path: Path
+) -> None:
+    folder, model = four_bit_experts
+    verdict = verify(folder, str(model))
+    assert not verdict.faults, verdict.faults[0]
+    quantization = read_json(folder / "config.json")["quantization_config"]
+    assert quantization["expert_weights"] == {"num_bits": 4, "strategy": "group", "group_size": 32}
+    assert quantization["experts"]["num_bits"] == 16
+    packed = [name for name in read_headers(folder) if ".experts." in name and name.endswith("weight_packed")]
+    assert len(packed) == 2 * 4 * 3
+    assert "eight_bits" not in read_json(folder / "smoothquant.json")
+    rounded = read_json(experts / "config.json")["quantization_config"]
+    assert (rounded["experts"]["num_bits"], rounded["expert_weights"]["num_bits"]) == (8, 4)
+    convert(folder, tmp_path / "theirs", "compressed-tensors")
+    convert(tmp_path / "theirs", tmp_path / "ours", "smoothquant")
+    back = read_json(tmp_path / "ours/config.json")["quantization_config"]
+    assert {key: back[key] for key in ("experts", "expert_weights")} == {
+        key: quantization[key] for key in ("experts", "expert_weights")
+    }
+    tensors = dict(read_tensors(tmp_path / "ours"))
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in read_tensors(folder))
+
+
+def test_transformers_loads_experts_with_four_bits(four_bit_experts: tuple[Path, Path]) -> None:
+    ids = torch.tensor([list(range(3, 40))])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(four_bit_experts[0], dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, load_reference(four_bit_experts[0])(ids).logits)
+
+
+def test_experts_share_one_group_size_or_keep_eight_bits() -> None:
+    def groups(hidden: int, inner: int) -> set[tuple[int | None, str | None]]:
+        model = torch.nn.Module()
+        for name, shape in (("gate_up", (2 * inner, hidden)), ("down", (hidden, inner))):
+            products = [Product({f"experts.{i}.{name}": torch.zeros(shape)}) for i in range(2)]
+            model.add_module(name, ExpertStack(products))
+        names = [f"{stack}.{i}.{stack}" for stack in ("gate_up", "down") for i in range(2)]
+        found = schemes_of(model, names, scheme(128, "none"))
+        return {(each.weights.group_size, reason) for each, reason in found.values()}
+
+    assert groups(256, 192) == {(64, None)}
+    assert groups(256, 48) == {(None, "48 or 256 inputs are not groups of 32")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": None}, "expert_weights: expected 4-bit weights, beside `experts`"),
+        ({"expert_weights": {"num_bits": 8, "strategy": "channel"}}, "expert_weights: expected 4-bit weights"),
+        (
+            {"experts": {"num_bits": 8, "strategy": "tensor", "dynamic": True}},
+            "experts: expected dynamic per_token",
+        ),
+        ({"expert_weights": None}, "experts: expected dynamic per_token activations"),
+    ],
+)
+def test_a_configuration_of_experts_is_checked(
+    four_bit_experts: tuple[Path, Path], change: dict[str, Any], message: str
+) -> None:
+    quantization = read_json(four_bit_experts[0] / "config.json")["quantization_config"] | change
+    with pytest.raises(SmoothQuantError, match=message):
+        CheckpointConfig.from_dict({key: value for key, value in quantization.items() if value is not None})
+
+
+def test_experts_that_are_smoothed_at_run_time_are_a_fault(four_bit_experts: tuple[Path, Path]) -> None:
+    """vLLM computes the experts of a block from one input: it has no parameter for such a factor."""
+    quantization = read_json(four_bit_experts[0] / "config.json")["quantization_config"]
+    name = "model.layers.0.mlp.experts.0.gate_proj"
+    config = CheckpointConfig.from_dict(quantization | {"smoothed": [name]})
+    faults = [str(fault) for fault in header_faults(config, read_headers(four_bit_experts[0]))]
+    assert any(f"{name}.smoothing_factor: expected none" in fault for fault in faults), faults
+
+
 def test_layers_get_the_groups_that_their_inputs_allow(checkpoints: dict[str, Path]) -> None:
     config = CheckpointConfig.from_dict(read_json(checkpoints["W4A16"] / "config.json")["quantization_config"])
     assert config.weights == Weights("group", 128, num_bits=4)
@@ -555,29 +641,34 @@ def test_layers_get_the_groups_that_their_inputs_allow(checkpoints: dict[str, Pa
 
 
 @pytest.mark.slow
-def test_an_engine_serves_the_reference(checkpoints: dict[str, Path], experts: Path) -> None:
+def test_an_engine_serves_the_reference(
+    checkpoints: dict[str, Path], experts: Path, four_bit_experts: tuple[Path, Path]
+) -> None:
     prompts = [list(range(3, 60)), [5, 9, 200, 17]]
-    folders = {name: checkpoints[name] for name in NAMES} | {"experts": experts}
+    folders = {name: checkpoints[name] for name in NAMES} | {"experts": experts, "W4A16 experts": four_bit_experts[0]}
     answers = engine.logprobs_of(list(folders.values()), prompts, vocabulary=True)
     for (name, folder), answer in zip(folders.items(), answers, strict=True):
         model = load_reference(folder)
         with torch.no_grad():
             expected = [model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for ids in prompts]
         # Ties of W4A8's activations fall to either side, as in tests/test_end_to_end.py; others have no ties.
-        limit = 1e-4 if name in ("W4A16", "nearest") else 1e-2
+        limit = 1e-4 if name in ("W4A16", "nearest", "W4A16 experts") else 1e-2
         assert max(float((a - b).abs().max()) for a, b in zip(answer, expected, strict=True)) < limit, name
 
 
 @pytest.mark.slow
-def test_two_ranks_serve_the_reference(checkpoints: dict[str, Path], source: tuple[Path, Path]) -> None:
-    """Words and scales are split with the inputs of a row-parallel layer."""
+def test_two_ranks_serve_the_reference(
+    checkpoints: dict[str, Path], source: tuple[Path, Path], four_bit_experts: tuple[Path, Path]
+) -> None:
+    """Words and scales are split with the inputs of a row-parallel layer; each rank has half of the experts."""
     prompts, ranks = [list(range(3, 60)), [5, 9, 200, 17]], {"tensor_parallel_size": 2, "vocabulary": True}
     ranks["environment"] = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    answer = engine.logprobs(checkpoints["narrow"], prompts, **ranks)
-    model = load_reference(checkpoints["narrow"])
-    with torch.no_grad():
-        expected = [model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for ids in prompts]
-    assert max(float((a - b).abs().max()) for a, b in zip(answer, expected, strict=True)) < 1e-4
+    for folder, arguments in ((checkpoints["narrow"], {}), (four_bit_experts[0], {"enable_expert_parallel": True})):
+        answer = engine.logprobs(folder, prompts, **ranks, **arguments)
+        model = load_reference(folder)
+        with torch.no_grad():
+            expected = [model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for ids in prompts]
+        assert max(float((a - b).abs().max()) for a, b in zip(answer, expected, strict=True)) < 1e-4
 
 
 @pytest.mark.slow

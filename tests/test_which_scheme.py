@@ -25,7 +25,7 @@ def test_a_figure_of_ours_is_that_of_its_source(key):
     ("change", "message"),
     [({"value": "0.01"}, "read whether the advice"), ({"where": ("nothing",)}, "correct the claim")],
 )
-@pytest.mark.parametrize("key", ["avx2 one", "experts vnni"])  # in a JSON file, in a page
+@pytest.mark.parametrize("key", ["avx2 one", "vnni 4 long"])  # in a JSON file, in a page
 def test_the_script_refuses_a_figure_that_its_source_has_not(key, change, message, monkeypatch):
     monkeypatch.setitem(which_scheme.CLAIMS, key, replace(OURS[key], **change))
     with pytest.raises(SmoothQuantError, match=message):
@@ -92,8 +92,8 @@ def takes(size: dict, memory: int, **changes) -> dict[str, str]:
         ("dense", 49, {}, ["w4a8", "w4a8", "w4a8"]),  # only 4 bits fit
         ("dense", 24, {}, ["int8", "int8", "int8"]),  # nothing fits: several devices
         ("dense", 100, gpu(80), ["w4a16", "int8", "int8"]),
-        ("experts", 100, gpu(80), ["int8", "int8", "int8"]),  # experts have 8 bits with --bits 4
-        ("experts", 100, gpu(90), ["fp8", "fp8", "fp8"]),
+        ("experts", 100, gpu(80), ["w4a16", "int8", "int8"]),
+        ("experts", 100, gpu(90), ["w4a16", "fp8", "fp8"]),
         ("dense", 49, gpu(90), ["w4a16", "w4a16", "w4a16"]),
         ("dense", 49, {"x86": False, "int8_instructions": []}, ["int8", "int8", "int8"]),  # no kernel for 4 bits
     ],

@@ -175,7 +175,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         return SmoothQuantLinearMethod(loading, scheme, smoothed, self.check_all_names_seen)
 
     def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of the routed experts of a block, all or none of which are INT8; None: in floating point."""
+        """The method of the routed experts of a block, all or none of which are integers; None: in floating point."""
         if self.config is None or self.config.experts is None or self._complete or torch.empty(0).is_meta:
             return None
         block = prefix.removesuffix(".routed_experts") + "."
@@ -183,7 +183,7 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
         self._seen_layers |= names
         ignored = sorted(name for name in self.config.ignore if name.startswith(block))
         if ignored and names:
-            expected = f"all experts of {prefix} in INT8 or none, because vLLM computes them at once"
+            expected = f"all experts of {prefix} in integers or none, because vLLM computes them at once"
             raise SmoothQuantError(
                 "quantization_config.ignore", expected, f"{ignored[0]} and {len(ignored) - 1} more", "calibrate again"
             )
@@ -191,11 +191,16 @@ class SmoothQuantVllmConfig(VllmQuantizationConfig):
             return None
         try:
             # Here, because releases before 0.32 have no such class, and serve other checkpoints.
-            from .experts import SmoothQuantExpertsMethod
+            from .experts.four_bits import four_bit_experts
+            from .experts.int8 import SmoothQuantExpertsMethod
         except ImportError as error:
             fix = "upgrade vLLM, or calibrate the model again with --ignore '*.experts.*'"
-            raise SmoothQuantError(prefix, "vLLM 0.32 or newer for INT8 experts", error, fix) from error
-        per_channel = self.config.expert_weights.strategy == "channel"
+            raise SmoothQuantError(prefix, "vLLM 0.32 or newer for experts in integers", error, fix) from error
+        scheme = self.config.expert_scheme
+        assert scheme is not None
+        if scheme.weights.num_bits == 4:
+            return four_bit_experts(prefix, scheme, layer, self.check_all_names_seen)
+        per_channel = scheme.weights.strategy == "channel"
         return SmoothQuantExpertsMethod(prefix, per_channel, layer, self.check_all_names_seen)
 
     def check_all_names_seen(self) -> None:

@@ -71,9 +71,6 @@ def _uses(row: Hardware, size: Facts, fits: Mapping[str, bool], model: str) -> d
     for key, use in USES.items():
         advice = row.uses[key]
         take, why, claims = advice.take, advice.why, advice.claims
-        if SIZE_OF[take] == "int4" and "experts" in size["kinds"]:
-            other = row.uses["many"]
-            take, why, claims = other.take, "experts keep 8 bits with --bits 4, which gains little", other.claims
         if not fits[SIZE_OF[take]]:
             if row.four is not None and fits["int4"]:
                 take, why, claims = row.four, "only 4 bits fit in this memory", ONLY_FOUR_BITS

@@ -149,9 +149,9 @@ MODELS = {
     "dense": Topic("dense", "All linear layers but the output head become integers.", ("loss", "loss 0.5B", "loss 4")),
     "experts": Topic(
         "mixture of experts, one matrix for each expert in the files",
-        "Routed experts become INT8, a scale per token under every scheme, and stay INT8 with --bits 4, which gains "
-        "little here. Routers stay in floating point. On GPUs it takes vLLM 0.32 or newer.",
-        ("experts one", "experts 256", "experts vnni"),
+        "Routed experts become INT8, a scale per token under every scheme, and have 4 bits with --bits 4. Routers stay "
+        "in floating point. On GPUs it takes vLLM 0.32 or newer.",
+        ("experts one", "experts 256", "experts vnni", "experts 4"),
     ),
     "stacked experts": Topic(
         "mixture of experts, stacked in the files",

@@ -89,12 +89,18 @@ def translate(folder: Path, config: dict[str, Any]) -> Translation:
         for name, scheme in schemes.items()
         if scheme != most and name not in experts
     }
+    if len(expert_kinds := {schemes[name] for name in experts}) > 1:
+        expected = "one scheme for all experts, because vLLM computes those of a block at once"
+        raise SmoothQuantError(str(folder), expected, f"{len(expert_kinds)} schemes", STOCK)
+    expert = next(iter(expert_kinds), None)
+    four_bits = expert is not None and expert.weights.num_bits == 4
     # Only our own checkpoints have this file; the other format does not name it, and keeps it beside the weights.
     factors = folder / TRANSFORMS_FILE
     transforms = Transforms(sha256(factors)) if factors.is_file() else None
     ours = CheckpointConfig(
         most.weights, most.input_activations, overrides, ignore=frozenset(in_float), transforms=transforms,
-        experts=ACTIVATIONS["token"] if experts else None,
+        experts=(expert.input_activations if four_bits else ACTIVATIONS["token"]) if expert else None,
+        expert_weights=expert.weights if expert and four_bits else None,
     )  # fmt: skip
     for fault in header_faults(ours, headers):
         raise fault

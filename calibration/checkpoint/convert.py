@@ -134,16 +134,13 @@ def _compressed_config(ours: CheckpointConfig, headers: Headers) -> dict[str, An
     overrides = ours.overrides
     in_float = ours.experts is None and any(EXPERTS in name for name in headers)
     heads = [name for name in quantised_layers(headers) if not block_of(name) and name not in overrides]
-    own, experts = (
-        Scheme(ours.weights, ours.input_activations),
-        Scheme(ours.expert_weights, ours.experts or ours.input_activations),
-    )
+    own, experts = Scheme(ours.weights, ours.input_activations), ours.expert_scheme
     schemes = {name: Scheme(each.weights or ours.weights, each.input_activations) for name, each in overrides.items()}
     groups = [
         ([name for name in sorted(schemes) if schemes[name] == scheme], scheme)
         for scheme in sorted(set(schemes.values()), key=str)
     ]
-    if ours.experts is not None and experts != own:
+    if experts not in (None, own):
         groups.append(([r"re:.*\.experts\.\d+\..*"], experts))
     groups.append(([*heads, "Linear"], own))
     formats = {FORMAT_OF_BITS[scheme.weights.num_bits] for _, scheme in groups}

@@ -43,7 +43,7 @@ from vllm_smoothquant.format.files import PACKED, read_json, read_tensors
 
 from ..discovery.discover import TRACE_SHAPE, discover
 from ..discovery.graph import Group
-from ..discovery.linears import REQUESTED, choose_layers
+from ..discovery.linears import REQUESTED, choose_layers, with_own_input
 from ..inputs.model import Source, load, sha256, untie_head
 from ..inputs.unread import read_tensors as read_tensors_of
 from ..observation.absmax import observe_absmax
@@ -103,7 +103,7 @@ def compare_with_source(checkpoint: Path, source: str, manifest: Mapping[str, An
     for name in sorted(stored.quantised.keys() - set(names)):
         yield _fault(f"{name}.weight", "floating point: this layer cannot be quantised", "int8")
 
-    graph = discovered.keeping(reasons).with_inputs(names)
+    graph = discovered.keeping(reasons).with_inputs(with_own_input(model, names))
     factors, width = dict[str, torch.Tensor](), dict[str, float]()
     for each in sorted(graph.groups, key=lambda g: g.kind == "linear"):  # these last, because they depend on the others
         factors[each.source], width[each.source] = stored.factors(

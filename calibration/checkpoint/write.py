@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vllm_smoothquant.format import int4
-from vllm_smoothquant.format.config import EXPERT, CheckpointConfig, InputActivations, Override, Scheme
+from vllm_smoothquant.format.config import EXPERT, CheckpointConfig, Override, Scheme
 from vllm_smoothquant.format.files import MANIFEST, read_headers
 
 from ..inputs.unread import read_tensors
@@ -105,6 +105,7 @@ def _config(model: PreTrainedModel, plan: Plan, in_float: Mapping[str, str], car
     # Files may split or join a layer that stays in floating point.
     kept = {file.removesuffix(".weight") for name in in_float for file in export.file_names(model, f"{name}.weight")}
     experts = {name for name in plan.schemes if EXPERT.search(file_name(name))}
+    expert = next((plan.schemes[name] for name in sorted(experts)), None)
     carried_layers = {name.removesuffix(".weight") for name in carried if name.endswith(".weight")}
     return CheckpointConfig(
         plan.scheme.weights,
@@ -114,7 +115,8 @@ def _config(model: PreTrainedModel, plan: Plan, in_float: Mapping[str, str], car
             for name, s in plan.schemes.items()
             if s != plan.scheme and name not in experts
         },
-        experts=InputActivations() if experts else None,
+        experts=expert.input_activations if expert else None,
+        expert_weights=expert.weights if expert and expert.weights.num_bits == 4 else None,
         smoothed=frozenset(map(file_name, plan.smoothing.runtime)),
         # vLLM's own models use the names of the files; its Transformers backend uses the names of the modules.
         ignore=frozenset(filter(None, modules)) | kept | carried_layers,

@@ -142,3 +142,8 @@ def _matching(pattern: str, names: Collection[str]) -> list[str]:
         expected = f"a linear layer such as {', '.join(similar[:1])}"
         raise SmoothQuantError(where, expected, "no such layer", "spell the module's full name, or use * or re:")
     return found
+
+
+def with_own_input(model: nn.Module, layers: Collection[str]) -> set[str]:
+    """Those of `layers` that can divide their input while serving: no experts, because vLLM gives a block one input."""
+    return set(layers) - expert_layers(model)

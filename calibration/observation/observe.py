@@ -17,6 +17,7 @@ from torch import nn
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..discovery.graph import Graph
+from ..discovery.linears import with_own_input
 from ..inputs.images import together
 from ..inputs.model import Source
 from ..inputs.text import Samples
@@ -78,7 +79,7 @@ def observe(
     return Observation(
         source,
         samples,
-        graph.with_inputs(layers),
+        graph.with_inputs(with_own_input(source.model, layers)),
         layers,
         checked(needed, filled),
         in_float,

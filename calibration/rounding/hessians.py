@@ -4,11 +4,15 @@
 
 The inputs of a block are those that it gets after the blocks before it were rounded, so that it corrects their errors
 as far as it can; inside a block, layers that run later see unrounded ones. Each block runs twice over all samples,
-first for these sums, then, rounded, for the input of the next block. Memory: the matrices of one block, and two outputs
-of every sample.
+first for these sums, then, rounded, for the input of the next block; more often, if MAX_BYTES do not hold its matrices.
+Memory: these, and two outputs of every sample.
 
 Where the blocks of a model cannot run isolated (observation/blocks.py), one pass over the floating-point model sums the
 matrices of as many layers as fit into memory.
+
+A layer that met fewer tokens than it has inputs, as an expert may, knows nothing of some directions. The missing share
+of its mean diagonal is added to the diagonal: GPTQ then rounds as if inputs were independent, the more the less it
+knows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,6 +44,7 @@ class Hessians:
         groups = observation.graph.shared_input_groups
         self.owner = {name: next((g[0] for g in groups if name in g), name) for name in layers}
         self.sums: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, int] = {}
         self.decoder = decoder_of(self.model, layers)
         self.blocks: Blocks | None = None
         with suppress(BlockNotIsolated):
@@ -59,7 +64,11 @@ class Hessians:
                 self.blocks = None
             if self.owner[name] not in self.sums:
                 self._whole(self.layers.index(name))
-        return self.sums[self.owner[name]]
+        total, tokens = self.sums[self.owner[name]], self.tokens[self.owner[name]]
+        if tokens >= len(total):
+            return total
+        mean = float(total.diagonal().mean()) if tokens else 1.0
+        return total + (1 - tokens / len(total)) * mean * torch.eye(len(total), device=total.device)
 
     def round(self, name: str, weight: torch.Tensor) -> None:
         """Tell that layer `name` was rounded to `weight`, float32 [out, in] for its input as the model computes it."""
@@ -73,13 +82,14 @@ class Hessians:
         while self.index < len(self.blocks.names):
             inside = self.blocks.layers(self.index, self.layers)
             if name in inside:
-                with hooked(self._watching({self.owner[layer] for layer in inside})):
+                start = inside.index(name)
+                with hooked(self._watching(self._fitting(inside[start:] + inside[:start]))):
                     self._run_block()
                 return
             with hooked(self._rounding()):
                 self.inputs = list(self._run_block())
             self.index += 1
-            self.rounded, self.sums = {}, {}
+            self.rounded, self.sums, self.tokens = {}, {}, {}
 
     def _run_block(self) -> list[torch.Tensor]:
         assert self.blocks is not None
@@ -88,25 +98,30 @@ class Hessians:
 
     def _whole(self, first: int) -> None:
         """Sum for as many layers from number `first` on as fit into memory."""
-        names: dict[str, int] = {}
-        for name in self.layers[first:]:
-            names.setdefault(self.owner[name], 4 * weight_shape(self.model.get_submodule(name))[1] ** 2)
-            if len(names) > 1 and sum(names.values()) > self.max_bytes:
-                names.pop(self.owner[name])
-                break
+        names = self._fitting(self.layers[first:])
         with torch.inference_mode(), fast_arithmetic(self.model), hooked(self._watching(names)):
             for batch in self.batches:
                 run(self.decoder, batch)
 
-    def _watching(self, names: Any) -> Iterator[RemovableHandle]:
-        self.sums = {}
+    def _fitting(self, layers: Sequence[str]) -> list[str]:
+        """The owners of the first of `layers` whose matrices fit into max_bytes, at least of one."""
+        names: dict[str, int] = {}
+        for name in layers:
+            names.setdefault(self.owner[name], 4 * weight_shape(self.model.get_submodule(name))[1] ** 2)
+            if len(names) > 1 and sum(names.values()) > self.max_bytes:
+                names.pop(self.owner[name])
+                break
+        return list(names)
+
+    def _watching(self, names: Sequence[str]) -> Iterator[RemovableHandle]:
+        sizes = {name: weight_shape(self.model.get_submodule(name))[1] for name in names}
+        self.sums = {name: torch.zeros(size, size) for name, size in sizes.items()}
+        self.tokens = dict.fromkeys(names, 0)
 
         def add(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            if name in self.sums:
-                self.sums[name].addmm_(x.t(), x)
-            else:
-                self.sums[name] = x.t() @ x
+            self.sums[name] = self.sums[name].to(x.device).addmm_(x.t(), x)
+            self.tokens[name] += len(x)
 
         for name in names:
             yield self.model.get_submodule(name).register_forward_pre_hook(partial(add, name))

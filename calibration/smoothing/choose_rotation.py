@@ -19,7 +19,7 @@ from vllm_smoothquant.format.config import STREAM, TIED_IN_VLLM
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..discovery.discover import TRACE_SHAPE, discover
-from ..discovery.linears import choose_layers
+from ..discovery.linears import choose_layers, with_own_input
 from ..discovery.rotations import RotationGraph, find_rotations
 from ..inputs.model import Source, untie_head
 from ..inputs.text import Samples
@@ -137,4 +137,5 @@ def observe_at_once(options: Options, source: Source, samples: Samples, rotation
     layers, in_float = choose_layers(model, found, frozenset(options.ignore), lm_head=options.quantize_lm_head)
     graph = found.keeping(in_float)
     absmax = observe_absmax(model, needed_absmax(graph, layers), ids)
-    return Observation(source, samples, graph.with_inputs(layers), layers, absmax, in_float, rotation=rotation)
+    graph = graph.with_inputs(with_own_input(model, layers))
+    return Observation(source, samples, graph, layers, absmax, in_float, rotation=rotation)

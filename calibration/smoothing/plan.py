@@ -22,7 +22,7 @@ from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..observation.observation import Observation, input_range
 from ..options import Options
-from ..rounding.groups import scheme_of
+from ..rounding.groups import schemes_of
 from ..running.products import expert_layers
 from . import fallback, simulate, size
 from .factors import Smoothing, smooth_groups
@@ -134,14 +134,12 @@ def _plan(
     target = {name: item.to for item in fallbacks for name in item.names}
     experts = expert_layers(observation.model)
     schemes, eight_bits = dict[str, Scheme](), dict[str, str]()
-    for name in observation.layers:
-        if target.get(name) == fallback.FLOAT:
-            continue
-        schemes[name], reason = scheme_of(observation.model, name, scheme)
+    integers = [name for name in observation.layers if target.get(name) != fallback.FLOAT]
+    for name, (schemes[name], reason) in schemes_of(observation.model, integers, scheme).items():
         if reason is not None:
             eight_bits[name] = reason
-        # No kernel for experts has another scale than one for each token.
-        if name in experts or name in target:
+        # No kernel for INT8 experts has another scale than one for each token.
+        if name in target or (name in experts and schemes[name].weights.num_bits == 8):
             schemes[name] = fallback.finer(schemes[name])
     # Only the search chooses a division at run time.
     alphas = {group.source: None if group.kind == "input" else grid[0] for group in observation.graph.groups}

@@ -15,7 +15,7 @@ from torch import nn
 from vllm_smoothquant.format.config import Scheme
 from vllm_smoothquant.format.errors import SmoothQuantError
 
-from ..rounding.groups import scheme_of
+from ..rounding.groups import schemes_of
 from ..running.modules import weight_shape
 
 
@@ -48,7 +48,8 @@ def check_budget(model: nn.Module, layers: Iterable[str], scheme: Scheme, share:
     if share is None:
         return
     layers = list(layers)
-    least = sum(weight_bytes(model.get_submodule(name), scheme_of(model, name, scheme)[0]) for name in layers)
+    schemes = schemes_of(model, layers, scheme)
+    least = sum(weight_bytes(model.get_submodule(name), smallest) for name, (smallest, _) in schemes.items())
     if least > budget(model, layers, share):
         whole = in_16_bits(model, layers)
         smallest = math.ceil(1e4 * least / whole) / 1e2

@@ -63,9 +63,10 @@ def test_two_ranks_serve_the_reference(tmp_path: Path) -> None:
     assert distance(served, exact).mean() < 1.25 * distance(reference(folder, ids, torch.bfloat16), exact).mean()
 
 
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "group_size": 32}], ids=["INT8", "4 bits"])
 @pytest.mark.parametrize("mode", MODES)
-def test_routed_experts_are_as_good_as_bfloat16(tmp_path: Path, mode: str) -> None:
-    """INT8 experts through vLLM's own choice of a kernel (Triton)."""
+def test_routed_experts_are_as_good_as_bfloat16(tmp_path: Path, mode: str, options: dict[str, int]) -> None:
+    """Experts through vLLM's own choice of a kernel (Triton, Marlin)."""
     from calibration.pipeline import calibrate
     from tests.helpers import tiny_checkpoints
     from tests.test_served_models import distance, reference
@@ -75,7 +76,7 @@ def test_routed_experts_are_as_good_as_bfloat16(tmp_path: Path, mode: str) -> No
         tiny_checkpoints.save_text(tmp_path / "t.jsonl"),
     )
     size = {"samples": 4, "seq_len": tiny_checkpoints.SEQ_LEN, "quiet": True, "rotation": "none"}
-    calibrate(str(model), tmp_path / "out", dataset=str(text), **size)
+    calibrate(str(model), tmp_path / "out", dataset=str(text), **size, **options)
     ids = [list(range(3, 43))]
     served = engine.logprobs(tmp_path / "out", ids, vocabulary=True, environment=ENVIRONMENT, **LLM, **MODES[mode])
     exact = reference(tmp_path / "out", ids)

@@ -154,14 +154,6 @@ class InputActivations:
         return self.dynamic and self.strategy == "token"
 
 
-def _per_token(value: Any, where: str) -> InputActivations:
-    activations = InputActivations.from_dict(value, where)
-    if activations != InputActivations():
-        fix = "calibrate the model again: vLLM's kernels for experts have a dynamic scale for each token"
-        raise SmoothQuantError(where, "dynamic per_token activations", repr(value), fix)
-    return activations
-
-
 @dataclass(frozen=True)
 class Scheme:
     """How one linear layer is quantised."""
@@ -223,7 +215,8 @@ class CheckpointConfig:
 
     ignore: linear layers in floating point. overrides: layers that are rounded in another way than `weights` and
     `input_activations` say. smoothed: layers that have a `smoothing_factor`. transforms: None if nothing was folded.
-    experts: how the activations of routed experts are rounded, always per token; None if these are in floating point.
+    experts: how the activations of routed experts are rounded: per token, or not at all beside 4-bit weights; None if
+    the experts are in floating point. expert_weights: their weights if these have 4 bits.
     """
 
     weights: Weights = field(default_factory=Weights, metadata={"read": Weights.from_dict})
@@ -234,7 +227,8 @@ class CheckpointConfig:
     smoothed: frozenset[str] = field(default=frozenset(), metadata={"read": _names})
     ignore: frozenset[str] = field(default=frozenset(), metadata={"read": _names})
     transforms: Transforms | None = field(default=None, metadata={"read": Transforms.from_dict})
-    experts: InputActivations | None = field(default=None, metadata={"read": _per_token})
+    experts: InputActivations | None = field(default=None, metadata={"read": InputActivations.from_dict})
+    expert_weights: Weights | None = field(default=None, metadata={"read": Weights.from_dict})
 
     @classmethod
     def from_dict(cls, value: Any, where: str = "quantization_config") -> "CheckpointConfig":
@@ -247,7 +241,7 @@ class CheckpointConfig:
                 raise SmoothQuantError(at, f"at most {FORMAT_VERSION}", str(version), "upgrade vllm-smoothquant")
             _choice(version, at, tuple(range(OLDEST_VERSION, FORMAT_VERSION + 1)))
             value = {key: entry for key, entry in value.items() if key not in ("quant_method", "format_version")}
-        config = _read(cls, value, where, optional=("overrides", "smoothed", "transforms", "experts"))
+        config = _read(cls, value, where, optional=("overrides", "smoothed", "transforms", "experts", "expert_weights"))
         for name in sorted(config.ignore & (config.smoothed | set(config.overrides))):
             raise SmoothQuantError(f"{where}.ignore", f"{name} either ignored or quantised", "both", _FIX)
         for name in ("", *sorted(config.overrides)):
@@ -259,7 +253,18 @@ class CheckpointConfig:
                 at = f"{where}.overrides.{name}" if name else where
                 expected = "activations with a dynamic scale per token, or of 16 bits with 4-bit weights"
                 raise SmoothQuantError(at, expected, f"{scheme}", _FIX)
+        config._check_experts(value, where)
         return config
+
+    def _check_experts(self, value: Any, where: str) -> None:
+        if self.expert_weights is not None and (self.experts is None or self.expert_weights.num_bits != 4):
+            expected = "4-bit weights, beside `experts`"
+            raise SmoothQuantError(f"{where}.expert_weights", expected, repr(self.expert_weights), _FIX)
+        allowed = [None, InputActivations()] + [InputActivations(num_bits=16)] * (self.expert_weights is not None)
+        if self.experts not in allowed:
+            expected = "dynamic per_token activations, or of 16 bits with 4-bit weights"
+            fix = "calibrate the model again: no kernel for experts has other activations"
+            raise SmoothQuantError(f"{where}.experts", expected, repr(value["experts"]), fix)
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of from_dict, in a fixed order: equal configurations give equal bytes."""
@@ -273,6 +278,7 @@ class CheckpointConfig:
             "ignore": sorted(self.ignore),
             **({} if self.transforms is None else {"transforms": self.transforms.to_dict()}),
             **({} if self.experts is None else {"experts": asdict(self.experts)}),
+            **({} if self.expert_weights is None else {"expert_weights": self.expert_weights.to_dict()}),
         }
 
     def scheme(self, name: str) -> Scheme | None:
@@ -280,11 +286,13 @@ class CheckpointConfig:
         if name in self.ignore:
             return None
         if EXPERT.search(name):
-            return None if self.experts is None else Scheme(self.expert_weights, self.experts)
+            return self.expert_scheme
         override = self.overrides.get(name, Override(self.input_activations))
         return Scheme(override.weights or self.weights, override.input_activations)
 
     @property
-    def expert_weights(self) -> Weights:
-        """Routed experts have no 4 bits."""
-        return self.weights if self.weights.num_bits == 8 else Weights()
+    def expert_scheme(self) -> Scheme | None:
+        """The scheme of all routed experts; None if they stay in floating point."""
+        if self.experts is None:
+            return None
+        return Scheme(self.expert_weights or (self.weights if self.weights.num_bits == 8 else Weights()), self.experts)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .config import CheckpointConfig
+from .config import EXPERT, CheckpointConfig
 from .errors import SmoothQuantError
 from .int4 import IN_WORD
 
@@ -136,6 +136,8 @@ def header_faults(config: CheckpointConfig, tensors: Headers) -> Iterator[Smooth
         yield fault(name, expected, "int8")
     quantised = {name.removesuffix(".weight") for name in integers - experts.keys()}
     quantised |= {name.removesuffix(f".{PACKED}") for name in tensors if name.endswith(f".{PACKED}")}
+    for name in sorted(filter(EXPERT.search, config.smoothed)):
+        yield fault(f"{name}.smoothing_factor", "none: vLLM computes the experts of a block from one input", "one")
     for name in sorted((config.smoothed | set(config.overrides)) - quantised):
         yield fault(f"{name}.weight", "integers, because quantization_config names the layer")
     scaled = {tensor.removesuffix(f".{s}") for s in SCALES for tensor in tensors if tensor.endswith(f".{s}")}

@@ -116,15 +116,20 @@ class Int4(Kernel):
         return build.why_not()
 
     def prepare(self, layer: Any) -> None:
-        packed, scale = layer.weight_packed.data, layer.weight_scale.data.float()
-        group_size = packed.shape[1] * int4.IN_WORD // scale.shape[1]
-        # In parts of 256 rows: unpacking at once would take four times the memory of the matrix.
-        layer.weight_packed = frozen(torch.cat([_chunks(int4.unpack(rows)) for rows in packed.split(256)]))
-        padding = 2 * layer.weight_packed.shape[1] // group_size - scale.shape[1]
-        layer.weight_scale = frozen(torch.nn.functional.pad(scale, (0, padding), value=1.0).contiguous())
+        packed, scale = layer.weight_packed.data, layer.weight_scale.data
+        layer.weight_packed, layer.weight_scale = map(frozen, for_product(packed, scale))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return int4_linear(x, layer.weight_packed, layer.weight_scale, bias, self.activations.rounded)
+
+
+def for_product(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights, scales) as int4_linear takes them, of int32 [out, in / 8] and scales [out, groups]."""
+    group_size = packed.shape[1] * int4.IN_WORD // scale.shape[1]
+    # In parts of 256 rows: unpacking at once would take four times the memory of the matrix.
+    weights = torch.cat([_chunks(int4.unpack(rows)) for rows in packed.split(256)])
+    padding = 2 * weights.shape[1] // group_size - scale.shape[1]
+    return weights, torch.nn.functional.pad(scale.float(), (0, padding), value=1.0).contiguous()
 
 
 def _chunks(integers: torch.Tensor) -> torch.Tensor:

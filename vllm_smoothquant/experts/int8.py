@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
@@ -26,15 +25,14 @@ from vllm.model_executor.layers.fused_moe.oracle import int8 as oracle
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
-from .format.errors import SmoothQuantError
-from .kernels.base import frozen, logger
-from .kernels.cpu import why_not_experts
-from .kernels.ops import int8_experts
-from .loading import fill
+from ..format.errors import SmoothQuantError
+from ..kernels.base import frozen, logger
+from ..kernels.cpu import why_not_experts
+from ..kernels.ops import int8_experts
+from .loading import ExpertLoading
 
 # What int8_experts.cpp computes, by its number there.
 ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
-_FIX = "calibrate the model again"
 
 
 class SmoothQuantExpertsMethod(FusedMoEMethodBase):
@@ -47,15 +45,13 @@ class SmoothQuantExpertsMethod(FusedMoEMethodBase):
     def __init__(self, prefix: str, per_channel: bool, layer: RoutedExperts, when_built: Callable[[], None]) -> None:
         super().__init__(layer.moe_config)
         self.prefix, self.per_channel, self.when_built = prefix, per_channel, when_built
-        self.loaded: dict[str, set[tuple[int, str]]] = {}
-        vllm_config = get_current_vllm_config_or_none()  # --load-format dummy: vLLM loads no files
-        self.dummy = vllm_config is not None and vllm_config.load_config.load_format == "dummy"
-        self.ours = _why_not_ours(layer) is None
+        self.loading = ExpertLoading(prefix, "weight")
+        self.ours = why_not_ours(layer) is None
         if not self.ours:
             try:
                 self.int8_backend, self.experts_cls = oracle.select_int8_moe_backend(config=self.moe)
             except (NotImplementedError, ValueError) as error:
-                got = f"{_why_not_ours(layer)}; vLLM: {error}"
+                got = f"{why_not_ours(layer)}; vLLM: {error}"
                 fix = "calibrate the model again with --ignore '*.experts.*'"
                 raise SmoothQuantError(prefix, "a kernel for INT8 experts", got, fix) from error
         logger.debug("%s: %s", prefix, "int8_experts" if self.ours else self.experts_cls.__name__)
@@ -71,7 +67,7 @@ class SmoothQuantExpertsMethod(FusedMoEMethodBase):
             parameter = frozen(data)
             layer.register_parameter(name, parameter)
             set_weight_attrs(
-                parameter, {**extra_weight_attrs, "weight_loader": self._checked(name, loader), **attributes}
+                parameter, {**extra_weight_attrs, "weight_loader": self.loading.checked(name, loader), **attributes}
             )
 
         def scales(*shape: int) -> torch.Tensor:
@@ -90,29 +86,9 @@ class SmoothQuantExpertsMethod(FusedMoEMethodBase):
             register("w2_bias", torch.zeros(num_experts, hidden_size, dtype=params_dtype))
         layer.w13_input_scale = layer.w2_input_scale = None
 
-    def _checked(self, name: str, loader: Callable[..., Any]) -> Callable[..., Any]:
-        """`loader` of the parameter `name`, with checks before it; it records which experts were loaded."""
-        loaded = self.loaded.setdefault(name, set())
-        dtype = torch.int8 if name.endswith("weight") else torch.float32 if name.endswith("scale") else None
-
-        def load(
-            param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int,
-            return_success: bool = False,
-        ) -> bool | None:  # fmt: skip
-            where = f"{self.prefix}: {weight_name} of expert {expert_id}, {shard_id}"
-            if dtype is not None and loaded_weight.dtype != dtype:
-                raise SmoothQuantError(where, str(dtype), str(loaded_weight.dtype), _FIX)
-            if dtype is torch.float32 and not bool((torch.isfinite(loaded_weight) & (loaded_weight > 0)).all()):
-                raise SmoothQuantError(where, "finite values above zero", "others", _FIX)
-            loaded.add((expert_id, shard_id))
-            return loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=return_success)
-
-        load.supports_moe_loading = True  # type: ignore[attr-defined]
-        return load
-
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         self.when_built()
-        self._check_complete(layer)
+        self.loading.check_complete(layer)
         if not self.per_channel:  # every kernel takes one scale for each row
             for name, matrices in (("w13", 2), ("w2", 1)):
                 rows = getattr(layer, f"{name}_weight").shape[1] // matrices
@@ -143,19 +119,6 @@ class SmoothQuantExpertsMethod(FusedMoEMethodBase):
             experts_cls=self.experts_cls, routing_tables=layer._expert_routing_tables(),
         )  # fmt: skip
         self.moe_kernel.fused_experts.process_weights_after_loading(layer)
-
-    def _check_complete(self, layer: RoutedExperts) -> None:
-        """Every scale of every expert of this rank was loaded, and each matrix that has a scale."""
-        if self.dummy:
-            fill(layer, (name for name in self.loaded if not name.endswith("bias")))
-            return
-        for name in ("w13", "w2"):
-            scale, matrices = getattr(layer, f"{name}_weight_scale").data, self.loaded[f"{name}_weight"]
-            missing = self.loaded[f"{name}_weight_scale"] ^ matrices
-            if not bool(torch.isfinite(scale).all()) or missing:
-                expert = min(missing)[0] if missing else int((~torch.isfinite(scale)).nonzero()[0, 0])
-                got, fix = f"none for expert {expert} of this rank", "copy or export the checkpoint again"
-                raise SmoothQuantError(f"{self.prefix}.{name}", "a matrix and a scale for each expert", got, fix)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
         if self.ours:
@@ -188,7 +151,7 @@ class SmoothQuantExpertsMethod(FusedMoEMethodBase):
         )  # fmt: skip
 
 
-def _why_not_ours(layer: RoutedExperts) -> str | None:
+def why_not_ours(layer: RoutedExperts) -> str | None:
     """The reason why our own product does not serve these experts; None if it does."""
     if not current_platform.is_cpu():
         return "our own product for experts is for CPUs"
