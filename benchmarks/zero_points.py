@@ -36,7 +36,6 @@ from calibration.inputs.text import load_samples
 from calibration.observation.observation import Observation
 from calibration.pipeline import observe_model
 from calibration.rounding import gptq, nearest
-from calibration.rounding.refine import refine_scale
 from calibration.running.hooks import hooked
 from calibration.running.modules import decoder_blocks
 from calibration.running.precision import fast_arithmetic
@@ -183,13 +182,12 @@ def measure_weights(name: str, tokens: int) -> list[dict[str, Any]]:
             for layer, module in layers.items():
                 w, h = original[layer], sums[layer]
                 group_size = next(s for s in int4.GROUP_SIZES if s <= group and w.shape[1] % s == 0)
-                factor = None if rounding == "nearest" else gptq.factorise(h)
-                scale, zero_point = KINDS[kind](w, group_size, None if factor is None else factor.importance)
-                if factor is None:
+                importance = None if rounding == "nearest" else h.diagonal()
+                scale, zero_point = KINDS[kind](w, group_size, importance)
+                if rounding == "nearest":
                     integers = nearest.quantize(w, scale, zero_point)
                 else:
-                    integers = gptq.round_gptq(w, factor, scale, zero_point)
-                    scale = refine_scale(w, h, integers, scale)
+                    integers = gptq.round_gptq(w, h, scale, zero_point)
                 module.weight.data = int4.dequantize(integers, scale)
                 error = module.weight.data - w
                 output[kind] += float((error @ h * error).sum() / (w @ h * w).sum())

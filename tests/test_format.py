@@ -36,12 +36,16 @@ def configs(draw: Any) -> CheckpointConfig:
     some = st.sampled_from(sorted(quantised)) if quantised else st.nothing()
     own, others = draw(st.sampled_from([(eight_bits, activations), (four_bits, beside_four_bits)]))
     override = st.builds(Override, others) | st.builds(Override, activations, eight_bits)
+    in_eight_bits = st.tuples(st.sampled_from([None, InputActivations()]), st.none())
+    experts, expert_weights = draw(in_eight_bits | st.tuples(beside_four_bits, four_bits))
     return CheckpointConfig(
         weights=draw(own),
         input_activations=draw(others),
         overrides=draw(st.dictionaries(some, override)),
         smoothed=draw(st.frozensets(st.sampled_from(sorted(quantised)))) if quantised else frozenset(),
         ignore=draw(st.frozensets(names, max_size=3)) - quantised,
+        experts=experts,
+        expert_weights=expert_weights,
     )
 
 

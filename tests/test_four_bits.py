@@ -18,10 +18,9 @@ from calibration.checkpoint.verify import verify
 from calibration.observation.observation import Observation
 from calibration.options import Options
 from calibration.pipeline import calibrate, observe_model
-from calibration.rounding import gptq, nearest, refine
+from calibration.rounding import gptq, nearest
 from calibration.rounding.groups import schemes_of
 from calibration.rounding.hessians import Hessians
-from calibration.rounding.refine import refine_scale
 from calibration.running.products import ExpertStack, Product
 from tests.helpers import engine, tiny_checkpoints
 from tests.helpers.reference import load_reference
@@ -143,7 +142,7 @@ def test_gptq_lowers_the_error_of_the_output() -> None:
         name: float(((int4.dequantize(q, scale) - weight) @ x.t()).norm())
         for name, q in (
             ("nearest", int4.quantize(weight, scale)),
-            ("gptq", gptq.round_gptq(weight, gptq.factorise(x.t() @ x), scale)),
+            ("gptq", gptq.round_gptq(weight, x.t() @ x, scale)),
         )
     }
     assert errors["gptq"] < 0.75 * errors["nearest"]
@@ -152,56 +151,7 @@ def test_gptq_lowers_the_error_of_the_output() -> None:
 def test_gptq_without_dependence_rounds_to_the_nearest() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
     scale = int4.group_scale(weight, 32)
-    factor = gptq.factorise(torch.diag(torch.rand(64) + 0.1))
-    assert torch.equal(gptq.round_gptq(weight, factor, scale), int4.quantize(weight, scale))
-
-
-def test_the_importance_of_an_input_is_the_least_error_that_it_can_cause() -> None:
-    generator = torch.Generator().manual_seed(9)
-    x = torch.randn(512, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
-    found = gptq.factorise(x.t() @ x).importance
-    # Damping is what 32 more tokens would add, each with one input other than zero.
-    more = (gptq.DAMPING * x.double().square().sum(0).mean()).sqrt() * torch.eye(32, dtype=torch.float64)
-    damped = torch.cat([x.double(), more])
-    for k in (0, 17):
-        others = [j for j in range(32) if j != k]
-        least = torch.linalg.lstsq(damped[:, others], damped[:, [k]], driver="gelsd")
-        residual = damped[:, [k]] - damped[:, others] @ least.solution
-        assert float(found[k]) == pytest.approx(float(residual.square().sum()), rel=1e-4)
-
-
-def test_refined_scales_are_the_least_squares_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(10)
-    x = torch.randn(2048, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
-    weight, hessian = torch.randn(24, 128, generator=generator), x.t() @ x
-    weight[3, 32:64] = 0
-    scale = nearest.best_scale(weight, 32)
-    q = gptq.round_gptq(weight, gptq.factorise(hessian), scale)
-    q[3, 32:64] = 0
-    refined = refine_scale(weight, hessian, q, scale)
-
-    def errors(scale: torch.Tensor) -> torch.Tensor:
-        return ((int4.dequantize(q, scale) - weight) @ x.t()).square().sum(1)
-
-    assert torch.equal(refined, refined.bfloat16().float())
-    assert (errors(refined) <= errors(scale) * (1 + 1e-5)).all()
-    assert errors(refined).sum() < 0.97 * errors(scale).sum()
-    assert refined[3, 1] == scale[3, 1]
-    columns = [(x.double() @ torch.where(torch.arange(128) // 32 == g, q[0], 0).double()) for g in range(4)]
-    least = torch.linalg.lstsq(torch.stack(columns, 1), (x @ weight[0])[:, None].double()).solution[:, 0]
-    # Half a unit of bfloat16, and HOLD, which draws them a thousandth of the way back.
-    assert ((refined[0] - least).abs() <= least.abs() * 2**-8 + (scale[0] - least).abs() * 0.01).all()
-    monkeypatch.setattr(refine, "MAX_ELEMENTS", 5 * 16)  # five rows at once
-    torch.testing.assert_close(refine_scale(weight, hessian, q, scale), refined, rtol=2**-7, atol=0)
-
-
-def test_scales_that_gain_nothing_stay() -> None:
-    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(11))
-    scale = nearest.best_scale(weight, 32)
-    q = int4.quantize(weight, scale)
-    exact = int4.dequantize(q, scale)
-    assert torch.equal(refine_scale(exact, torch.eye(64), q, scale), scale)
-    assert torch.equal(refine_scale(weight, torch.zeros(64, 64), q, scale), scale)  # no token says anything
+    assert torch.equal(gptq.round_gptq(weight, torch.diag(torch.rand(64) + 0.1), scale), int4.quantize(weight, scale))
 
 
 def test_gptq_takes_inputs_that_are_always_zero() -> None:
@@ -209,9 +159,9 @@ def test_gptq_takes_inputs_that_are_always_zero() -> None:
     x[:, 10:30] = 0
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(5))
     scale = int4.group_scale(weight, 32, 8 / 7)  # clips nothing
-    q = gptq.round_gptq(weight, gptq.factorise(x.t() @ x), scale)
+    q = gptq.round_gptq(weight, x.t() @ x, scale)
     assert ((int4.dequantize(q, scale) - weight)[:, 10:30].abs() <= scale.abs().amax() * 0.51).all()
-    gptq.round_gptq(weight, gptq.factorise(torch.zeros(64, 64)), scale)
+    gptq.round_gptq(weight, torch.zeros(64, 64), scale)
 
 
 def test_zero_points_cover_the_range_of_a_group() -> None:
@@ -238,9 +188,9 @@ def test_gptq_keeps_the_range_of_zero_points() -> None:
     generator = torch.Generator().manual_seed(8)
     x = torch.randn(512, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
     weight = torch.randn(32, 128, generator=generator) + 0.7
-    factor = gptq.factorise(x.t() @ x)
-    scale, zero_point = nearest.best_zero_points(weight, 32, factor.importance)
-    q = gptq.round_gptq(weight, factor, scale, zero_point)
+    hessian = x.t() @ x
+    scale, zero_point = nearest.best_zero_points(weight, 32, hessian.diagonal())
+    q = gptq.round_gptq(weight, hessian, scale, zero_point)
     unsigned = q.unflatten(1, (4, 32)) + zero_point[..., None]
     assert ((unsigned >= 0) & (unsigned <= 15)).all()
 
@@ -248,9 +198,9 @@ def test_gptq_keeps_the_range_of_zero_points() -> None:
         return float(((int4.dequantize(integers, scale) - weight) @ x.t()).norm())
 
     assert loss(q) < 0.75 * loss(nearest.quantize(weight, scale, zero_point))
-    plain = nearest.best_scale(weight, 32, factor.importance)
+    plain = nearest.best_scale(weight, 32, hessian.diagonal())
     middle = torch.full_like(plain, 8)
-    assert torch.equal(gptq.round_gptq(weight, factor, plain, middle), gptq.round_gptq(weight, factor, plain))
+    assert torch.equal(gptq.round_gptq(weight, hessian, plain, middle), gptq.round_gptq(weight, hessian, plain))
     assert torch.equal(nearest.quantize(weight, plain, middle), int4.quantize(weight, plain))
 
 

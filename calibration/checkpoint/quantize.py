@@ -15,7 +15,6 @@ from vllm_smoothquant.format.config import Scheme
 from vllm_smoothquant.format.errors import SmoothQuantError
 
 from ..rounding import gptq, nearest
-from ..rounding.refine import refine_scale
 
 
 def quantize_linear(
@@ -31,12 +30,9 @@ def quantize_linear(
     if not torch.isfinite(weight).all():
         raise SmoothQuantError(f"{name}.weight", "finite smoothed weights", "NaN or infinity", "use a smaller --alpha")
     if scheme.weights.group_size is not None:
-        factor = None if hessian is None else gptq.factorise(hessian)
-        scale = nearest.best_scale(weight, scheme.weights.group_size, None if factor is None else factor.importance)
-        q = int4.quantize(weight, scale)
-        if hessian is not None and factor is not None:
-            q = gptq.round_gptq(weight, factor, scale)
-            scale = refine_scale(weight, hessian, q, scale)
+        importance = None if hessian is None else hessian.diagonal()
+        scale = nearest.best_scale(weight, scheme.weights.group_size, importance)
+        q = int4.quantize(weight, scale) if hessian is None else gptq.round_gptq(weight, hessian, scale)
         return {"weight_packed": int4.pack(q), "weight_scale": scale}
     transposed = isinstance(linear, Conv1D)
     q, scale = int8.quantize_weight(weight.t() if transposed else weight, scheme.weights.strategy)

@@ -7,13 +7,8 @@
 Columns are rounded in the order of decreasing H_kk, because the first ones have most columns left to correct them. The
 scales are chosen before, so that the groups stay those of the file's order and no permutation is stored.
 
-The importance of an input for the scales is 1 / (H^-1)_kk, the least error of the output that an error of 1 can have.
-
-Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1 and section 3.3; the order: "act-order" of its code;
-the importance: its equation 2.
+Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1 and section 3.3; the order: "act-order" of its code.
 """
-
-from typing import NamedTuple
 
 import torch
 
@@ -27,22 +22,41 @@ DAMPING = 0.01
 BLOCK = 128
 
 
-class Factor(NamedTuple):
-    """What `factorise` finds of a matrix H [in, in]."""
+def round_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
+    """int8 [out, in] with values of 4 bits. weight [out, in]; hessian [in, in]; scale [out, groups] (int4.py).
 
-    order: torch.Tensor  # int64 [in]: its columns in the order in which they are rounded
-    upper: torch.Tensor  # float32 [in, in], in that order: U
-    importance: torch.Tensor  # float32 [in]: what a squared error of an input costs if all others correct it
+    zero_point: as scale, if integers go from -zero_point to 15 - zero_point (nearest.py).
+    """
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    w = weight.float()[:, order].clone()
+    zero_point = torch.full_like(scale, -int4.QMIN) if zero_point is None else zero_point
+    steps, zeros = (
+        each.float().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)[:, order]
+        for each in (scale, zero_point)
+    )
+    factor = _inverse_factor(hessian[order][:, order])
+    q = torch.empty_like(w)
+    for start in range(0, w.shape[1], BLOCK):
+        stop = min(start + BLOCK, w.shape[1])
+        errors = torch.empty_like(w[:, start:stop])
+        for k in range(start, stop):
+            q[:, k] = torch.round(w[:, k] / steps[:, k]).clamp_(-zeros[:, k], STEPS - zeros[:, k])
+            error = (w[:, k] - q[:, k] * steps[:, k]) / factor[k, k]
+            w[:, k:stop] -= error[:, None] * factor[k, k:stop]
+            errors[:, k - start] = error
+        w[:, stop:] -= errors @ factor[start:stop, stop:]
+    return q[:, order.argsort()].to(torch.int8)
 
 
-def factorise(hessian: torch.Tensor) -> Factor:
-    """The upper Cholesky factor of the inverse of `hessian`, float32 [in, in], damped until it has one.
+def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse of `hessian`, which is damped until it has one.
 
     An input that is always 0 gives a row of zeros, which the damping makes independent of the others.
     """
-    order = hessian.diagonal().argsort(descending=True, stable=True)
     damping = max(float(DAMPING * hessian.diagonal().mean()), torch.finfo(torch.float32).tiny)
-    damped = hessian[order][:, order].double()
+    damped = hessian.double()
     while True:
         damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -50,32 +64,5 @@ def factorise(hessian: torch.Tensor) -> Factor:
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
-                return Factor(order, upper.float(), inverse.diagonal()[order.argsort()].reciprocal().float())
+                return upper.float()
         damping *= 10
-
-
-def round_gptq(
-    weight: torch.Tensor, factor: Factor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
-) -> torch.Tensor:
-    """int8 [out, in] with values of 4 bits. weight [out, in]; factor: of H; scale [out, groups] (int4.py).
-
-    zero_point: as scale, if integers go from -zero_point to 15 - zero_point (nearest.py).
-    """
-    order, upper, _ = factor
-    w = weight.float()[:, order].clone()
-    zero_point = torch.full_like(scale, -int4.QMIN) if zero_point is None else zero_point
-    steps, zeros = (
-        each.float().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)[:, order]
-        for each in (scale, zero_point)
-    )
-    q = torch.empty_like(w)
-    for start in range(0, w.shape[1], BLOCK):
-        stop = min(start + BLOCK, w.shape[1])
-        errors = torch.empty_like(w[:, start:stop])
-        for k in range(start, stop):
-            q[:, k] = torch.round(w[:, k] / steps[:, k]).clamp_(-zeros[:, k], STEPS - zeros[:, k])
-            error = (w[:, k] - q[:, k] * steps[:, k]) / upper[k, k]
-            w[:, k:stop] -= error[:, None] * upper[k, k:stop]
-            errors[:, k - start] = error
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
-    return q[:, order.argsort()].to(torch.int8)
