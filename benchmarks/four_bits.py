@@ -210,8 +210,8 @@ def page(figures: dict[str, Any]) -> str:
                 elif f:
                     label = row if isinstance(ROWS[row], Theirs) or "signed" in f else row + BEFORE
                     text += (
-                        f"| {label} | {f['kl_divergence']:.3g} ± {f['kl_standard_error']:.2g} "
-                        f"| {f['perplexity']:.3f} | {f['perplexity_change']:+.2%} ± {f['perplexity_change_standard_error']:.2%} |\n"
+                        f"| {label} | {f['kl_divergence']:.3g} ± {f['kl_standard_error']:.2g} | {f['perplexity']:.3f} "
+                        f"| {f['perplexity_change']:+.2%} ± {f['perplexity_change_standard_error']:.2%} |\n"
                     )
     return text
 
