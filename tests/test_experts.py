@@ -366,6 +366,15 @@ def test_our_4_bit_experts_equal_the_reference(dtype, on_input, num_bits):
         y.double(), expected, rtol=0, atol=float(expected.abs().max()) * torch.finfo(dtype).eps * 4
     )
     assert method.apply(layer, x[:0], weights[:0], chosen[:0], None, None).shape == (0, 96)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x: method.apply(layer, x, weights, chosen, None, None), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(x), y)
+    parts = [getattr(layer, f"{name}_{part}") for name in ("w13", "w2") for part in ("weight_packed", "weight_scale")]
+    arguments = (x, *parts[:2], None, *parts[2:], None, places[chosen].int(), weights, 0, num_bits == 8)
+    results = torch.library.opcheck(ops.int4_experts, arguments)
+    assert set(results.values()) == {"SUCCESS"}, results
 
 
 def test_a_damaged_block_of_4_bit_experts_is_refused():

@@ -11,7 +11,7 @@ Where the blocks of a model cannot run isolated (observation/blocks.py), one pas
 matrices of as many layers as fit into memory.
 
 A layer that met fewer tokens than it has inputs, as an expert may, knows nothing of some directions. The missing share
-of its mean diagonal is added to the diagonal: GPTQ then rounds as if inputs were independent, the more the less it
+of its median diagonal is added to the diagonal: GPTQ then rounds as if inputs were independent, the more the less it
 knows.
 """
 
@@ -67,8 +67,8 @@ class Hessians:
         total, tokens = self.sums[self.owner[name]], self.tokens[self.owner[name]]
         if tokens >= len(total):
             return total
-        mean = float(total.diagonal().mean()) if tokens else 1.0
-        return total + (1 - tokens / len(total)) * mean * torch.eye(len(total), device=total.device)
+        median = float(total.diagonal().median()) if tokens else 1.0
+        return total + (1 - tokens / len(total)) * median * torch.eye(len(total), device=total.device)
 
     def round(self, name: str, weight: torch.Tensor) -> None:
         """Tell that layer `name` was rounded to `weight`, float32 [out, in] for its input as the model computes it."""

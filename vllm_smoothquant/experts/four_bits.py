@@ -15,13 +15,10 @@ others). On x86 without AMX our product for 4-bit weights (kernels/four_bits.py)
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported, RoutedExperts
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -31,15 +28,9 @@ from ..format.errors import SmoothQuantError
 from ..format.files import PACKED
 from ..kernels.base import frozen, logger
 from ..kernels.four_bits import for_product
-from ..kernels.ops import int4_linear
-from .int8 import why_not_ours
+from ..kernels.ops import int4_experts
+from .int8 import ACTIVATIONS, why_not_ours
 from .loading import ExpertLoading
-
-_FUNCTIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
-    MoEActivation.SILU: nn.functional.silu,
-    MoEActivation.GELU: nn.functional.gelu,
-    MoEActivation.GELU_TANH: partial(nn.functional.gelu, approximate="tanh"),
-}
 
 
 def four_bit_experts(
@@ -116,23 +107,11 @@ class OurFourBitExperts(FusedMoEMethodBase):
     ) -> torch.Tensor:  # fmt: skip
         """x [tokens, hidden], topk_weights and topk_ids [tokens, choices]: [tokens, hidden] in x's dtype."""
         chosen = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
-        y = torch.zeros_like(x, dtype=torch.float32)
-        for expert in chosen.unique().tolist():
-            if expert < 0:  # it is on another rank
-                continue
-            tokens, place = (chosen == expert).nonzero(as_tuple=True)
-            weight, inputs = topk_weights[tokens, place, None].float(), x[tokens]
-            if layer.apply_router_weight_on_input:
-                inputs, weight = inputs * weight.to(x.dtype), torch.ones_like(weight)
-            gate_up = self._multiply(layer, "w13", expert, inputs)
-            gate, up = gate_up.float().chunk(2, dim=1)
-            hidden = (_FUNCTIONS[layer.activation](gate) * up).to(x.dtype)
-            y.index_add_(0, tokens, self._multiply(layer, "w2", expert, hidden).float() * weight)
-        return y.to(x.dtype)
-
-    def _multiply(self, layer: RoutedExperts, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        bias = getattr(layer, f"{name}_bias", None)
-        packed, scale = getattr(layer, f"{name}_{PACKED}"), getattr(layer, f"{name}_weight_scale")
-        return int4_linear(
-            x, packed[expert], scale[expert], None if bias is None else bias[expert], self.activations.rounded
-        )
+        if layer.apply_router_weight_on_input:  # of the one expert that a token has
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+        return int4_experts(
+            x, layer.w13_weight_packed, layer.w13_weight_scale, getattr(layer, "w13_bias", None),
+            layer.w2_weight_packed, layer.w2_weight_scale, getattr(layer, "w2_bias", None),
+            chosen.to(torch.int32), topk_weights.to(torch.float32), ACTIVATIONS.index(layer.activation),
+            self.activations.rounded,
+        )  # fmt: skip

@@ -4,6 +4,7 @@
     smoothquant::int8_linear            y = (q_x @ q_w^T) * s_x * s_w^T + bias        q_w int8 [out, in], s_w [out]
     smoothquant::int4_linear            y = q(x) @ (q_w * s_w)^T + bias, or x for q(x)        see int4_linear.cpp
     smoothquant::int8_experts           the routed experts of a block, see int8_experts.cpp
+    smoothquant::int4_experts           the same with 4-bit weights, by int4_linear for one expert after the other
     smoothquant::widened_linear         y = x @ q_w^T        x float32 integers, q_w int8 [out, in], y float32
     smoothquant::quantize_per_token     x * r -> q_x int8 [tokens, in], s_x [tokens, 1]        r float32 [in]
     smoothquant::triton_int8_mm         y = (q_x @ q_w) * s_x * s_w^T + bias        q_w int8 [in, out], s_w [out, 1]
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..format.errors import SmoothQuantError
 from ..format.int8 import absmax_scale
@@ -132,6 +134,40 @@ def int8_experts(
     weights: float32 [tokens, choices]. activation: its place in experts.ACTIVATIONS. Biases are float32.
     """
     return torch.empty_like(x)
+
+
+# By their places in experts.ACTIVATIONS.
+_GATES = (nn.functional.silu, nn.functional.gelu, functools.partial(nn.functional.gelu, approximate="tanh"))
+
+
+@_custom_op("CPU", lambda x, *_: torch.empty_like(x))
+def int4_experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down: torch.Tensor,
+    down_scale: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    activation: int,
+    integers: bool,
+) -> torch.Tensor:
+    """Weights and scales [experts, out, ...], of each expert as for int4_linear; the others as for int8_experts."""
+    gate_up_biases, down_biases = (
+        [None] * len(packed) if bias is None else bias for packed, bias in ((gate_up, gate_up_bias), (down, down_bias))
+    )
+    y = torch.zeros_like(x, dtype=torch.float32)
+    for e in chosen.unique().tolist():
+        if e >= 0:
+            tokens, place = (chosen == e).nonzero(as_tuple=True)
+            both = int4_linear(x[tokens], gate_up[e], gate_up_scale[e], gate_up_biases[e], integers)
+            gate, up = both.float().chunk(2, dim=1)
+            hidden = (_GATES[activation](gate) * up).to(x.dtype)
+            out = int4_linear(hidden, down[e], down_scale[e], down_biases[e], integers)
+            y.index_add_(0, tokens, out.float() * weights[tokens, place, None])
+    return y.to(x.dtype)
 
 
 # float32 holds the integers up to 2**24 = 128 * 128 * 1024: so many products of int8 add up exactly, in any order.
