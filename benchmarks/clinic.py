@@ -196,6 +196,8 @@ of Wikipedia articles that are neither in the exam nor in the text that is score
 
 {options}
 
+W4A16 and W4A8 were measured with scales above zero, before scales were signed ([four_bits.md](four_bits.md)).
+
 ## Quality
 
 Perplexity of {windows} x {seq_len} tokens of other articles, and KL from BF16's distribution in nats per token.

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import four_bits as page_of_four_bits
 from benchmarks import mixture, qwen_coder
 from benchmarks.accuracy import FIGURES as ACCURACY
 from benchmarks.accuracy import NORMS_ONLY, PLAIN, llm_int8, write_planned
@@ -124,8 +125,8 @@ its 256 likeliest words and the rest; ±: standard errors over the windows. Weig
 where a row does not say otherwise; 4-bit weights in groups of {group_size}. *From*: empty, served by vLLM for this
 page; *simulated*, by transformers, because vLLM does not serve it; a page, quoted from the results of that page's
 script, which scored the same windows. [four_bits.md](four_bits.md) calibrates on more samples, gives the packaged
-models another basis first, for all recipes alike, and its changes are from its own floating point. Rows that were not
-measured are left out. What the papers do: [method.md](method.md).
+models another basis first, for all recipes alike, and its changes are from its own floating point; it says what † is.
+Rows that were not measured are left out. What the papers do: [method.md](method.md).
 
 - *SmoothQuant*: as the paper has it: norms alone are folded into, no bound for quiet channels.
 - *LLM.int8()*: input channels with a value above 6 stay in floating point.
@@ -287,7 +288,8 @@ def quoted(name: str) -> dict[str, tuple[dict[str, Any], str]]:
     for title, row in ROWS.items():
         for key, figures, page in ((row.accuracy, accuracy(name), "accuracy"), (row.four_bits, four_bits, "four_bits")):
             if "kl_divergence" in figures.get(key, {}):
-                found[title] = figures[key], f"[{page}.md]({page}.md)"
+                before = page == "four_bits" and page_of_four_bits.label(key, figures[key]) != key
+                found[title] = figures[key], f"[{page}.md]({page}.md)" + page_of_four_bits.BEFORE * before
     return found
 
 

@@ -197,6 +197,10 @@ def measure_rows(
             save()
 
 
+def label(row: str, figures: dict[str, Any]) -> str:
+    return row if isinstance(ROWS[row], Theirs) or "signed" in figures else row + BEFORE
+
+
 def page(figures: dict[str, Any]) -> str:
     text = HEADER.format(**figures["about"])
     for name, sections in figures["models"].items():
@@ -208,9 +212,9 @@ def page(figures: dict[str, Any]) -> str:
                 if f and "failed" in f:
                     text += f"| {row} | failed | | |\n"
                 elif f:
-                    label = row if isinstance(ROWS[row], Theirs) or "signed" in f else row + BEFORE
                     text += (
-                        f"| {label} | {f['kl_divergence']:.3g} ± {f['kl_standard_error']:.2g} | {f['perplexity']:.3f} "
+                        f"| {label(row, f)} | {f['kl_divergence']:.3g} ± {f['kl_standard_error']:.2g} "
+                        f"| {f['perplexity']:.3f} "
                         f"| {f['perplexity_change']:+.2%} ± {f['perplexity_change_standard_error']:.2%} |\n"
                     )
     return text
