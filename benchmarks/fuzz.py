@@ -76,7 +76,7 @@ def verdict_of_verify(folder: Path, source: Path, sound: Any, means: Any) -> tup
         faults = verify(folder, str(source)).faults
     except SmoothQuantError as error:
         faults = [error]
-    except Exception:
+    except Exception:  # of any kind: an error that is not ours is what is looked for
         return "FOREIGN", traceback.format_exc()[-2000:]
     text = "\n".join(map(str, faults))
     if not all(str(fault).isprintable() for fault in faults):

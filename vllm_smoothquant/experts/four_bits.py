@@ -29,7 +29,7 @@ from ..format.files import PACKED
 from ..kernels.base import frozen, logger
 from ..kernels.four_bits import for_product
 from ..kernels.ops import int4_experts
-from .int8 import ACTIVATIONS, why_not_ours
+from .int8 import ACTIVATIONS, routed, why_not_ours
 from .loading import ExpertLoading
 
 
@@ -106,12 +106,10 @@ class OurFourBitExperts(FusedMoEMethodBase):
         shared_experts: Any, shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         """x [tokens, hidden], topk_weights and topk_ids [tokens, choices]: [tokens, hidden] in x's dtype."""
-        chosen = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
-        if layer.apply_router_weight_on_input:  # of the one expert that a token has
-            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+        x, chosen, weights = routed(layer, x, topk_ids, topk_weights)
         return int4_experts(
             x, layer.w13_weight_packed, layer.w13_weight_scale, getattr(layer, "w13_bias", None),
             layer.w2_weight_packed, layer.w2_weight_scale, getattr(layer, "w2_bias", None),
-            chosen.to(torch.int32), topk_weights.to(torch.float32), ACTIVATIONS.index(layer.activation),
+            chosen, weights, ACTIVATIONS.index(layer.activation),
             self.activations.rounded,
         )  # fmt: skip

@@ -141,14 +141,22 @@ class SmoothQuantExpertsMethod(FusedMoEMethodBase):
                 apply_router_weight_on_input=layer.apply_router_weight_on_input, shared_experts=shared_experts,
                 shared_experts_input=shared_experts_input,
             )  # fmt: skip
-        chosen = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
-        if layer.apply_router_weight_on_input:  # of the one expert that a token has
-            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+        x, chosen, weights = routed(layer, x, topk_ids, topk_weights)
         return int8_experts(
             x, layer.w13_weight, layer.w13_scale, layer.w13_weight_sum, getattr(layer, "w13_bias", None),
             layer.w2_weight, layer.w2_scale, layer.w2_weight_sum, getattr(layer, "w2_bias", None),
-            chosen.to(torch.int32), topk_weights.to(torch.float32), ACTIVATIONS.index(layer.activation),
+            chosen, weights, ACTIVATIONS.index(layer.activation),
         )  # fmt: skip
+
+
+def routed(
+    layer: RoutedExperts, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x, int32 experts of this rank, float32 weights) as our products take them; negative: an expert of another."""
+    chosen = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
+    if layer.apply_router_weight_on_input:  # of the one expert that a token has
+        x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+    return x, chosen.to(torch.int32), topk_weights.to(torch.float32)
 
 
 def why_not_ours(layer: RoutedExperts) -> str | None:
